@@ -1,0 +1,43 @@
+"""deepseek_opt：把 DeepSeek 的 MLA、MTP、MoE 技术带进已有的 Transformer。"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MLAConfig": "config",
+    "MTPConfig": "config",
+    "MOEConfig": "config",
+    "DenseConfig": "config",
+    "OptimizationProfile": "config",
+    "optimize": "optimize",
+    "restore": "optimize",
+    "switch": "optimize",
+    "optimized": "optimize",
+    "AttentionOptimizer": "optimize",
+    "OptimizationReport": "report",
+    "verify": "verify",
+    "VerificationReport": "report",
+    "LatentCache": "cache",
+    "MLAAttention": "layers",
+    "metrics": "metrics",
+    "PerformanceMetrics": "metrics",
+    "estimate_memory": "memory",
+}
+__all__ = [*sorted(_EXPORTS), "__version__"]
+
+
+def __getattr__(name: str):
+    """公共名字按需导入：``import deepseek_opt`` 本身不导入 transformers。"""
+    if name not in _EXPORTS:
+        raise AttributeError(f"模块 deepseek_opt 没有名字 {name!r}")
+    module = importlib.import_module(f"deepseek_opt.{_EXPORTS[name]}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

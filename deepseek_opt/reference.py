@@ -1,0 +1,171 @@
+"""每个算子的纯 PyTorch 参考实现：测试的标准答案，写法直白，不求快。
+
+签名与 ``torch.ops.deepseek_opt.*`` 一致；全部可微，可用 fp64 计算，因此也是
+梯度检验的对照。形状记号：B 行（batch），T 新词元数，S 潜变量槽位数，H 头数，
+r = kv_lora_rank，dr = qk_rope_head_dim，dn = qk_nope_head_dim，dv = v_head_dim。
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ (+ bias)；x [..., K]，weight [N, K]，返回 [..., N]，dtype 随 x。"""
+    wide = _wide(x, weight)
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return y.to(x.dtype)
+
+
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x)；gate、up [I, K]，down [N, I]，返回 [..., N]。"""
+    wide = _wide(x, gate)
+    h = F.silu(F.linear(x.to(wide), gate.to(wide))) * F.linear(x.to(wide), up.to(wide))
+    return F.linear(h, down.to(wide)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """最后一维的 RMS 归一化：fp32 内归一化，转回 x 的 dtype，再乘 weight。"""
+    wide = _wide(x)
+    normed = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
+    return (normed.to(x.dtype) * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """先加残差再归一化；返回 (归一化结果, x + residual)。"""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
+    """旋转位置编码。x [B, T, H, d]；cos、sin [1 或 B, T, d/2]。
+
+    interleaved=True：输入成对 (2i, 2i+1)，输出前后两半（DeepSeek 的约定）；False：输入输出都是
+    前后两半。inverse=True 为其精确转置（反向传播用）。
+    """
+    wide = _wide(x)
+    half = x.shape[-1] // 2
+    c, s = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
+    v = x.to(wide)
+    if inverse:
+        a, b = v[..., :half], v[..., half:]
+        a, b = a * c + b * s, b * c - a * s
+        y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+        return y.to(x.dtype)
+    a, b = (v[..., 0::2], v[..., 1::2]) if interleaved else (v[..., :half], v[..., half:])
+    return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
+
+
+def mla_cache_write(
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    scale_cache: Tensor | None,
+    latent: Tensor,
+    rope: Tensor,
+    offsets: Tensor,
+) -> None:
+    """把 latent [B, T, r]、rope [B, T, dr] 原地写到每行 offsets[b] 起的槽位。
+
+    latent_cache 为 int8 时逐词元量化：scale = amax / 127 写入 scale_cache（fp32）。
+    """
+    steps = latent.shape[1]
+    for row, start in enumerate(offsets.tolist()):
+        slots = slice(start, start + steps)
+        rope_cache[row, slots] = rope[row].to(rope_cache.dtype)
+        if latent_cache.dtype == torch.int8:
+            values = latent[row].float()
+            scale = values.abs().amax(-1) / 127
+            scale_cache[row, slots] = scale
+            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+            latent_cache[row, slots] = (values / safe[:, None]).round().to(torch.int8)
+        else:
+            latent_cache[row, slots] = latent[row].to(latent_cache.dtype)
+
+
+def mla_prefill(
+    q: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    scale: Tensor | None,
+    kv_b_weight: Tensor,
+    spans: Tensor,
+    kv_mask: Tensor | None,
+    softmax_scale: float,
+    v_head_dim: int,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """展开 K、V 的 MLA 注意力；返回 (out [B, T, H, dv], lse [B, T, H])。
+
+    spans [n, 4] 的每行为 (q_begin, q_end, kv_begin, kv_end)，是展平到 B*T、B*S 的词元下标；
+    causal 时右下对齐。没有被任何 span 覆盖、或什么都看不见的查询输出 0，lse 为 -inf。
+    """
+    wide = _wide(q, latent, kv_b_weight)
+    batch, steps, heads, qk_dim = q.shape
+    slots, rank = latent.shape[1], latent.shape[2]
+    nope_dim = kv_b_weight.shape[0] // heads - v_head_dim
+    queries = q.reshape(batch * steps, heads, qk_dim).to(wide)
+    latents = latent.reshape(batch * slots, rank).to(wide)
+    if scale is not None:
+        latents = latents * scale.reshape(batch * slots, 1).to(wide)
+    ropes = rope.reshape(batch * slots, -1).to(wide)
+    w_k, w_v = kv_b_weight.to(wide).view(heads, -1, rank).split((nope_dim, v_head_dim), 1)
+
+    out = queries.new_zeros(batch * steps, heads, v_head_dim)
+    lse = queries.new_full((batch * steps, heads), -torch.inf)
+    pieces, sums, index = [], [], []
+    for q_begin, q_end, kv_begin, kv_end in spans.tolist():
+        if q_end <= q_begin or kv_end <= kv_begin:
+            continue
+        c, k_rope = latents[kv_begin:kv_end], ropes[kv_begin:kv_end]
+        key = torch.einsum("sr,hdr->shd", c, w_k)
+        key = torch.cat((key, k_rope[:, None].expand(-1, heads, -1)), -1)
+        value = torch.einsum("sr,hdr->shd", c, w_v)
+        score = torch.einsum("thd,shd->ths", queries[q_begin:q_end], key) * softmax_scale
+        visible = _visible(q_end - q_begin, kv_end - kv_begin, causal, q.device)
+        if kv_mask is not None:
+            visible = visible & kv_mask.reshape(-1)[kv_begin:kv_end][None]
+        score = score.masked_fill(~visible[:, None], -torch.inf)
+        total = torch.logsumexp(score, -1)
+        safe = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
+        pieces.append(torch.einsum("ths,shd->thd", torch.exp(score - safe[..., None]), value))
+        sums.append(total)
+        index.append(torch.arange(q_begin, q_end, device=q.device))
+    if pieces:
+        rows = torch.cat(index)
+        out = out.index_copy(0, rows, torch.cat(pieces))
+        lse = lse.index_copy(0, rows, torch.cat(sums))
+    shape = (batch, steps, heads)
+    lse_dtype = torch.float64 if wide == torch.float64 else torch.float32
+    return out.view(*shape, v_head_dim).to(q.dtype), lse.view(shape).to(lse_dtype)
+
+
+def mla_decode(
+    q: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    scale: Tensor | None,
+    kv_b_weight: Tensor,
+    spans: Tensor,
+    kv_mask: Tensor | None,
+    softmax_scale: float,
+    v_head_dim: int,
+    causal: bool = True,
+) -> Tensor:
+    """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。"""
+    args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
+    return mla_prefill(*args)[0]
+
+
+def _visible(q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
+    """[q_len, kv_len] 的可见性；causal 时右下对齐。"""
+    if not causal:
+        return torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    last = torch.arange(kv_len - q_len, kv_len, device=device)
+    return torch.arange(kv_len, device=device)[None] <= last[:, None]
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """计算精度：有 fp64 则 fp64，否则 fp32。"""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,18 @@
+"""全部测试共用的一张误差表；按 dtype，数值来自各类型的舍入单位与累加长度。"""
+
+from __future__ import annotations
+
+import torch
+
+_TABLE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+    torch.int8: {"rtol": 3e-2, "atol": 3e-2},
+}
+
+
+def tol(dtype: torch.dtype) -> dict[str, float]:
+    """返回 ``torch.testing.assert_close`` 用的 rtol、atol。"""
+    return dict(_TABLE[dtype])
