@@ -1,0 +1,148 @@
+"""加载本地库（_C.abi3.so，以及有 CUDA 的 torch 上的 _C_cuda.so）并查询指令集。
+
+加载只注册 ``torch.ops.deepseek_opt.*``，不改动 torch 的任何东西；失败的原因留在
+:func:`load_error` 里，不抛出——没有本地库时包仍能导入，``deepseek-opt doctor`` 会说明缺什么。
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import threading
+from pathlib import Path
+
+import torch
+
+from deepseek_opt.errors import InputError, UnsupportedError
+
+CPU_LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_C_cuda.so"
+MINIMUM_TORCH = (2, 10)
+
+_FOLDER = Path(__file__).resolve().parent
+_lock = threading.Lock()
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _try_load(path: Path) -> str | None:
+    """加载一个库；成功返回 None，失败返回中文原因。"""
+    if _torch_version() < MINIMUM_TORCH:
+        return f"需要 torch >= 2.10，装着的是 {torch.__version__}。"
+    if not path.is_file():
+        return (
+            f"没有找到本地库 {path.name}：请在仓库根目录运行 "
+            "pip install . --no-build-isolation 重新编译安装。"
+        )
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"本地库 {path.name} 加载失败：{error}。请针对当前的 torch 重新编译安装。"
+    return None
+
+
+@functools.cache
+def _load_cpu() -> str | None:
+    return _try_load(_FOLDER / CPU_LIBRARY)
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "装着的 torch 不带 CUDA。"
+    return load_error() or _try_load(_FOLDER / CUDA_LIBRARY)
+
+
+def load() -> bool:
+    """加载本地库（只做一次，线程安全）。返回 CPU 库是否可用。
+
+    >>> from deepseek_opt import _native
+    >>> _native.load()
+    True
+    """
+    with _lock:
+        if _load_cpu() is None:
+            _load_cuda()
+            return True
+        return False
+
+
+def loaded() -> bool:
+    """CPU 算子库是否已经可用（必要时先加载）。"""
+    return load()
+
+
+def load_error() -> str | None:
+    """CPU 算子库不可用的原因（中文）；可用时为 None。"""
+    return _load_cpu()
+
+
+def cuda_loaded() -> bool:
+    """CUDA 算子库是否已经可用。"""
+    return load() and _load_cuda() is None
+
+
+def cuda_load_error() -> str | None:
+    """CUDA 算子库不可用的原因（中文）；可用时为 None。"""
+    return _load_cuda()
+
+
+def _call(name: str, *args):
+    if not load():
+        raise UnsupportedError(load_error())
+    return getattr(torch.ops.deepseek_opt, name)(*args)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def isa() -> str:
+    """正在使用的指令集：scalar、avx2、avx512 或 avx512bf16。"""
+    return _call("_isa")
+
+
+def compiled_isas() -> list[str]:
+    """编译进本地库的指令集，由慢到快。"""
+    return _names(_call("_compiled_isas"))
+
+
+def available_isas() -> list[str]:
+    """编译进来、而且这台机器能跑的指令集，由慢到快。"""
+    return _names(_call("_available_isas"))
+
+
+def set_isa(name: str) -> None:
+    """改用另一种指令集（测试与比较用；平时用环境变量 DEEPSEEK_OPT_ISA）。
+
+    Raises:
+        InputError: 这台机器上没有这种指令集。
+    """
+    if name not in available_isas():
+        choices = "、".join(available_isas())
+        raise InputError(f"指令集 {name!r} 不可用，可选：{choices}。")
+    _call("_set_isa", name)
+
+
+def build_info() -> dict[str, object]:
+    """本地库的构建与运行信息，供 ``deepseek-opt doctor`` 与基准结果记录。
+
+    键：library（路径或 None）、error、isa、compiled_isas、available_isas、machine、torch、
+    cuda_library（路径或 None）、cuda_error。
+    """
+    ready = load()
+    cuda_ready = cuda_loaded()
+    return {
+        "library": str(_FOLDER / CPU_LIBRARY) if ready else None,
+        "error": load_error(),
+        "isa": isa() if ready else None,
+        "compiled_isas": compiled_isas() if ready else [],
+        "available_isas": available_isas() if ready else [],
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "cuda_library": str(_FOLDER / CUDA_LIBRARY) if cuda_ready else None,
+        "cuda_error": cuda_load_error(),
+    }
