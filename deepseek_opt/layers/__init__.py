@@ -1,0 +1,21 @@
+"""自建 Transformer 用的层：MLAAttention，以及替换 nn.MultiheadAttention 的 MLA 层。"""
+
+from __future__ import annotations
+
+from deepseek_opt.layers.mha import LatentMultiheadAttention
+from deepseek_opt.layers.mla_attention import MLAAttention
+from deepseek_opt.layers.replace import (
+    ReplacedAttention,
+    ReplacementReport,
+    replace_mha,
+    restore_mha,
+)
+
+__all__ = [
+    "LatentMultiheadAttention",
+    "MLAAttention",
+    "ReplacedAttention",
+    "ReplacementReport",
+    "replace_mha",
+    "restore_mha",
+]

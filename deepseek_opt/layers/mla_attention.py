@@ -1,0 +1,239 @@
+"""MLAAttention：自建 Transformer 用的多头潜变量注意力层。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_opt import ops
+from deepseek_opt.cache import LatentCache
+from deepseek_opt.config import MLAConfig
+from deepseek_opt.errors import InputError, UnsupportedError
+from deepseek_opt.layers.projections import LatentProjections, checked_mask
+
+
+@dataclass(frozen=True)
+class _Past:
+    """已缓存的词元数：longest 为各行最大值；rows [B] 只在各行不同时给出。"""
+
+    longest: int
+    rows: Tensor | None = None
+
+
+class MLAAttention(LatentProjections):
+    """多头潜变量注意力（MLA）：缓存里只有潜变量，不展开成 K、V。
+
+    预填充与训练在核内逐块展开，解码用吸收形式；两者共用一份潜变量缓存。
+
+    参数
+    ----
+    config : :class:`~deepseek_opt.MLAConfig`。没有给出的维度由 hidden_size 推出。
+    hidden_size : 输入与输出的宽度 D。
+    layer_idx : 本层在缓存中的序号；多层模型每层各不相同。
+    causal : 是否因果（只看自己与之前的词元）。
+    bias、rope、rope_theta、rope_scaling、eps、dtype、device :
+        见 :class:`~deepseek_opt.layers.projections.LatentProjections`。
+
+    参数名与 DeepSeek 相同（q_a_proj、q_a_layernorm、q_b_proj 或 q_proj、kv_a_proj_with_mqa、
+    kv_a_layernorm、kv_b_proj、o_proj），可以直接装入 DeepSeek 检查点里的一层。注意力内没有
+    dropout；全部参数都参与计算，DDP 不需要 find_unused_parameters。
+
+    示例
+    ----
+    transformers 的习惯：``attention_mask`` 为 1 的位置可见，缓存逐步增长。
+
+    >>> import torch
+    >>> from deepseek_opt import LatentCache, MLAAttention, MLAConfig
+    >>> config = MLAConfig(num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=16,
+    ...                    qk_rope_head_dim=8, v_head_dim=16)
+    >>> attention = MLAAttention(config, hidden_size=64).eval()
+    >>> x = torch.randn(2, 5, 64)
+    >>> mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])      # 左填充
+    >>> attention(x, attention_mask=mask).shape
+    torch.Size([2, 5, 64])
+
+    nn.MultiheadAttention 的习惯：``key_padding_mask`` 为 True 的位置被忽略，batch_first。
+
+    >>> attention(x, key_padding_mask=mask == 0).shape
+    torch.Size([2, 5, 64])
+
+    打包序列：长度 3 与 2 的两条序列首尾相接，位置各自从 0 开始，互不可见。
+
+    >>> attention(x[:1], cu_seqlens=torch.tensor([0, 3, 5])).shape
+    torch.Size([1, 5, 64])
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        hidden_size: int,
+        *,
+        layer_idx: int = 0,
+        causal: bool = True,
+        **options,
+    ):
+        super().__init__(config, hidden_size, **options)
+        self.layer_idx = layer_idx
+        self.causal = causal
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        need_weights: bool = False,
+    ) -> Tensor:
+        """计算注意力。
+
+        参数
+        ----
+        hidden : [B, T, D]，dtype 与参数一致（或在 autocast 内）。
+        attention_mask : [B, S]，非零为可见；S = 已缓存的词元数 + T。
+        key_padding_mask : [B, S]，True 为忽略；与 attention_mask 只能给一个。
+        cu_seqlens : [n + 1] 整数，打包序列的累计长度，从 0 到 T；要求 B = 1，不能与掩码、缓存同用。
+        position_ids : [B, T] 或 [1, T] 整数；默认从已缓存的词元数（打包时从每条序列开头）起递增。
+        cache : :class:`~deepseek_opt.LatentCache`；新词元的潜变量写入其中。
+        need_weights : 只接受 False：注意力权重从不成形，无法返回。
+
+        返回 [B, T, D]。什么都看不见的查询（例如填充位置）在输出投影之前为 0。
+
+        抛出 :class:`~deepseek_opt.errors.InputError`（形状、dtype、设备、组合不对，超出缓存）、
+        :class:`~deepseek_opt.errors.UnsupportedError`（need_weights）、
+        :class:`~deepseek_opt.errors.ConfigError`（建层之后改动了维度）；抛出时缓存不变。
+        """
+        self._check_call(hidden, need_weights, cu_seqlens, cache, attention_mask, key_padding_mask)
+        batch, steps = hidden.shape[:2]
+        past = _Past(0) if cache is None else self._past(cache)
+        kv_mask = self._kv_mask(
+            attention_mask, key_padding_mask, (batch, past.longest + steps), hidden
+        )
+        rotation = self._rotation(self._positions(position_ids, cu_seqlens, past, hidden))
+        latent, rope = self._latents(hidden, rotation)
+        if cu_seqlens is not None:
+            spans = ops.spans_from_cu_seqlens(cu_seqlens)
+            q = self._queries(hidden, rotation)
+            return self._attend(q, latent, rope, None, spans, None, self.causal)
+        keys = (latent, rope, None)
+        if cache is not None:
+            keys = self._store(cache, latent, rope, past)
+        if kv_mask is not None and keys[0].shape[1] > kv_mask.shape[1]:
+            unused = keys[0].shape[1] - kv_mask.shape[1]  # 缓存的容量大于已用的槽位
+            kv_mask = nn.functional.pad(kv_mask, (0, unused))
+        return self._in_chunks(hidden, rotation, keys, kv_mask, past)
+
+    def _store(self, cache: LatentCache, latent: Tensor, rope: Tensor, past: _Past) -> tuple:
+        """写入缓存；返回注意力要读的 (latent, rope, scale)。"""
+        if not (torch.is_grad_enabled() and latent.requires_grad):
+            return cache.update(self.layer_idx, latent, rope)
+        # 缓存不记录梯度：要求导时，新词元用带梯度的原值，旧词元取自缓存。
+        if past.rows is not None:
+            raise InputError("各行长度不同的缓存不能在求导时使用；请放进 torch.no_grad()")
+        cache.update(self.layer_idx, latent, rope)
+        layer, old = cache.layer(self.layer_idx), slice(0, past.longest)
+        kept = layer.dequantized()[:, old].to(latent.dtype), layer.rope[:, old].to(rope.dtype)
+        return torch.cat((kept[0], latent), 1), torch.cat((kept[1], rope), 1), None
+
+    def _in_chunks(self, hidden, rotation, keys, kv_mask, past: _Past) -> Tensor:
+        """按 config.prefill_chunk_size 分段算查询（不求导时），使 q 与输出的峰值与长度无关。"""
+        batch, steps = hidden.shape[:2]
+        slots = keys[0].shape[1]
+        chunk = self.config.prefill_chunk_size or steps
+        if torch.is_grad_enabled() or chunk >= steps:
+            chunk = steps
+        out = None
+        for start in range(0, steps, chunk):
+            stop = min(start + chunk, steps)
+            piece = None if rotation is None else tuple(t[:, start:stop] for t in rotation)
+            seen = stop if self.causal else steps
+            ends = None if past.rows is None else past.rows + seen
+            spans = ops.make_spans(
+                batch, stop - start, past.longest + seen, end=ends, slots=slots, causal=self.causal
+            )
+            q = self._queries(hidden[:, start:stop], piece)
+            part = self._attend(q, *keys, spans, kv_mask, self.causal)
+            if chunk >= steps:
+                return part
+            out = part.new_empty(batch, steps, self.hidden_size) if out is None else out
+            out[:, start:stop] = part
+        return hidden.new_empty(hidden.shape) if out is None else out
+
+    # ---- 检查与准备 ----
+
+    def _check_call(self, hidden, need_weights, cu_seqlens, cache, *masks) -> None:
+        if need_weights:
+            raise UnsupportedError("need_weights=True：MLA 的核从不生成注意力权重矩阵，无法返回")
+        self._check_config()
+        self._check_hidden(hidden, "hidden", self.hidden_size)
+        if all(mask is not None for mask in masks):
+            raise InputError("attention_mask 与 key_padding_mask 含义相反，只能给其中一个")
+        if cu_seqlens is None:
+            return
+        if cache is not None or any(mask is not None for mask in masks):
+            raise InputError("cu_seqlens 不能与 cache、attention_mask、key_padding_mask 同用")
+        self._check_cu_seqlens(cu_seqlens, hidden)
+
+    @staticmethod
+    def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+        whole = not (cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not whole:
+            raise InputError(
+                f"cu_seqlens 应为一维整数张量 [n + 1]，得到 {tuple(cu_seqlens.shape)}、{cu_seqlens.dtype}"
+            )
+        if hidden.shape[0] != 1:
+            raise InputError(f"打包序列要求 B = 1，得到 B = {hidden.shape[0]}")
+        if torch.compiler.is_compiling():  # 编译时看不到数值
+            return
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != hidden.shape[1] or ends != sorted(ends):
+            raise InputError(f"cu_seqlens 应从 0 递增到 T = {hidden.shape[1]}，得到 {ends}")
+
+    def _past(self, cache: LatentCache) -> _Past:
+        """已缓存的长度；缓存与本层不合则说明原因。"""
+        if not isinstance(cache, LatentCache):
+            raise InputError.expected("cache", " LatentCache", cache)
+        if not self.causal:
+            raise InputError("causal=False 的层不能使用缓存：旧词元本应看到新词元")
+        layer = cache.layer(self.layer_idx)
+        return _Past(layer.length, layer.lengths if layer.ragged else None)
+
+    @staticmethod
+    def _kv_mask(attention_mask, key_padding_mask, shape, hidden) -> Tensor | None:
+        if attention_mask is not None:
+            mask = checked_mask(attention_mask, shape, "attention_mask", hidden.device)
+            return mask != 0
+        if key_padding_mask is None:
+            return None
+        mask = checked_mask(key_padding_mask, shape, "key_padding_mask", hidden.device)
+        if mask.dtype != torch.bool:
+            raise InputError(f"key_padding_mask 应为 bool（True 为忽略），得到 {mask.dtype}")
+        return ~mask
+
+    @staticmethod
+    def _positions(position_ids, cu_seqlens, past: _Past, hidden: Tensor) -> Tensor:
+        batch, steps = hidden.shape[:2]
+        if position_ids is not None:
+            shape = tuple(position_ids.shape)
+            if shape not in ((batch, steps), (1, steps)) or position_ids.is_floating_point():
+                raise InputError(
+                    f"position_ids 应为 [{batch}, {steps}] 或 [1, {steps}] 的整数，"
+                    f"得到 {shape}、{position_ids.dtype}"
+                )
+            if position_ids.device != hidden.device:
+                raise InputError(
+                    f"position_ids 在 {position_ids.device}，而 hidden 在 {hidden.device}"
+                )
+            return position_ids
+        index = torch.arange(steps, device=hidden.device)
+        if past.rows is not None:
+            return past.rows.to(hidden.device).unsqueeze(1) + index
+        index = index + past.longest
+        if cu_seqlens is not None:
+            starts = cu_seqlens.to(hidden.device, torch.int64)
+            index = index - starts[torch.searchsorted(starts, index, right=True) - 1]
+        return index.unsqueeze(0)
