@@ -1,0 +1,530 @@
+"""潜变量缓存：每个词元只存 MLA 的潜变量（r 维）与旋转键（dr 维），原地增长。
+
+只依赖 PyTorch。布局与 transformers 5.15+ 的 MLA 缓存一致：潜变量是 ``kv_a_layernorm`` 之后的，
+旋转键是旋转之后的；所以同一份缓存，优化前后的模型都能读。
+
+示例::
+
+    import torch
+    from deepseek_opt import LatentCache
+
+    cache = LatentCache(num_layers=2, max_length=128)
+    latent, rope, scale = cache.update(0, torch.randn(1, 5, 16), torch.randn(1, 5, 8))
+    cache.get_seq_length()      # 5
+    cache.crop(-2)              # 去掉每行最后 2 个词元
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_opt import ops
+from deepseek_opt.errors import InputError, MemoryBudgetError
+
+# 容量按 64 个词元取整：一次增长至少够用 64 步，且缓冲区行首保持缓存行对齐。
+_ROUND = 64
+_STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+_DTYPE_NAMES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
+
+def cache_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """把配置里的名字（``"auto"``、``"bfloat16"``、``"int8"`` 等）换成 torch 的 dtype；auto 为 None。"""
+    if isinstance(value, str):
+        if value not in _DTYPE_NAMES:
+            raise InputError.expected("dtype", f"{'、'.join(_DTYPE_NAMES)} 之一", value)
+        return _DTYPE_NAMES[value]
+    if value is not None and value not in _STORE_DTYPES:
+        raise InputError.expected("dtype", "float32、bfloat16、float16 或 int8", str(value))
+    return value
+
+
+def token_bytes(rank: int, rope_dim: int, store: torch.dtype, rope_store: torch.dtype) -> int:
+    """每行每个词元占用的字节数；int8 另有 4 字节的 scale。"""
+    scale = 4 if store == torch.int8 else 0
+    return rank * store.itemsize + rope_dim * rope_store.itemsize + scale
+
+
+class LatentLayer:
+    """一层的缓存：latent [B, C, r]、rope [B, C, dr]、scale [B, C]（仅 int8），C 为容量。
+
+    第一次写入时才分配；容量翻倍增长，不超过 ``max_length`` 与 ``budget_bytes``。
+    int8 时 latent 逐词元量化，rope 保持写入时的类型（fp32 降为 bf16）。
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+        budget_bytes: int | None = None,
+        name: str = "",
+    ):
+        self.store_dtype = dtype
+        self.max_length = max_length
+        self.budget_bytes = budget_bytes
+        self.name = name
+        self.latent: Tensor | None = None
+        self.rope: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._offsets: Tensor | None = None  # [B] int64，每行下一个要写的槽位
+        self._length = 0  # 各行长度的最大值
+        self._ragged = False  # 各行长度是否可能不同
+
+    # ---- 状态 ----
+
+    @property
+    def length(self) -> int:
+        """各行长度的最大值；未写入过为 0。"""
+        return self._length
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """每行长度 [B] int64（副本）；未写入过为 None。"""
+        return None if self._offsets is None else self._offsets.clone()
+
+    @property
+    def ragged(self) -> bool:
+        """各行长度是否可能不同。"""
+        return self._ragged
+
+    @property
+    def capacity(self) -> int:
+        """已分配的槽位数 C。"""
+        return 0 if self.latent is None else self.latent.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """已分配的字节数。"""
+        buffers = (self.latent, self.rope, self.scale)
+        return sum(t.numel() * t.element_size() for t in buffers if t is not None)
+
+    def dequantized(self) -> Tensor | None:
+        """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""
+        if self.latent is None:
+            return None
+        part = self.latent[:, : self._length]
+        if self.scale is None:
+            return part
+        values = part.float() * self.scale[:, : self._length, None]
+        return values.to(self.rope.dtype)
+
+    # ---- 写入 ----
+
+    def append(self, latent: Tensor, rope: Tensor) -> int:
+        """写入 latent [B, T, r]、rope [B, T, dr]（不记录梯度）；返回写入后的最大长度。
+
+        所有检查都在改动之前；抛出 InputError 或 MemoryBudgetError 时缓存不变。
+        """
+        self._check(latent, rope)
+        steps = latent.shape[1]
+        total = self._length + steps
+        if self.latent is None or total > self.latent.shape[1]:
+            self.reserve(total, latent, rope)
+        offsets = self._offsets
+        with torch.no_grad():
+            ops.mla_cache_write(
+                self.latent, self.rope, self.scale, latent.detach(), rope.detach(), offsets
+            )
+        offsets += steps
+        self._length = total
+        if self._ragged:
+            self._clear_tails()
+        return total
+
+    def reserve(self, length: int, latent: Tensor, rope: Tensor) -> None:
+        """保证容量至少 length；latent、rope 给出形状、类型与设备，内容不读。"""
+        limit = self._limit(latent, rope)
+        if limit is not None and length > limit[0]:
+            self._raise_full(length, limit, latent)
+        capacity = max(length, 2 * self.capacity if self.latent is not None else length + _ROUND)
+        capacity = -(-capacity // _ROUND) * _ROUND
+        if limit is not None:
+            capacity = min(capacity, limit[0])
+        batch, rank, rope_dim = latent.shape[0], latent.shape[2], rope.shape[2]
+        store, rope_store = self._stores(latent, rope)
+        device = latent.device
+        new_latent = torch.empty(batch, capacity, rank, dtype=store, device=device)
+        new_rope = torch.empty(batch, capacity, rope_dim, dtype=rope_store, device=device)
+        new_scale = None
+        if store == torch.int8:
+            new_scale = torch.empty(batch, capacity, dtype=torch.float32, device=device)
+        if self.latent is None:
+            self._offsets = torch.zeros(batch, dtype=torch.int64)
+            self._length, self._ragged = 0, False
+        else:
+            used = self._length
+            new_latent[:, :used] = self.latent[:, :used]
+            new_rope[:, :used] = self.rope[:, :used]
+            if new_scale is not None:
+                new_scale[:, :used] = self.scale[:, :used]
+        self.latent, self.rope, self.scale = new_latent, new_rope, new_scale
+
+    def load(self, latent: Tensor, rope: Tensor) -> None:
+        """丢弃已有内容，换成 latent [B, S, r]、rope [B, S, dr]。"""
+        self.reset()
+        if latent.shape[1]:
+            self.append(latent, rope)
+
+    def _stores(self, latent: Tensor, rope: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        store = self.store_dtype or latent.dtype
+        if store != torch.int8:
+            return store, store if self.store_dtype is not None else rope.dtype
+        return store, torch.bfloat16 if rope.dtype == torch.float32 else rope.dtype
+
+    def _limit(self, latent: Tensor, rope: Tensor) -> tuple[int, str] | None:
+        """(放得下的最大长度, 受什么限制)；没有限制为 None。"""
+        limit = None if self.max_length is None else (self.max_length, "max_length")
+        if self.budget_bytes is not None:
+            size = token_bytes(latent.shape[2], rope.shape[2], *self._stores(latent, rope))
+            fits = self.budget_bytes // (size * latent.shape[0])
+            if limit is None or fits < limit[0]:
+                limit = (fits, "budget")
+        return limit
+
+    def _raise_full(self, length: int, limit: tuple[int, str], latent: Tensor) -> None:
+        largest, kind = limit
+        if kind == "max_length":
+            raise InputError(
+                f"{self.name}缓存放不下：需要每行 {length} 个词元，上限 max_length={largest}"
+                f"（已有 {self._length}）"
+            )
+        raise MemoryBudgetError(
+            f"{self.name}缓存超出内存预算：{latent.shape[0]} 行、每行 {length} 个词元放不进本层的"
+            f" {self.budget_bytes} 字节；在此预算内每行最多 {largest} 个词元",
+            budget_bytes=self.budget_bytes,
+            max_length=largest,
+        )
+
+    def _check(self, latent: Tensor, rope: Tensor) -> None:
+        if latent.dim() != 3 or rope.dim() != 3 or latent.shape[:2] != rope.shape[:2]:
+            raise InputError(
+                f"{self.name}latent、rope 应为 [B, T, r] 与 [B, T, dr]，得到 "
+                f"{list(latent.shape)} 与 {list(rope.shape)}"
+            )
+        mine = self.latent
+        if mine is None:
+            if not latent.is_floating_point():
+                raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
+            return
+        if latent.shape[0] != mine.shape[0]:
+            raise InputError(
+                f"{self.name}缓存有 {mine.shape[0]} 行，这次传入 {latent.shape[0]} 行；"
+                "换一批输入请用新的缓存或先 reset()"
+            )
+        if latent.shape[2] != mine.shape[2] or rope.shape[2] != self.rope.shape[2]:
+            raise InputError(
+                f"{self.name}缓存来自另一个模型：缓存的维度是 r={mine.shape[2]}、"
+                f"dr={self.rope.shape[2]}，这次是 r={latent.shape[2]}、dr={rope.shape[2]}"
+            )
+        if latent.device != mine.device or rope.device != mine.device:
+            raise InputError(
+                f"{self.name}缓存在 {mine.device}，传入的张量在 {latent.device}、{rope.device}；"
+                "请放到同一设备"
+            )
+        if not latent.is_floating_point():
+            raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
+
+    def _clear_tails(self) -> None:
+        """各行长度不同时，把较短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
+        for row, end in enumerate(self._offsets.tolist()):
+            for buffer in (self.latent, self.rope, self.scale):
+                if buffer is not None and end < self._length:
+                    buffer[row, end : self._length] = 0
+
+    # ---- 整体操作 ----
+
+    def crop(self, tokens: int) -> None:
+        """tokens <= 0：每行去掉 -tokens 个词元；tokens > 0：只保留前 tokens 个。"""
+        if self.latent is None:
+            return
+        shortest = int(self._offsets.min()) if self._ragged else self._length
+        if -tokens > shortest:
+            raise InputError(f"{self.name}缓存只有 {shortest} 个词元，不能去掉 {-tokens} 个")
+        if tokens > 0:
+            self._offsets.clamp_(max=tokens)
+            self._length = min(self._length, tokens)
+        else:
+            self._offsets += tokens
+            self._length += tokens
+        self._ragged = self._ragged and int(self._offsets.min()) != self._length
+
+    def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
+        """逐行截断到 lengths [B]；每个值须在 0 与该行现有长度之间。"""
+        if self.latent is None:
+            raise InputError(f"{self.name}缓存还是空的，不能逐行截断")
+        wanted = torch.as_tensor(lengths).to("cpu", torch.int64)
+        if wanted.shape != self._offsets.shape:
+            raise InputError(
+                f"lengths 应有 {self._offsets.numel()} 个值，得到形状 {list(wanted.shape)}"
+            )
+        if bool((wanted < 0).any()) or bool((wanted > self._offsets).any()):
+            raise InputError(
+                f"lengths 应在 0 与各行现有长度 {self._offsets.tolist()} 之间，得到 {wanted.tolist()}"
+            )
+        self._offsets.copy_(wanted)
+        self._length = int(wanted.max())
+        self._ragged = int(wanted.min()) != self._length
+        if self._ragged:
+            self._clear_tails()
+
+    def reorder(self, index: Tensor) -> None:
+        """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
+        if self.latent is None:
+            return
+        index = self._check_index(index)
+        if index.numel() != self.latent.shape[0]:
+            self.select(index)
+            return
+        moved = (index != torch.arange(index.numel(), device=index.device)).nonzero().flatten()
+        if moved.numel() == 0:
+            return
+        source = index[moved]
+        for buffer in (self.latent, self.rope, self.scale):
+            if buffer is not None:
+                part = buffer[:, : self._length]
+                part[moved] = part[source]
+        if self._ragged:
+            self._offsets = self._offsets[index.cpu()]
+
+    def select(self, index: Tensor) -> None:
+        """只保留 index 指出的行（可重复、可改变行数）。"""
+        if self.latent is None:
+            return
+        index = self._check_index(index)
+        self.latent = self.latent.index_select(0, index)
+        self.rope = self.rope.index_select(0, index)
+        if self.scale is not None:
+            self.scale = self.scale.index_select(0, index)
+        self._offsets = self._offsets[index.cpu()]
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """每行重复 repeats 次。"""
+        if self.latent is not None:
+            rows = torch.arange(self.latent.shape[0], device=self.latent.device)
+            self.select(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """清空并释放缓冲区。"""
+        self.latent = self.rope = self.scale = self._offsets = None
+        self._length, self._ragged = 0, False
+
+    def _check_index(self, index: Tensor) -> Tensor:
+        index = torch.as_tensor(index, device=self.latent.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        index = index.to(torch.int64)
+        rows = self.latent.shape[0]
+        if index.dim() != 1 or index.numel() == 0:
+            raise InputError(f"{self.name}行下标应为非空的一维整数张量，得到 {list(index.shape)}")
+        low, high = int(index.min()), int(index.max())
+        if low < -rows or high >= rows:
+            raise InputError(f"{self.name}行下标应在 0 与 {rows - 1} 之间，得到 {low} 到 {high}")
+        return index % rows
+
+
+class LatentCache:
+    """整个模型的潜变量缓存；可以作为 ``past_key_values`` 传给优化后的模型及其 ``generate()``。
+
+    参数
+    ----
+    num_layers : 层数。
+    max_length : 每行词元数上限；None 为不限。
+    dtype : 存储类型，``"auto"``（与写入的一致）、``"bfloat16"``、``"int8"`` 等，或 torch.dtype。
+    memory_budget_bytes : 整个缓存的字节上限，各层平分；放不下时在分配之前报错并给出最大长度。
+
+    方法的命名与返回值同 transformers 的 Cache；:meth:`update` 两种写法都接受。
+    """
+
+    is_compileable = False
+    is_croppable = True
+    offloading = False
+    layer_class_to_replicate = None
+
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        max_length: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory_budget_bytes: int | None = None,
+    ):
+        for name, value in (("num_layers", num_layers), ("max_length", max_length)):
+            bad = isinstance(value, bool) or not isinstance(value, int) or value < 1
+            if bad and not (name == "max_length" and value is None):
+                raise InputError.expected(name, "正整数", value)
+        share = None if memory_budget_bytes is None else memory_budget_bytes // num_layers
+        store = cache_dtype(dtype)
+        self.max_length = max_length
+        self.layers = [
+            LatentLayer(dtype=store, max_length=max_length, budget_bytes=share, name=f"第 {i} 层")
+            for i in range(num_layers)
+        ]
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        memory_budget_bytes: int | None = None,
+    ) -> LatentCache:
+        """按模型的层数与维度建缓存；给出 batch_size 与 max_length 时立即全部分配。
+
+        抛出 UnsupportedError（模型里没有受支持的 MLA 层）、MemoryBudgetError（放不进预算）。
+        """
+        from deepseek_opt.integrations import specs
+
+        found = specs.cache_geometry(model)
+        cache = cls(
+            max(found) + 1, max_length=max_length, dtype=dtype, memory_budget_bytes=memory_budget_bytes
+        )
+        if batch_size is None or max_length is None:
+            return cache
+        for index, (rank, rope_dim, weight) in found.items():
+            sample = {"dtype": weight.dtype, "device": weight.device}
+            latent = torch.empty(batch_size, 0, rank, **sample)
+            cache.layers[index].reserve(max_length, latent, latent.new_empty(batch_size, 0, rope_dim))
+        return cache
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """写入一层的新词元。
+
+        ``update(layer_idx, latent [B, T, r], rope [B, T, dr])``
+            返回 (latent [B, C, r], rope [B, C, dr], scale [B, C] 或 None)：整块缓冲区，不复制；
+            其中前 :meth:`get_seq_length` 个槽位有效。
+        ``update(keys [B, 1, T, r], values [B, 1, T, dr], layer_idx)``
+            transformers 的写法；返回有效部分 [B, 1, S, r]、[B, 1, S, dr]（int8 时为还原的副本）。
+        """
+        if args and isinstance(args[0], Tensor):
+            return self._update_transformers(*args, **kwargs)
+        return self._update(*args, **kwargs)
+
+    def _update(self, layer_idx: int, latent: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        layer = self.layer(layer_idx)
+        layer.append(latent, rope)
+        return layer.latent, layer.rope, layer.scale
+
+    def _update_transformers(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layer(layer_idx)
+        if key_states.dim() != 4 or key_states.shape[1] != 1:
+            raise InputError.expected("key_states", "[B, 1, T, r]（潜变量）", key_states)
+        layer.append(key_states[:, 0], value_states[:, 0])
+        return layer.dequantized().unsqueeze(1), layer.rope[:, None, : layer.length]
+
+    def layer(self, layer_idx: int) -> LatentLayer:
+        """第 layer_idx 层；越界时说明缓存与模型不符。"""
+        if not 0 <= layer_idx < len(self.layers):
+            raise InputError(
+                f"缓存来自另一个模型：缓存有 {len(self.layers)} 层，而模型要用第 {layer_idx} 层"
+            )
+        return self.layers[layer_idx]
+
+    # ---- 状态 ----
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentCache(层数={len(self.layers)}, 长度={self.get_seq_length()}, "
+            f"容量={max(x.capacity for x in self.layers)}, 字节={self.nbytes})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """已分配的总字节数。"""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """每行长度 [B]；还没有写入过为 None。"""
+        return next((x.lengths for x in self.layers if x.latent is not None), None)
+
+    @property
+    def batch_size(self) -> int:
+        """行数；还没有写入过为 -1。"""
+        return next((x.latent.shape[0] for x in self.layers if x.latent is not None), -1)
+
+    @property
+    def is_initialized(self) -> bool:
+        """是否每层都写入过。"""
+        return all(layer.latent is not None for layer in self.layers)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """每层是否滑动窗口；总是 False。"""
+        return [False] * len(self.layers)
+
+    is_linear = is_sliding
+    is_dummy = is_sliding
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """第 layer_idx 层各行长度的最大值。"""
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    get_query_offset = get_seq_length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """每行词元数上限；-1 为不限。"""
+        del layer_idx
+        return -1 if self.max_length is None else self.max_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(键的总数, 起点)；transformers 建掩码用。"""
+        return self.get_seq_length(layer_idx) + int(query_length), 0
+
+    # ---- 整体操作：先全部检查，再逐层改 ----
+
+    def crop(self, tokens: int) -> None:
+        """tokens <= 0：每行去掉 -tokens 个词元；tokens > 0：只保留前 tokens 个。"""
+        for layer in self.layers:
+            layer.crop(tokens)
+
+    def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
+        """逐行截断到 lengths [B]（例如每行接受的草稿词元数不同）。"""
+        for layer in self.layers:
+            layer.crop_rows(lengths)
+
+    def reorder(self, index: Tensor) -> None:
+        """按 index [B] 重排各行（束搜索）。"""
+        for layer in self.layers:
+            layer.reorder(index)
+
+    def select(self, index: Tensor) -> None:
+        """只保留 index 指出的行。"""
+        for layer in self.layers:
+            layer.select(index)
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """每行重复 repeats 次。"""
+        for layer in self.layers:
+            layer.repeat_interleave(repeats)
+
+    def reset(self) -> None:
+        """清空全部层。"""
+        for layer in self.layers:
+            layer.reset()
+
+    # transformers 用的名字
+    reorder_cache = reorder
+    batch_select_indices = select
+    batch_repeat_interleave = repeat_interleave
+
+    def activate_past_recording(self) -> None:
+        """transformers 的接口；本缓存总是保留全部词元，无需动作。"""

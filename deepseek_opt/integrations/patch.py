@@ -1,0 +1,47 @@
+"""实例补丁的公共部分：把可调用对象放到 ``module.forward``，恢复时取下，别的什么都不动。"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from deepseek_opt.integrations.runtime import Runtime
+
+
+class Patch:
+    """一个模块实例的新 forward。
+
+    深拷贝（或 pickle）模型时补丁随之复制，副本里的 ``module`` 指向副本的模块。
+    """
+
+    kind = ""
+
+    def __init__(self, module: nn.Module, runtime: Runtime, name: str):
+        self.module = module
+        self.runtime = runtime
+        self.name = name
+        self.original = module.__dict__.get("forward")  # 实例上原有的 forward；通常没有
+
+    def install(self) -> None:
+        """换上。"""
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """取下，实例属性回到原样。"""
+        if self.original is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.__dict__["forward"] = self.original
+
+    def call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """原 forward。"""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def patch_of(module: nn.Module) -> Patch | None:
+    """module 上的补丁；没有为 None。"""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Patch) else None

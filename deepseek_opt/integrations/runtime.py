@@ -1,0 +1,109 @@
+"""一个已优化模型的共享状态：活的配置、回退计数、按线程的掩码与旋转备忘。"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_opt.cache import cache_dtype
+from deepseek_opt.errors import ConfigError
+from deepseek_opt.integrations.masks import PlanMemo
+
+logger = logging.getLogger("deepseek_opt")
+
+
+class Runtime:
+    """各层补丁共用；随模型一起被 deepcopy，锁与线程局部的内容不复制。"""
+
+    def __init__(self, profile: Any) -> None:
+        self.profile = profile
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.masks = PlanMemo()
+        self.ropes = RopeMemo()
+        self.layer_count = 1  # 预算由各层平分
+        self._lock = threading.Lock()
+        self._bind(getattr(profile, "mla", None))
+
+    def _bind(self, mla: Any) -> None:
+        self._mla = mla
+        self._revision = getattr(mla, "revision", None)
+        self._snapshot = mla.snapshot() if hasattr(mla, "snapshot") else None
+        self.store_dtype = cache_dtype(getattr(mla, "cache_dtype", None))
+        self.max_length = getattr(mla, "max_cache_length", None)
+        self.memory_budget = getattr(mla, "memory_budget_bytes", None)
+        self.chunk_size = getattr(mla, "prefill_chunk_size", None)
+
+    def refresh(self) -> None:
+        """配置被改动过就重新读取；改了不能动态修改的字段则抛出 ConfigError，说明原因。"""
+        mla = self.profile.mla
+        if mla is self._mla and getattr(mla, "revision", None) == self._revision:
+            return
+        with self._lock:
+            if mla is None:
+                raise ConfigError("profile.mla 在已优化的模型上被设为 None；请用 switch 或 restore")
+            if self._snapshot is not None:
+                mla.require_live(self._snapshot)
+            self._bind(mla)
+
+    @property
+    def layer_budget(self) -> int | None:
+        """每层缓存的字节上限。"""
+        return None if self.memory_budget is None else self.memory_budget // self.layer_count
+
+    def count(self, name: str, reason: str) -> None:
+        """记一次回退；同一层同一原因第一次用 WARNING，以后用 DEBUG。"""
+        with self._lock:
+            self.fallbacks[name, reason] += 1
+            first = self.fallbacks[name, reason] == 1
+        level = logging.WARNING if first else logging.DEBUG
+        logger.log(level, "%s 这次由原实现计算：%s", name, reason)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        # 深拷贝之后 profile.mla 是副本：重新绑定，免得被当作用户换了配置
+        self._bind(getattr(self.profile, "mla", None))
+
+
+class RopeMemo:
+    """每个线程记住最近一次的 cos、sin（半宽、连续）：各层收到的是同一个张量对象。"""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __reduce__(self) -> Any:
+        return RopeMemo, ()
+
+    def halves(self, embeddings: Any, half: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) 或复数 freqs_cis -> 各 [1 或 B, T, half]。"""
+        key = embeddings if isinstance(embeddings, Tensor) else embeddings[0]
+        local = self._local
+        if getattr(local, "ref", _none)() is key and local.version == key._version:
+            return local.pair
+        if isinstance(embeddings, Tensor):
+            pair = (embeddings.real.contiguous(), embeddings.imag.contiguous())
+        else:
+            cos, sin = embeddings
+            pair = (cos[..., :half].contiguous(), sin[..., :half].contiguous())
+        local.ref, local.version, local.pair = weakref.ref(key), key._version, pair
+        return pair
+
+
+def _none() -> None:
+    return None
+
+
+def is_tracing_grad(*tensors: Tensor) -> bool:
+    """是否需要为这些张量记录梯度。"""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,264 @@
+"""替换一个 MLA 注意力实例的 forward：投影与归一化、旋转、缓存、spans、潜变量核、输出投影。
+
+补丁只放在实例上（``module.forward``）；参数、类、模块全局都不动。任何不支持的情形
+交给原 forward 计算，并在报告里计数、说明原因。
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_opt import ops
+from deepseek_opt.cache import LatentCache, LatentLayer
+from deepseek_opt.errors import InputError, UnsupportedError
+from deepseek_opt.integrations import bridge
+from deepseek_opt.integrations.masks import ragged_plan
+from deepseek_opt.integrations.patch import Patch
+from deepseek_opt.integrations.projections import effective_weight, is_rms_norm, norm, project
+from deepseek_opt.integrations.runtime import Runtime, is_tracing_grad
+from deepseek_opt.integrations.specs import AttentionSpec
+
+FORWARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AttentionPatch(Patch):
+    """一个 MLA 注意力实例的新 forward。"""
+
+    kind = "mla"
+
+    def __init__(self, module: nn.Module, spec: AttentionSpec, runtime: Runtime, name: str):
+        super().__init__(module, runtime, name)
+        self.spec = spec
+        self.owns_masks = False  # 所在的基础模型是否用了配置替身（掩码是 2 维）
+        self.rank = getattr(module, spec.kv_lora_rank)
+        self.nope_dim = getattr(module, spec.qk_nope_head_dim)
+        self.rope_dim = getattr(module, spec.qk_rope_head_dim)
+        self.value_dim = getattr(module, spec.v_head_dim)
+        self.rope = _rope_kind(module, spec)
+        self.known_norms = frozenset(
+            key for key in _norm_names(spec) if is_rms_norm(getattr(module, key, None))
+        )
+        self._parameters: tuple[str, ...] | None = None
+
+    # ---- 入口 ----
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs.update(zip(self._positional(), args, strict=False))
+        self.runtime.refresh()
+        weight, reason = effective_weight(getattr(self.module, self.spec.kv_b_proj))
+        reason = reason or self._refusal(hidden_states, kwargs)
+        if reason is not None:
+            return self._fallback(reason, hidden_states, kwargs)
+        q, latent, rope = self._project(hidden_states, kwargs)
+        cache = kwargs.get("past_key_values")
+        out, reason = self._attend(q, latent, rope, weight, cache, kwargs.get("attention_mask"))
+        if reason is not None:
+            return self._fallback(reason, hidden_states, kwargs)
+        if self.spec.gate is not None:
+            out = out * self._gate(hidden_states, out.dtype)
+        out = project(getattr(self.module, self.spec.o_proj), out.flatten(2))
+        return (out, None) if self.spec.returns_tuple else out
+
+    def _positional(self) -> tuple[str, ...]:
+        """原 forward 在 hidden_states 之后的位置参数名。"""
+        if self._parameters is None:
+            names = list(inspect.signature(type(self.module).forward).parameters)
+            self._parameters = tuple(names[2:])
+        return self._parameters
+
+    def _refusal(self, hidden: Tensor, kwargs: dict[str, Any]) -> str | None:
+        """这次调用不能由潜变量核计算的原因；可以则为 None。"""
+        module = self.module
+        if hidden.device.type != "cpu":
+            return f"设备 {hidden.device.type} 上还没有 MLA 核"
+        if hidden.dtype not in FORWARD_DTYPES:
+            return f"数据类型 {hidden.dtype} 不受支持"
+        if module.training and getattr(module, "attention_dropout", 0.0):
+            return f"训练时 attention_dropout={module.attention_dropout}，融合核不做 dropout"
+        if kwargs.get("output_attentions") or bridge.wants_attentions():
+            return "output_attentions=True 需要完整的注意力权重"
+        if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+            return "双向注意力（is_causal=False）"
+        return None
+
+    def _fallback(self, reason: str, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        """交给原 forward；掩码先换成原实现要的形式。"""
+        self.runtime.count(self.name, reason)
+        mask = kwargs.get("attention_mask")
+        if self.owns_masks and (mask is None or mask.dim() == 2):
+            index = getattr(self.module, self.spec.layer_idx)
+            kwargs = bridge.original_mask(self.module, hidden, kwargs, index)
+        return self.call_original(hidden, **kwargs)
+
+    # ---- 投影 ----
+
+    def _project(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, dn + dr]（已旋转）、latent [B, T, r]（已归一化）、rope [B, T, dr]（已旋转）。"""
+        module, spec = self.module, self.spec
+        q, own = self._queries(hidden)
+        q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
+        joint = project(getattr(module, spec.kv_a_proj), hidden)
+        latent, rope = joint.split((self.rank, self.rope_dim), -1)
+        latent = self._norm(spec.kv_a_layernorm, latent)
+        if spec.kv_scale is not None:
+            latent = latent * getattr(module, spec.kv_scale)
+        if spec.q_scale is not None:
+            q, own = q * getattr(module, spec.q_scale), True
+        if spec.k_rope_layernorm is not None:
+            rope = self._norm(spec.k_rope_layernorm, rope)
+        if self.rope is not None:
+            embeddings = kwargs["position_embeddings"]
+            q, rope = self._rotate(q, rope, embeddings, own)
+        if spec.q_position_scale is not None:
+            q = q * self._position_scale(kwargs["position_ids"]).to(q.dtype)
+        return q, latent, rope
+
+    def _queries(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        """(查询, 是否是可以原地改写的新张量)。"""
+        module, spec = self.module, self.spec
+        down = None if spec.q_a_proj is None else getattr(module, spec.q_a_proj, None)
+        if down is None:
+            last = getattr(module, spec.q_proj)
+        else:
+            hidden = self._norm(spec.q_a_layernorm, project(down, hidden))
+            if spec.q_latent_scale is not None:
+                hidden = hidden * getattr(module, spec.q_latent_scale)
+            last = getattr(module, spec.q_b_proj)
+        return project(last, hidden), type(last) is nn.Linear
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return norm(getattr(self.module, name), x, name in self.known_norms)
+
+    def _rotate(self, q: Tensor, rope: Tensor, embeddings: Any, own: bool) -> tuple[Tensor, Tensor]:
+        cos, sin = self.runtime.ropes.halves(embeddings, self.rope_dim // 2)
+        interleaved = self.rope == "interleaved"
+        turned = ops.rope(q[..., self.nope_dim :], cos, sin, interleaved)
+        rope = ops.rope(rope.unsqueeze(2), cos, sin, interleaved).squeeze(2)
+        if self.spec.rope_complex:
+            turned, rope = _interleave(turned), _interleave(rope)
+        if own and not torch.is_grad_enabled():
+            q[..., self.nope_dim :] = turned  # 不求导时原地写回，省一份 q
+            return q, rope
+        return torch.cat((q[..., : self.nope_dim], turned.to(q.dtype)), -1), rope
+
+    def _position_scale(self, position_ids: Tensor) -> Tensor:
+        """llama4 式的长文温度，[1 或 B, T, 1, 1]。"""
+        rope = self.module.config.rope_parameters
+        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        scale = 1 + beta * torch.log(1 + torch.floor(position_ids / length))
+        return scale[:, :, None, None]
+
+    def _gate(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """每头的输出门 [B, T, H, 1]。"""
+        gate = project(getattr(self.module, self.spec.gate), hidden)
+        gate = gate.float().sigmoid() if self.spec.gate_fp32 else gate.sigmoid()
+        return gate.to(dtype).unsqueeze(-1)
+
+    # ---- 缓存与注意力 ----
+
+    def _attend(
+        self, q: Tensor, latent: Tensor, rope: Tensor, weight: Tensor, cache: Any, mask: Any
+    ) -> tuple[Tensor | None, str | None]:
+        batch, steps = latent.shape[:2]
+        scale = None
+        if cache is None:
+            plan = self.runtime.masks.plan(mask, batch, steps, steps, steps)
+            if plan.reason is not None:
+                return None, plan.reason
+        else:
+            index = getattr(self.module, self.spec.layer_idx)
+            tracked = is_tracing_grad(latent, rope)
+            layer = bridge.resolve_layer(cache, index, self.runtime, tracked)
+            if layer is None or (tracked and not isinstance(cache, LatentCache)):
+                found = self._through_update(cache, index, latent, rope, mask)
+            else:
+                found = self._through_layer(layer, latent, rope, mask, tracked)
+            plan, latent, rope, scale = found
+            if plan.reason is not None:
+                return None, plan.reason
+        out = ops.mla_attention(
+            q,
+            latent,
+            rope,
+            scale,
+            weight,
+            plan.spans,
+            plan.kv_mask,
+            float(getattr(self.module, self.spec.scaling)),
+            self.value_dim,
+        )
+        return out, None
+
+    def _through_layer(
+        self, layer: LatentLayer, latent: Tensor, rope: Tensor, mask: Any, tracked: bool
+    ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """写入原地增长的缓冲区，直接在缓冲区上计算。"""
+        batch, steps = latent.shape[:2]
+        past = layer.length
+        total = past + steps
+        if tracked:  # LatentCache 是常量存储：旧词元不带梯度，新词元带
+            plan = self.runtime.masks.plan(mask, batch, steps, total, total)
+            if past:
+                old = layer.dequantized().to(latent.dtype), layer.rope[:, :past].to(rope.dtype)
+                joined = torch.cat((old[0], latent), 1), torch.cat((old[1], rope), 1)
+            else:
+                joined = latent, rope
+            if plan.reason is None:
+                layer.append(latent, rope)
+            return plan, *joined, None
+        layer._check(latent, rope)
+        if total > layer.capacity:
+            layer.reserve(total, latent, rope)
+        if layer.ragged:
+            if mask is not None:
+                raise InputError("缓存各行长度不同（用过 crop_rows），不能再与 attention_mask 同用")
+            plan = ragged_plan(layer.lengths + steps, steps, layer.capacity)
+        else:
+            plan = self.runtime.masks.plan(mask, batch, steps, total, layer.capacity)
+        if plan.reason is None:
+            layer.append(latent, rope)
+        return plan, layer.latent, layer.rope, layer.scale
+
+    def _through_update(
+        self, cache: Any, index: int, latent: Tensor, rope: Tensor, mask: Any
+    ) -> tuple[Any, Tensor, Tensor, None]:
+        """StaticCache 等：走它自己的 update，再读它返回的张量。"""
+        batch, steps = latent.shape[:2]
+        layers = getattr(cache, "layers", ())
+        layer = layers[index] if index < len(layers) else None
+        if getattr(layer, "is_sliding", False):
+            raise UnsupportedError(f"{self.name}：滑动窗口缓存不能用于 MLA 全注意力层")
+        past = int(cache.get_seq_length(index))
+        fixed = getattr(layer, "max_cache_len", None)
+        slots = fixed if isinstance(fixed, int) else past + steps
+        if past + steps > slots:
+            raise InputError(f"{self.name}：缓存上限 {slots} 个词元，需要 {past + steps} 个")
+        plan = self.runtime.masks.plan(mask, batch, steps, past + steps, slots)
+        if plan.reason is None:
+            keys, values = cache.update(latent.unsqueeze(1), rope.unsqueeze(1), index)
+            latent, rope = keys[:, 0], values[:, 0]
+        return plan, latent, rope, None
+
+
+def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
+    """"interleaved"、"half"，或 None（不旋转）。"""
+    if spec.rope == "none" or not getattr(module, spec.qk_rope_head_dim):
+        return None
+    if spec.rope == "config":
+        return "interleaved" if module.config.rope_interleave else "half"
+    return spec.rope
+
+
+def _norm_names(spec: AttentionSpec) -> tuple[str, ...]:
+    names = (spec.q_a_layernorm, spec.kv_a_layernorm, spec.k_rope_layernorm)
+    return tuple(name for name in names if name is not None)
+
+
+def _interleave(x: Tensor) -> Tensor:
+    """前后两半 -> 相邻两维一对（deepseek_v2 缓存的排列）。"""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

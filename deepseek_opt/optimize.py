@@ -1,0 +1,284 @@
+"""optimize、restore、switch、optimized：就地优化一个模型实例，随时还原。"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
+from deepseek_opt.integrations import apply, bridge
+from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations.runtime import Runtime
+from deepseek_opt.report import OptimizationReport, ReportEntry
+
+logger = logging.getLogger("deepseek_opt")
+
+_STATE = "_deepseek_opt_state"
+_guard = threading.Lock()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LATER = {"mtp": "MTP（多词元预测）在这个版本中还没有提供", "moe": "MoE 在这个版本中还没有提供"}
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+class ModelState:
+    """放在被优化的模型实例上的私有记录；deepcopy 时随模型复制。"""
+
+    def __init__(self, runtime: Runtime, report: OptimizationReport, options: dict[str, Any]):
+        self.runtime = runtime
+        self.report = report
+        self.options = options
+
+
+def optimize(
+    model: nn.Module, profile: Any, *, strict: bool = False, filter_fn: FilterFn | None = None
+) -> OptimizationReport:
+    """就地优化 model（只改这个实例）；返回每个模块替换了没有、为什么。
+
+    参数
+    ----
+    model : transformers 模型，或登记过注意力类（``register_spec``）的自己的模型。
+    profile : :class:`~deepseek_opt.OptimizationProfile`；为 None 的部分不动。
+    strict : True 时，凡要求了却做不到的都抛 UnsupportedError，模型保持原样。
+    filter_fn : ``filter_fn(名字, 模块) -> bool``；返回 False 的模块不替换。
+
+    参数、缓冲区、类、模块全局都不动；state_dict、save_pretrained、deepcopy 照常。
+    中途出错会全部撤销。没有可替换的模块时，报告写明原因并记一条警告（strict 时报错）。
+
+    抛出 InputError（参数不对、已经优化过）、ConfigError（配置与模型不符）、UnsupportedError（strict）。
+
+    示例::
+
+        report = deepseek_opt.optimize(model, OptimizationProfile(mla=MLAConfig()))
+        print(report)
+    """
+    _check_model(model)
+    _check_profile(profile)
+    with _lock_of(model):
+        if is_optimized(model):
+            raise InputError(
+                f"这个 {type(model).__name__} 已经优化过；要换配置请用 switch(model, profile)，"
+                "要撤销请用 restore(model)"
+            )
+        return _apply(model, profile, strict, filter_fn)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """撤销 optimize，模型（逐位）回到原样；返回 model。没有优化过则抛 InputError。
+
+    示例::
+
+        deepseek_opt.restore(model)
+    """
+    _check_model(model)
+    with _lock_of(model):
+        if not is_optimized(model):
+            raise InputError(f"这个 {type(model).__name__} 没有优化过，无需 restore")
+        _undo(model)
+    logger.info("已恢复 %s", type(model).__name__)
+    return model
+
+
+def switch(
+    model: nn.Module,
+    profile: Any,
+    *,
+    strict: bool | None = None,
+    filter_fn: FilterFn | None = None,
+) -> OptimizationReport:
+    """在已优化的模型上换一份配置；出错时保持原来的优化不变。
+
+    strict、filter_fn 不给时沿用上一次的。没有优化过则抛 InputError。
+    """
+    _check_model(model)
+    _check_profile(profile)
+    with _lock_of(model):
+        state = find_state(model)
+        if state is None:
+            raise InputError(f"这个 {type(model).__name__} 没有优化过，请先用 optimize(model, profile)")
+        strict = state.options["strict"] if strict is None else strict
+        chosen = filter_fn or state.options["filter_fn"]
+        saved = _detach_all(model)
+        try:
+            return _apply(model, profile, strict, chosen)
+        except BaseException:
+            _reattach(saved)
+            raise
+
+
+@contextmanager
+def optimized(
+    model: nn.Module, profile: Any, *, strict: bool = False, filter_fn: FilterFn | None = None
+) -> Iterator[OptimizationReport]:
+    """``with`` 块内优化，离开时恢复（出错也恢复）。
+
+    示例::
+
+        with deepseek_opt.optimized(model, profile) as report:
+            model.generate(**inputs)
+    """
+    report = optimize(model, profile, strict=strict, filter_fn=filter_fn)
+    try:
+        yield report
+    finally:
+        if is_optimized(model):
+            restore(model)
+
+
+class AttentionOptimizer:
+    """MLA 注意力优化器：只优化注意力，类的写法。
+
+    示例::
+
+        optimizer = AttentionOptimizer(MLAConfig(cache_dtype="int8"))
+        if any(optimizer.can_optimize(m) for m in model.modules()):
+            report = optimizer.apply(model)
+            ...
+            optimizer.restore(model)
+    """
+
+    def __init__(self, config: Any = None):
+        from deepseek_opt.config import MLAConfig, OptimizationProfile
+
+        config = MLAConfig() if config is None else config
+        if not isinstance(config, MLAConfig):
+            raise InputError.expected("config", "MLAConfig", config)
+        self.profile = OptimizationProfile(mla=config)
+
+    @property
+    def config(self) -> Any:
+        """MLA 配置；可动态修改的字段改动后，已优化的模型下一次调用生效。"""
+        return self.profile.mla
+
+    def can_optimize(self, module: nn.Module) -> bool:
+        """这个模块是否是能替换的 MLA 注意力层。"""
+        return apply.can_replace_attention(module)
+
+    def apply(
+        self, model: nn.Module, *, strict: bool = False, filter_fn: FilterFn | None = None
+    ) -> OptimizationReport:
+        """同 :func:`optimize`，只有 MLA 部分。"""
+        return optimize(model, self.profile, strict=strict, filter_fn=filter_fn)
+
+    def restore(self, model: nn.Module) -> nn.Module:
+        """同 :func:`restore`。"""
+        return restore(model)
+
+
+# ---- 内部 ----
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """model 或其子模块（例如被 PEFT 包了一层）上的记录。"""
+    for module in model.modules():
+        state = module.__dict__.get(_STATE)
+        if state is not None:
+            return state
+    return None
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """model（或其中一部分）是否正处于优化状态。"""
+    return any(_STATE in m.__dict__ or patch_of(m) is not None for m in model.modules())
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    with _guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError.expected("model", "torch.nn.Module", model)
+
+
+def _check_profile(profile: Any) -> None:
+    from deepseek_opt.config import OptimizationProfile
+
+    if not isinstance(profile, OptimizationProfile):
+        raise InputError.expected("profile", "OptimizationProfile", profile)
+
+
+def _apply(
+    model: nn.Module, profile: Any, strict: bool, filter_fn: FilterFn | None
+) -> OptimizationReport:
+    if bridge.loaded():
+        bridge.check_version()
+    runtime = Runtime(profile)
+    report = OptimizationReport(type(model).__name__, [], runtime.fallbacks)
+    try:
+        if profile.mla is not None:
+            report.entries += apply.replace_attention(model, profile.mla, runtime, filter_fn)
+        if getattr(profile, "dense", None) is not None:
+            report.entries += apply.replace_dense(model, profile.dense, runtime, filter_fn)
+        for part, reason in _LATER.items():
+            if getattr(profile, part, None) is not None:
+                report.entries.append(ReportEntry("", part, "", False, reason, True))
+        if strict:
+            _require_met(report)
+        apply.use_light_masks(model)
+        options = {"strict": strict, "filter_fn": filter_fn}
+        model.__dict__[_STATE] = ModelState(runtime, report, options)
+    except BaseException:
+        _undo(model)
+        raise
+    _log(report)
+    return report
+
+
+def _require_met(report: OptimizationReport) -> None:
+    lines = [f"{entry.name or entry.part}：{entry.reason}" for entry in report.unmet]
+    if not report.replaced:
+        lines.append("模型里没有任何可以替换的模块")
+    if lines:
+        raise UnsupportedError(f"{report.model} 没有做到配置的全部要求：\n  " + "\n  ".join(lines))
+
+
+def _log(report: OptimizationReport) -> None:
+    if report.replaced:
+        logger.info("%s：替换 %d 处，跳过 %d 处", report.model, len(report.replaced), len(report.skipped))
+    else:
+        reasons = sorted({entry.reason for entry in report.skipped if entry.reason})
+        logger.warning("%s 里什么都没有替换：%s", report.model, "；".join(reasons) or "配置各部分都为空")
+
+
+def _undo(model: nn.Module) -> None:
+    _detach_all(model)
+
+
+def _detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """取下全部补丁、替身与记录；返回 (模块, 属性, 值) 供重新装上。"""
+    removed = []
+    for module in model.modules():
+        state = module.__dict__
+        if _STATE in state:
+            removed.append((module, _STATE, state.pop(_STATE)))
+        patch = patch_of(module)
+        if patch is not None:
+            removed.append((module, "forward", patch))
+            patch.remove()
+        removed += apply.drop_traces(module)
+    return removed
+
+
+def _reattach(removed: list[tuple[nn.Module, str, Any]]) -> None:
+    for module, name, value in removed:
+        module.__dict__[name] = value
+
+
+__all__ = [
+    "AttentionOptimizer",
+    "ConfigError",
+    "DeepSeekOptError",
+    "OptimizationReport",
+    "optimize",
+    "optimized",
+    "restore",
+    "switch",
+]

@@ -1,0 +1,151 @@
+"""优化报告与核对报告：终端里是 rich 表格，笔记本里是 HTML，程序里是字典。"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_PARTS = {"mla": "MLA 注意力", "dense": "稠密层", "mtp": "MTP", "moe": "MoE"}
+
+
+@dataclass(frozen=True)
+class ReportEntry:
+    """一个模块的处理结果。
+
+    属性：
+        name: 模块在模型中的路径；整个部分缺失时为空串。
+        part: 属于配置的哪一部分：mla、dense、mtp、moe。
+        kind: 模块的类名或用途。
+        replaced: 是否已替换。
+        reason: 没有替换的原因（中文）；已替换时为说明，可以为空。
+        required: 没有替换时，是否算作没有做到用户的要求（strict=True 时报错）。
+    """
+
+    name: str
+    part: str
+    kind: str
+    replaced: bool
+    reason: str = ""
+    required: bool = False
+
+
+@dataclass
+class OptimizationReport:
+    """``optimize`` 的结果：每个模块替换了没有、为什么；以及运行中的回退次数。
+
+    示例::
+
+        report = deepseek_opt.optimize(model, profile)
+        print(report)              # 表格
+        report.replaced            # 已替换的 ReportEntry
+        report.fallbacks           # {(模块, 原因): 次数}，随运行更新
+    """
+
+    model: str
+    entries: list[ReportEntry] = field(default_factory=list)
+    fallbacks: Mapping[tuple[str, str], int] = field(default_factory=Counter)
+
+    @property
+    def replaced(self) -> list[ReportEntry]:
+        """已替换的模块。"""
+        return [entry for entry in self.entries if entry.replaced]
+
+    @property
+    def skipped(self) -> list[ReportEntry]:
+        """没有替换的模块，带原因。"""
+        return [entry for entry in self.entries if not entry.replaced]
+
+    @property
+    def unmet(self) -> list[ReportEntry]:
+        """用户要求了、但没有做到的。"""
+        return [entry for entry in self.entries if not entry.replaced and entry.required]
+
+    def to_dict(self) -> dict[str, Any]:
+        """可以直接写成 JSON 的字典。"""
+        return {
+            "model": self.model,
+            "replaced": [asdict(entry) for entry in self.replaced],
+            "skipped": [asdict(entry) for entry in self.skipped],
+            "fallbacks": [
+                {"name": name, "reason": reason, "count": count}
+                for (name, reason), count in sorted(self.fallbacks.items())
+            ],
+        }
+
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        rows: Counter[tuple[str, str, str, str]] = Counter()
+        names: dict[tuple[str, str, str, str], list[str]] = {}
+        for entry in self.entries:
+            key = (
+                _PARTS.get(entry.part, entry.part),
+                entry.kind,
+                "已替换" if entry.replaced else "未替换",
+                entry.reason,
+            )
+            rows[key] += 1
+            names.setdefault(key, []).append(entry.name)
+        body = [
+            [part, kind, str(count), state, _span(names[part, kind, state, reason]), reason]
+            for (part, kind, state, reason), count in rows.items()
+        ]
+        tables = [(f"{self.model} 的优化", ["部分", "模块", "个数", "结果", "位置", "说明"], body)]
+        if self.fallbacks:
+            slow = [[name, reason, str(n)] for (name, reason), n in sorted(self.fallbacks.items())]
+            tables.append(("由原实现计算的次数", ["模块", "原因", "次数"], slow))
+        return tables
+
+    def render(self, width: int | None = None) -> str:
+        """终端用的表格文本；width 为列数，默认 120。"""
+        return render_tables(self._tables(), width)
+
+    __str__ = render
+
+    def _repr_html_(self) -> str:
+        return html_tables(self._tables())
+
+
+def _span(names: Sequence[str]) -> str:
+    """一组模块路径的简写：首个与末个。"""
+    shown = [name for name in names if name]
+    if len(shown) <= 1:
+        return shown[0] if shown else ""
+    return f"{shown[0]} … {shown[-1]}"
+
+
+def render_tables(
+    tables: Sequence[tuple[str, list[str], list[list[str]]]], width: int | None = None
+) -> str:
+    """(标题, 列名, 行) -> 终端文本。"""
+    from rich.console import Console
+    from rich.table import Table
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=width or 120, highlight=False)
+    for title, columns, rows in tables:
+        table = Table(title=title, title_justify="left", show_lines=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        console.print(table)
+    return stream.getvalue().rstrip("\n")
+
+
+def html_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]]) -> str:
+    """(标题, 列名, 行) -> HTML。"""
+    parts = []
+    for title, columns, rows in tables:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        parts.append(
+            f"<table><caption>{html.escape(title)}</caption>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
+    return "\n".join(parts)
