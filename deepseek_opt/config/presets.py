@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# 分块越小，预填充的工作区越小，但每块都要重新展开一次已缓存的 K、V；
-# 1024 时展开的开销已摊薄到几个百分点，512 再省一半工作区。
+# 分块越小，预填充的工作区（各层激活）越小；但每块都要重新读一遍权重、重新展开已缓存的 K、V。
 _LONG_CHUNK = 1024
 _SMALL_CHUNK = 512
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from deepseek_opt.config import io
+from deepseek_opt.config import io, yaml_safe
 from deepseek_opt.config.base import ConfigBase, validate
 from deepseek_opt.config.dense import DenseConfig
 from deepseek_opt.config.messages import suggest
@@ -93,6 +93,10 @@ class OptimizationProfile(ConfigBase):
                 line = document.lines.get((name,))
                 found.append(ConfigProblem(name, message, None, line))
         return validate(cls, data, file=str(path), lines=document.lines, found=found)
+
+    def to_yaml(self) -> str:
+        """写成 YAML 文本，只含给出的字段。"""
+        return yaml_safe.dump(self.to_dict())
 
     def to_file(self, path: str | Path) -> Path:
         """写成 .yaml、.yml、.json 或 .toml（由后缀决定）；读回来与原来相等。
