@@ -10,30 +10,12 @@ from torch import Tensor, nn
 
 from deepseek_opt import ops
 from deepseek_opt.config import MLAConfig
-from deepseek_opt.errors import InputError
-from deepseek_opt.layers.dims import MLADims, resolve_dims
+from deepseek_opt.errors import InputError, UnsupportedError
+from deepseek_opt.integrations.projections import effective_weight, project
+from deepseek_opt.layers.dims import resolve_dims
 from deepseek_opt.layers.rotary import RotaryEmbedding, softmax_scale
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def project(module: nn.Module, x: Tensor) -> Tensor:
-    """投影：没有钩子的普通 nn.Linear 直接走 :func:`ops.linear`，其余（LoRA、量化等）走模块自己。"""
-    if type(module) is nn.Linear and not any(getattr(module, name) for name in _HOOKS):
-        return ops.linear(x, module.weight, module.bias)
-    return module(x)
-
-
-def effective_weight(module: nn.Module, width: int, like: Tensor) -> Tensor:
-    """核要直接读的投影权重 [N, width]。
-
-    普通 nn.Linear 直接给出；包着 LoRA、量化等的模块由它作用在单位阵上得到，因此适配器同样起作用、
-    同样可导。
-    """
-    if type(module) is nn.Linear:
-        return module.weight
-    return module(torch.eye(width, dtype=like.dtype, device=like.device)).transpose(0, 1)
 
 
 class LatentProjections(nn.Module):
@@ -158,7 +140,10 @@ class LatentProjections(nn.Module):
 
     def _attend(self, q, latent, rope, scale, spans, kv_mask, causal: bool) -> Tensor:
         """注意力与输出投影：[B, T, H, dn + dr] -> [B, T, D]。"""
-        weight = effective_weight(self.kv_b_proj, self.dims.kv_lora_rank, q).to(q.dtype)
+        weight, reason = effective_weight(self.kv_b_proj)
+        if weight is None:
+            raise UnsupportedError(f"潜变量核要直接读 kv_b_proj 的权重：{reason}")
+        weight = weight.to(q.dtype)
         out = ops.mla_attention(
             q,
             latent,
@@ -210,6 +195,3 @@ def checked_mask(mask: Tensor, shape: tuple[int, int], name: str, device: torch.
     if mask.device != device:
         raise InputError(f"{name} 在 {mask.device}，而输入在 {device}；请放到同一设备")
     return mask
-
-
-__all__ = ["LatentProjections", "MLADims", "checked_mask", "effective_weight", "project"]

@@ -1,0 +1,61 @@
+"""性能指标：用时、吞吐、缓存与内存；脚本与笔记本里用法相同。
+
+示例
+----
+>>> import torch
+>>> from deepseek_opt.metrics import metrics, stop_metrics
+>>> model = torch.nn.Linear(4, 4)
+>>> print(metrics(model))
+性能指标：还没有前向调用，从现在开始收集
+>>> _ = model(torch.randn(2, 4))
+>>> metrics(model).calls
+1
+>>> stop_metrics(model)
+True
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from deepseek_opt.errors import InputError
+from deepseek_opt.metrics.collector import ATTRIBUTE, DEFAULT_WINDOW, MetricsCollector
+from deepseek_opt.metrics.record import PerformanceMetrics
+from deepseek_opt.metrics.sinks import JSONLSink, PrometheusSink, TensorBoardSink
+
+
+def metrics(model: nn.Module) -> PerformanceMetrics:
+    """model 的性能指标；还没有开始收集时，从这次调用起收集。"""
+    return start_metrics(model).metrics(model)
+
+
+def start_metrics(model: nn.Module, window: int = DEFAULT_WINDOW) -> MetricsCollector:
+    """开始收集（已在收集时返回原来的收集器）。window 为保留的最近调用次数。"""
+    if not isinstance(model, nn.Module):
+        raise InputError.expected("model", " nn.Module", model)
+    collector = model.__dict__.get(ATTRIBUTE)
+    if collector is None:
+        collector = MetricsCollector(window)
+        collector.attach(model)
+    return collector
+
+
+def stop_metrics(model: nn.Module) -> bool:
+    """停止收集并取下钩子；返回之前是否在收集。"""
+    collector = model.__dict__.get(ATTRIBUTE)
+    if collector is None:
+        return False
+    collector.detach(model)
+    return True
+
+
+__all__ = [
+    "JSONLSink",
+    "MetricsCollector",
+    "PerformanceMetrics",
+    "PrometheusSink",
+    "TensorBoardSink",
+    "metrics",
+    "start_metrics",
+    "stop_metrics",
+]
