@@ -58,9 +58,9 @@ def optimize(
         report = deepseek_opt.optimize(model, OptimizationProfile(mla=MLAConfig()))
         print(report)
     """
-    _check_model(model)
+    check_model(model)
     _check_profile(profile)
-    with _lock_of(model):
+    with lock_of(model):
         if is_optimized(model):
             raise InputError(
                 f"这个 {type(model).__name__} 已经优化过；要换配置请用 switch(model, profile)，"
@@ -76,8 +76,8 @@ def restore(model: nn.Module) -> nn.Module:
 
         deepseek_opt.restore(model)
     """
-    _check_model(model)
-    with _lock_of(model):
+    check_model(model)
+    with lock_of(model):
         if not is_optimized(model):
             raise InputError(f"这个 {type(model).__name__} 没有优化过，无需 restore")
         _undo(model)
@@ -96,19 +96,19 @@ def switch(
 
     strict、filter_fn 不给时沿用上一次的。没有优化过则抛 InputError。
     """
-    _check_model(model)
+    check_model(model)
     _check_profile(profile)
-    with _lock_of(model):
+    with lock_of(model):
         state = find_state(model)
         if state is None:
             raise InputError(f"这个 {type(model).__name__} 没有优化过，请先用 optimize(model, profile)")
         strict = state.options["strict"] if strict is None else strict
         chosen = filter_fn or state.options["filter_fn"]
-        saved = _detach_all(model)
+        saved = detach_all(model)
         try:
             return _apply(model, profile, strict, chosen)
         except BaseException:
-            _reattach(saved)
+            reattach(saved)
             raise
 
 
@@ -188,12 +188,12 @@ def is_optimized(model: nn.Module) -> bool:
     return any(_STATE in m.__dict__ or patch_of(m) is not None for m in model.modules())
 
 
-def _lock_of(model: nn.Module) -> threading.RLock:
+def lock_of(model: nn.Module) -> threading.RLock:
     with _guard:
         return _locks.setdefault(model, threading.RLock())
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InputError.expected("model", "torch.nn.Module", model)
 
@@ -249,10 +249,10 @@ def _log(report: OptimizationReport) -> None:
 
 
 def _undo(model: nn.Module) -> None:
-    _detach_all(model)
+    detach_all(model)
 
 
-def _detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """取下全部补丁、替身与记录；返回 (模块, 属性, 值) 供重新装上。"""
     removed = []
     for module in model.modules():
@@ -267,7 +267,7 @@ def _detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return removed
 
 
-def _reattach(removed: list[tuple[nn.Module, str, Any]]) -> None:
+def reattach(removed: list[tuple[nn.Module, str, Any]]) -> None:
     for module, name, value in removed:
         module.__dict__[name] = value
 

@@ -149,3 +149,98 @@ def html_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]]) -> str
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         )
     return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """一层的误差：最大、平均绝对误差，以及原输出的均方根（判断误差大小用）。"""
+
+    name: str
+    max_error: float
+    mean_error: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """``verify`` 的结果：原实现与优化后逐项对照。
+
+    属性：
+        model、dtype、tokens: 模型类名、参数类型、参与比较的位置数。
+        max_error、mean_error、scale: logits 的最大、平均绝对误差与均方根。
+        agreement: 两者下一个词元（argmax）一致的比例。
+        original_accuracy、optimized_accuracy: 各自的下一词元准确率；不到两个词元时为 None。
+        greedy_equal: 贪心生成的词元完全一致；没有生成时为 None。
+        greedy_matched、greedy_total: 一致的前缀长度之和、生成的词元总数。
+        layers: 每层隐藏状态（或每个替换模块的输出）的误差。
+        replaced、fallbacks: 替换的模块数；核对过程中由原实现计算的 {(模块, 原因): 次数}。
+        failures: 没有通过的原因；为空即通过。
+    """
+
+    model: str
+    dtype: str
+    tokens: int
+    max_error: float
+    mean_error: float
+    scale: float
+    agreement: float
+    original_accuracy: float | None
+    optimized_accuracy: float | None
+    greedy_equal: bool | None
+    greedy_matched: int
+    greedy_total: int
+    layers: tuple[LayerError, ...]
+    replaced: int
+    fallbacks: Mapping[tuple[str, str], int]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """是否通过。"""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """可以直接写成 JSON 的字典。"""
+        data = asdict(self)
+        data["passed"] = self.passed
+        data["fallbacks"] = [
+            {"name": name, "reason": reason, "count": n} for (name, reason), n in self.fallbacks.items()
+        ]
+        return data
+
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        rows = [
+            ["参与比较的位置", str(self.tokens)],
+            ["替换的模块", str(self.replaced)],
+            ["logits 最大误差", f"{self.max_error:.3e}"],
+            ["logits 平均误差", f"{self.mean_error:.3e}（logits 均方根 {self.scale:.3g}）"],
+            ["下一词元一致", f"{self.agreement:.4%}"],
+        ]
+        if self.original_accuracy is not None:
+            accuracy = f"{self.original_accuracy:.4%} → {self.optimized_accuracy:.4%}"
+            rows.append(["下一词元准确率（原 → 优化）", accuracy])
+        if self.greedy_equal is not None:
+            state = "完全一致" if self.greedy_equal else "不一致"
+            rows.append(["贪心生成", f"{state}（{self.greedy_matched}/{self.greedy_total} 个词元）"])
+        verdict = "通过" if self.passed else "未通过：" + "；".join(self.failures)
+        rows.append(["结论", verdict])
+        tables = [(f"{self.model}（{self.dtype}）核对", ["项目", "结果"], rows)]
+        if self.layers:
+            body = [
+                [x.name, f"{x.max_error:.3e}", f"{x.mean_error:.3e}", f"{x.scale:.3g}"]
+                for x in self.layers
+            ]
+            tables.append(("逐层误差", ["层", "最大", "平均", "均方根"], body))
+        if self.fallbacks:
+            slow = [[name, reason, str(n)] for (name, reason), n in sorted(self.fallbacks.items())]
+            tables.append(("由原实现计算的次数", ["模块", "原因", "次数"], slow))
+        return tables
+
+    def render(self, width: int | None = None) -> str:
+        """终端用的表格文本；width 为列数，默认 120。"""
+        return render_tables(self._tables(), width)
+
+    __str__ = render
+
+    def _repr_html_(self) -> str:
+        return html_tables(self._tables())
