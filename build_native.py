@@ -5,6 +5,7 @@ setup.py 与 Makefile 都用它。没有静态库：各指令集的目标文件�
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -28,8 +29,8 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x0
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2_FLAGS]
 AVX512BF16_FLAGS = ["-mavx512bf16", *AVX512_FLAGS]
-# 文件名前缀长的在前：avx512bf16*.c 不能落进 avx512*。
-ISA_FLAGS = {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}
+# 由低到高，后一级包含前一级（csrc/isa/select.c 按同样的次序逐级覆盖）。
+ISA_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": AVX512BF16_FLAGS}
 
 CUDA_ARCH = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -57,7 +58,9 @@ def find_compiler(variable: str, names: tuple[str, ...]) -> list[str]:
         if words and shutil.which(words[0]):
             # Python 记录的 CC 可能带 -pthread 之类的标志，只有用户自己给的才照用。
             return words if command == os.environ.get(variable) else words[:1]
-    raise BuildError(f"找不到编译器（试过 {'、'.join(names)}）：请安装 gcc >= 10 或 clang，或设置 {variable}。")
+    raise BuildError(
+        f"找不到编译器（试过 {'、'.join(names)}）：请安装 gcc >= 10 或 clang，或设置 {variable}。"
+    )
 
 
 def find_nvcc() -> str | None:
@@ -101,10 +104,11 @@ class Builder:
         self.cc = find_compiler("CC", ("gcc", "cc", "clang"))
         self.cxx = find_compiler("CXX", ("g++", "c++", "clang++"))
         self.coverage = _flag("DEEPSEEK_OPT_COVERAGE")
-        kind = "coverage" if self.coverage else "release"
+        werror = _flag("DEEPSEEK_OPT_WERROR")
+        kind = "coverage" if self.coverage else "werror" if werror else "release"
         self.out = root / "build" / f"native-{kind}-{platform.machine()}"
         self.out.mkdir(parents=True, exist_ok=True)
-        self.extra = ["-Werror"] if _flag("DEEPSEEK_OPT_WERROR") else []
+        self.extra = ["-Werror"] if werror else []
         if self.coverage:
             # 覆盖率要看得出每一行，又要在 2 核机器上跑得完整套测试。
             self.extra += ["--coverage", "-O1", "-fprofile-update=atomic"]
@@ -112,8 +116,8 @@ class Builder:
     # ---- 源文件与标志 ----
 
     def isas(self) -> list[str]:
-        """这次要编译的指令集（scalar 总在内），编译器不认的自动去掉。"""
-        wanted = os.environ.get("DEEPSEEK_OPT_BUILD_ISAS", "")
+        """这次要编译的指令集（scalar 总在内）；高一级包含低一级，编译器不认的从那一级起去掉。"""
+        wanted = os.environ.get("DEEPSEEK_OPT_BUILD_ISAS", "").replace("_", "")
         names = [n.strip() for n in wanted.split(",") if n.strip()] or ["scalar", *ISA_FLAGS]
         unknown = sorted(set(names) - {"scalar", *ISA_FLAGS})
         if unknown:
@@ -122,18 +126,19 @@ class Builder:
             return ["scalar"]
         found = ["scalar"]
         for isa, flags in ISA_FLAGS.items():
-            has_source = any(self._isa_of(p) == isa for p in self.root.glob("csrc/isa/*.c"))
-            if isa in names and has_source:
-                if self._accepts(flags):
-                    found.append(isa)
-                else:
-                    print(f"编译器不支持 {' '.join(flags)}：跳过 {isa}。")
+            if isa not in names:
+                break
+            if not self._accepts(flags):
+                print(f"编译器不支持 {' '.join(flags)}：{isa} 及以上不编译。")
+                break
+            found.append(isa)
         return found
 
     @staticmethod
     def _isa_of(path: Path) -> str:
-        matches = (isa for isa in ISA_FLAGS if path.parent.name == "isa" and path.name.startswith(isa))
-        return next(matches, "scalar")
+        # 取最长的前缀：avx512bf16*.c 不能落进 avx512*。
+        matches = [isa for isa in ISA_FLAGS if path.name.startswith(isa)]
+        return matches[-1] if matches and path.parent.name == "isa" else "scalar"
 
     def _accepts(self, flags: list[str]) -> bool:
         return self._try_compile([*self.cc, *flags], "#include <immintrin.h>\nint x;\n", ".c")
@@ -144,7 +149,9 @@ class Builder:
             source = Path(folder, "probe" + suffix)
             source.write_text(text, encoding="utf-8")
             done = subprocess.run(
-                [*command, "-c", str(source), "-o", str(source) + ".o"], capture_output=True, check=False
+                [*command, "-c", str(source), "-o", str(source) + ".o"],
+                capture_output=True,
+                check=False,
             )
             return done.returncode == 0
 
@@ -189,7 +196,9 @@ class Builder:
             raise BuildError("装着的 torch 没有稳定 ABI 的头文件：需要 torch >= 2.10。")
         command = [*self.cxx, *CXX_FLAGS, *COMMON, *WARNINGS, *STABLE_ABI]
         if not self._try_compile([*self.cxx, "-std=c++20"], "#include <concepts>\n", ".cpp"):
-            raise BuildError(f"{' '.join(self.cxx)} 不支持 C++20：需要 g++ >= 10 或 clang++ >= 11。")
+            raise BuildError(
+                f"{' '.join(self.cxx)} 不支持 C++20：需要 g++ >= 10 或 clang++ >= 11。"
+            )
         return [*command, f"-I{self.root / 'csrc'}", f"-isystem{include}"]
 
     # ---- 编译与链接 ----
@@ -288,5 +297,34 @@ class Builder:
             raise BuildError(f"编译失败（退出码 {done.returncode}）：{shlex.join(command)}")
 
 
+def main() -> None:
+    """命令行：编译（增量），默认再放进 deepseek_opt/ 供可编辑安装使用。"""
+    parser = argparse.ArgumentParser(description="编译 deepseek_opt 的本地库")
+    parser.add_argument("--no-install", action="store_true", help="只编译到 build/，不复制")
+    parser.add_argument("--only", choices=("cpu", "cuda"), help="只编译一半（默认两半都编译）")
+    args = parser.parse_args()
+    root = Path(__file__).resolve().parent
+    builder = Builder(root)
+    built = [builder.build_cpu()] if args.only != "cuda" else []
+    if args.only != "cpu" and wants_cuda(root):
+        built.append(builder.build_cuda())
+    for path in built:
+        if not args.no_install:
+            install(path, root / "deepseek_opt" / path.name)
+        print(f"本地库：{path.relative_to(root)}")
+
+
+def install(source: Path, target: Path) -> None:
+    """换上新库：先写旁边再改名，正在使用旧库的进程不受影响。"""
+    if target.is_file() and target.stat().st_mtime_ns == source.stat().st_mtime_ns:
+        return
+    beside = target.with_suffix(".new")
+    shutil.copy2(source, beside)
+    beside.replace(target)
+
+
 if __name__ == "__main__":
-    print(Builder(Path(__file__).resolve().parent).build_cpu())
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(str(error))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # PEP 517 构建时仓库根目录不在 sys.path 里
@@ -36,10 +37,12 @@ class BuildNative(build_ext):
         """ext 只是占位：源文件、标志、依赖都由 build_native 决定。"""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        builder = build_native.Builder(ROOT)
-        built = builder.build_cuda() if ext.name.endswith("_cuda") else builder.build_cpu()
-        if built is not None:
-            self.copy_file(str(built), str(target))
+        try:
+            builder = build_native.Builder(ROOT)
+            built = builder.build_cuda() if ext.name.endswith("_cuda") else builder.build_cpu()
+        except build_native.BuildError as error:
+            raise CompileError(str(error)) from error  # optional 的扩展只认这种异常
+        build_native.install(built, target)
 
 
 def extensions() -> list[Extension]:

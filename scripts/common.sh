@@ -1,0 +1,5 @@
+# 各脚本共用：在仓库根目录里 source。
+venv=${VENV:-.venv}
+python=$venv/bin/python
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+find_nvcc() { [ -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ] || command -v nvcc >/dev/null; }

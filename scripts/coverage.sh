@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# C 行覆盖率：插桩的本地库跑算子测试，加上 tests/c 的插桩测试，用 gcovr 汇总。
+# 算子之外的 pytest 不碰 C，再跑一遍只会更慢。--html 另外生成两份 HTML 报告。
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/common.sh
+html=${1:-}
+object_dir=build/native-coverage-$(uname -m)
+
+find build tests/c -name '*.gcda' -delete 2>/dev/null || true
+DEEPSEEK_OPT_COVERAGE=1 "$python" build_native.py --no-install --only cpu
+if [ -f tests/c/Makefile ] && grep -q '^coverage:' tests/c/Makefile; then
+    make -C tests/c coverage
+fi
+
+# 凡是直接用到算子或加载器的测试文件。
+mapfile -t files < <(grep -lE 'deepseek_opt(\.| import )(ops|_native)|torch\.ops\.deepseek_opt' \
+    tests/test_*.py | grep -v test_packaging)
+if [ "${#files[@]}" -gt 0 ]; then
+    DEEPSEEK_OPT_LIBRARY=$object_dir/_C.abi3.so \
+        "$python" -m pytest -q -p no:cacheprovider "${files[@]}"
+fi
+gcov=gcov
+[ -z "${CC:-}" ] || case $CC in *clang*) gcov="llvm-cov gcov" ;; esac
+"$python" -m gcovr --root . --filter csrc/ --exclude 'csrc/.*\.cpp' --gcov-executable "$gcov" \
+    --merge-mode-functions merge-use-line-min --gcov-ignore-errors=no_working_dir_found \
+    --txt build/coverage-c.txt --print-summary build tests/c
+if [ "$html" = --html ]; then
+    "$python" -m gcovr --root . --filter csrc/ --exclude 'csrc/.*\.cpp' --gcov-executable "$gcov" \
+        --merge-mode-functions merge-use-line-min --gcov-ignore-errors=no_working_dir_found \
+        --html-details build/coverage-c/index.html build tests/c 2>/dev/null || \
+        { mkdir -p build/coverage-c && echo "C 的 HTML 报告生成失败" >&2; }
+    "$python" -m pytest -q --cov --cov-report=html:build/coverage-python
+    echo "覆盖率报告：build/coverage-c/index.html、build/coverage-python/index.html"
+fi
