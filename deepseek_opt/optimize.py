@@ -222,7 +222,7 @@ def _apply(
                 report.entries.append(ReportEntry("", part, "", False, reason, True))
         if strict:
             _require_met(report)
-        apply.use_light_masks(model)
+        apply.patch_bases(model, runtime)
         options = {"strict": strict, "filter_fn": filter_fn}
         model.__dict__[_STATE] = ModelState(runtime, report, options)
     except BaseException:

@@ -95,21 +95,26 @@ def replace_dense(
     return entries
 
 
-def use_light_masks(model: nn.Module) -> None:
-    """基础模型的注意力层全部替换了时，不再让它生成 T×S 的掩码。"""
+def patch_bases(model: nn.Module, runtime: Runtime) -> None:
+    """注意力层全部替换了的基础模型：不再生成 T×S 的掩码，长输入分块预填充。"""
     if not bridge.loaded():
         return
     from deepseek_opt.integrations import hf_config
+    from deepseek_opt.integrations.prefill import PrefillPatch
 
-    for base, patches in _bases(model):
-        if hf_config.owns_all_attention(base, patches):
-            base.__dict__["config"] = hf_config.stand_in(base.config)
-            for patch in patches:
-                patch.owns_masks = True
+    for name, base, patches in _bases(model):
+        if not hf_config.owns_all_attention(base, patches):
+            continue
+        base.__dict__["config"] = hf_config.stand_in(base.config)
+        for patch in patches:
+            patch.owns_masks = True
+        # 混合模型（_is_stateful）的线性注意力有自己的分块与状态，不在这里分
+        if "forward" not in base.__dict__ and not getattr(base, "_is_stateful", False):
+            PrefillPatch(base, runtime, name).install()
 
 
-def _bases(model: nn.Module) -> Iterator[tuple[nn.Module, list[AttentionPatch]]]:
-    """每个直接含有已替换层的 PreTrainedModel，以及那些补丁。"""
+def _bases(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[AttentionPatch]]]:
+    """每个直接含有已替换层的 PreTrainedModel：名字、模块、其中的补丁。"""
     from transformers import PreTrainedModel
 
     bases = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
@@ -121,7 +126,7 @@ def _bases(model: nn.Module) -> Iterator[tuple[nn.Module, list[AttentionPatch]]]
             if parents:
                 owned.setdefault(max(parents, key=len), []).append(patch)
     for name, patches in owned.items():
-        yield bases[name], patches
+        yield name, bases[name], patches
 
 
 def drop_traces(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:

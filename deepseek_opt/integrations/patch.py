@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,14 @@ class Patch:
         self.runtime = runtime
         self.name = name
         self.original = module.__dict__.get("forward")  # 实例上原有的 forward；通常没有
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """原 forward 的签名（不含 self）：transformers 等会查看它。"""
+        if self.original is not None:
+            return inspect.signature(self.original)
+        signature = inspect.signature(type(self.module).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def install(self) -> None:
         """换上。"""

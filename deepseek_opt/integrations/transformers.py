@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -67,8 +66,7 @@ class AttentionPatch(Patch):
     def _positional(self) -> tuple[str, ...]:
         """原 forward 在 hidden_states 之后的位置参数名。"""
         if self._parameters is None:
-            names = list(inspect.signature(type(self.module).forward).parameters)
-            self._parameters = tuple(names[2:])
+            self._parameters = tuple(self.__signature__.parameters)[1:]
         return self._parameters
 
     def _refusal(self, hidden: Tensor, kwargs: dict[str, Any]) -> str | None:
