@@ -25,6 +25,7 @@ from deepseek_opt.errors import DeepSeekOptError, UnsupportedError
 
 # 子命令的模块名，按帮助里的顺序；尚未安装的模块不会列出。
 COMMANDS = ("demo", "doctor", "bench", "verify", "presets")
+_INTERRUPTED = 130
 
 
 def _exists(name: str) -> bool:
@@ -113,7 +114,7 @@ def run(args: Sequence[str] | None = None) -> int:
         )
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("已中断。", err=True)
-        return 130
+        return _INTERRUPTED
     except DeepSeekOptError as error:
         typer.echo(f"错误：{error}", err=True)
         return 1
@@ -121,6 +122,8 @@ def run(args: Sequence[str] | None = None) -> int:
         typer.echo(f"用法错误：{chinese.usage_message(error)}", err=True)
         typer.echo("运行 deepseek-opt --help 查看用法。", err=True)
         return 2
+    if result == _INTERRUPTED:  # 较新的 typer 自己接住 Ctrl-C，只留下退出码
+        typer.echo("已中断。", err=True)
     return result if isinstance(result, int) else 0
 
 

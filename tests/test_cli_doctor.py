@@ -1,0 +1,250 @@
+"""deepseek-opt doctor：正常、缺各种东西、各种指令集。"""
+
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from deepseek_opt import cli
+from deepseek_opt.cli import checks, doctor
+from deepseek_opt.errors import UnsupportedError
+
+ISAS = ["scalar", "avx2", "avx512", "avx512bf16"]
+
+
+def make_native(isa="avx512bf16", compiled=ISAS, available=ISAS, error=None, **extra):
+    """假的 _native 模块。"""
+    info = {
+        "library": "/x/_C.abi3.so",
+        "isa": isa,
+        "compiled_isas": compiled,
+        "available_isas": available,
+    }
+    values = {
+        "__file__": "/x/_native.py",
+        "CUDA_LIBRARY": "_C_cuda.so",
+        "load_error": lambda: error,
+        "build_info": lambda: info,
+        "cuda_loaded": lambda: False,
+        "cuda_load_error": lambda: "装着的 torch 不带 CUDA。",
+        **extra,
+    }
+    module = types.ModuleType("_native")
+    module.__dict__.update(values)
+    return module
+
+
+def make_torch(version="2.13.0", cuda=None, available=False):
+    """假的 torch 模块。"""
+    module = types.ModuleType("torch")
+    module.__version__ = version
+    module.version = types.SimpleNamespace(cuda=cuda)
+    module.get_num_threads = lambda: 1
+    module.cuda = types.SimpleNamespace(
+        is_available=lambda: available,
+        device_count=lambda: 1,
+        get_device_name=lambda i: "NVIDIA X",
+        get_device_capability=lambda i: (9, 0),
+    )
+    return module
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """换上假的 torch、_native 和机器；返回按项目名取结果的函数。"""
+
+    def _fake(torch=None, native=None, machine=ISAS, versions=None):
+        modules = {"torch": torch or make_torch(), "deepseek_opt._native": native or make_native()}
+        monkeypatch.setattr(checks, "_import", modules.get)
+        monkeypatch.setattr(checks, "_machine_isas", lambda: machine)
+        if versions is not None:
+            monkeypatch.setattr(checks, "_version", versions.get)
+        return {check.name: check for check in checks.collect()}
+
+    monkeypatch.delenv("DEEPSEEK_OPT_ISA", raising=False)
+    monkeypatch.delenv("DEEPSEEK_OPT_BUILD_ISAS", raising=False)
+    return _fake
+
+
+def test_runs_on_this_machine(capsys):
+    code = cli.run(["doctor", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["usable"] == (code == 0)
+    names = {check["name"] for check in document["checks"]}
+    assert {"Python", "torch", "本地库", "CUDA", "transformers", "stdlib_model"} <= names
+    assert {check["status"] for check in document["checks"]} <= {"ok", "warn", "bad"}
+
+
+def test_everything_present(fake, capsys):
+    found = fake()
+    assert found["本地库"].status == found["使用的指令集"].status == "ok"
+    assert found["使用的指令集"].value == "AVX-512-BF16"
+    assert cli.run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "✓ torch：2.13.0" in out
+    assert "结论：可以使用。" in out
+
+
+def test_terminal_table(fake, capsys, monkeypatch):
+    fake(versions={})
+    monkeypatch.setattr(doctor, "Console", lambda: Console(force_terminal=True, width=200))
+    assert cli.run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "环境检查" in out
+    assert "pip install 'transformers>=5.17'" in out
+
+
+def test_markup_in_values_is_shown_as_it_is(capsys):
+    rows = [checks.Check("组", "名", "ok", "pip install 'a[b]'")]
+    Console(width=100).print(doctor._table(rows))
+    assert "pip install 'a[b]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["没有找到本地库：请运行 pip install .", "GLIBC 太旧"])
+def test_native_missing(fake, capsys, reason):
+    found = fake(native=make_native(error=reason))
+    assert found["本地库"].status == "bad"
+    assert reason in found["本地库"].value
+    assert ("pip install" in reason) != ("pip install" in found["本地库"].hint)
+    assert "AVX-512-BF16" in found["本机指令集"].value
+    assert cli.run(["doctor"]) == 1
+    assert "✗ 本地库" in capsys.readouterr().out
+
+
+def test_native_module_cannot_be_imported(fake):
+    found = fake(native="ImportError: 坏了")
+    assert "坏了" in found["本地库"].value
+    assert found["CUDA 内核"].status == "warn"
+
+
+@pytest.mark.parametrize("error", [AttributeError("_isa"), UnsupportedError("旧")])
+def test_native_of_another_version(fake, error):
+    def broken():
+        raise error
+
+    found = fake(native=make_native(build_info=broken))
+    assert found["本地库"].status == "bad"
+    assert "重新编译" in found["本地库"].hint
+
+
+def test_torch_missing(fake):
+    found = fake(torch="ImportError: No module named torch")
+    assert found["torch"].status == "bad"
+    assert found["本地库"].status == "bad"
+    assert "CUDA" not in found
+
+
+def test_torch_too_old(fake):
+    found = fake(torch=make_torch("2.9.1+cpu"))
+    assert (found["torch"].status, found["torch"].hint) == ("bad", "需要 torch ≥ 2.10，请升级")
+
+
+def test_python_too_old(fake, monkeypatch):
+    monkeypatch.setattr(checks.platform, "python_version", lambda: "3.10.4")
+    assert fake()["Python"].hint == "需要 Python ≥ 3.11"
+
+
+def test_too_many_threads():
+    assert checks._thread_check(8, 2).status == "warn"
+    assert "OMP_NUM_THREADS=2" in checks._thread_check(8, 2).hint
+    assert checks._thread_check(2, 2).status == "ok"
+
+
+def test_isa_forced_by_environment(fake, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_OPT_ISA", "avx2")
+    check = fake(native=make_native(isa="avx2"))["使用的指令集"]
+    assert check.status == "warn"
+    assert "取消环境变量 DEEPSEEK_OPT_ISA" in check.hint
+    monkeypatch.setenv("DEEPSEEK_OPT_ISA", "avx512bf16")
+    assert fake()["使用的指令集"].status == "ok"
+
+
+def test_isa_slower_than_available(fake):
+    check = fake(native=make_native(isa="scalar"))["使用的指令集"]
+    assert check.hint == "这台机器可用更快的 AVX-512-BF16"
+
+
+def test_isa_not_compiled_in(fake, monkeypatch):
+    few = ["scalar", "avx2"]
+    native = make_native(isa="avx2", compiled=few, available=few)
+    check = fake(native=native)["指令集"]
+    assert check.status == "warn"
+    assert "GCC ≥ 10" in check.hint
+    monkeypatch.setenv("DEEPSEEK_OPT_BUILD_ISAS", "scalar,avx2")
+    assert "DEEPSEEK_OPT_BUILD_ISAS" in fake(native=native)["指令集"].hint
+    assert fake(native=native, machine=few)["指令集"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "isas"),
+    [
+        ("flags\t\t: fma avx f16c avx2\n", ["scalar", "avx2"]),
+        (
+            "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n",
+            ["scalar", "avx2", "avx512"],
+        ),
+        (
+            "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n",
+            ISAS,
+        ),
+        ("Features : asimd\n", ["scalar"]),
+        (None, ["scalar"]),
+    ],
+)
+def test_machine_isas(monkeypatch, text, isas):
+    def read_text(*_, **__):
+        if text is None:
+            raise FileNotFoundError
+        return text
+
+    monkeypatch.setattr(checks.Path, "read_text", read_text)
+    assert checks._machine_isas() == isas
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "text"),
+    [
+        (None, "warn", "没有安装"),
+        ("4.57.1", "warn", "过旧"),
+        ("5.16.9", "warn", "过旧"),
+        ("5.17.0", "ok", "支持 5.17"),
+        ("5.23.0", "ok", "支持 5.17"),
+        ("5.99.0.dev0", "ok", "deepseek-opt verify"),
+        ("6", "ok", "测试过 5.17"),
+    ],
+)
+def test_transformers_versions(fake, version, status, text):
+    found = fake(versions={"transformers": version})
+    check = found["transformers"]
+    assert check.status == status
+    assert text in check.value
+    assert found["peft"].hint == "pip install peft"
+
+
+def test_cuda_states(fake, tmp_path):
+    assert "没有编译" in fake()["CUDA 内核"].value
+    no_gpu = fake(torch=make_torch(cuda="13.0"))
+    assert no_gpu["CUDA"].status == "warn"
+    assert "nvcc" in no_gpu["CUDA 内核"].hint
+    (tmp_path / "_C_cuda.so").touch()
+    native = make_native(__file__=str(tmp_path / "_native.py"), cuda_load_error=lambda: "驱动旧")
+    built = fake(torch=make_torch(cuda="13.0", available=True), native=native)
+    assert built["CUDA"].value == "CUDA 13.0，NVIDIA X（sm_90）"
+    assert "已编译；驱动旧" in built["CUDA 内核"].value
+    ready = make_native(cuda_loaded=lambda: True)
+    check = fake(torch=make_torch(cuda="13.0", available=True), native=ready)["CUDA 内核"]
+    assert (check.status, check.value) == ("ok", "已加载 _C_cuda.so")
+
+
+def test_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "_MODEL", tmp_path)
+    assert checks._model_check().status == "warn"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 2**20)
+    assert "1.0 MiB" in checks._model_check().value
+
+
+def test_import_failures_become_text():
+    assert "ModuleNotFoundError" in checks._import("deepseek_opt.no_such_module")
+    assert checks._version("no-such-package-at-all") is None
