@@ -80,24 +80,25 @@ def ragged_plan(lengths: Tensor, q_len: int, slots: int) -> MaskPlan:
 
 
 def _plan_padding(mask: Tensor, batch: int, q_len: int, kv_len: int, slots: int) -> MaskPlan:
-    """2 维填充掩码 [B, S]；填充位置上的查询不计算，输出 0。"""
+    """2 维填充掩码 [B, S]：左填充只是起点不同；右填充与空洞用 kv_mask。
+
+    左填充位置上的查询什么都看不见，不计算，输出 0；右填充位置上的照常计算
+    （transformers 右填充生成时会取它们的输出）。
+    """
     if mask.shape[0] != batch:
         return MaskPlan(None, None, f"掩码有 {mask.shape[0]} 行，输入有 {batch} 行")
     visible = mask != 0 if mask.dtype != torch.bool else mask
     counts = visible.sum(1).tolist()
     if min(counts) == kv_len:
         return MaskPlan(_full_spans(batch, q_len, kv_len, slots), None)
-    bits = visible.to(torch.uint8)
-    begins = bits.argmax(1).tolist()
-    ends = (kv_len - bits.flip(1).argmax(1)).tolist()
+    begins = visible.to(torch.uint8).argmax(1).tolist()
     past, rows, holes = kv_len - q_len, [], False
-    for b, (begin, end, count) in enumerate(zip(begins, ends, counts, strict=True)):
-        first = max(begin, past)
-        if count == 0 or end <= first:
+    for b, (begin, count) in enumerate(zip(begins, counts, strict=True)):
+        if count == 0:
             continue
-        holes = holes or count < end - begin
-        q_base, k_base = b * q_len - past, b * slots
-        rows.append((q_base + first, q_base + end, k_base + begin, k_base + end))
+        holes = holes or count < kv_len - begin
+        first = b * q_len + max(begin - past, 0)
+        rows.append((first, (b + 1) * q_len, b * slots + begin, b * slots + kv_len))
     return MaskPlan(_as_spans(rows), _widen(visible, slots) if holes else None)
 
 
