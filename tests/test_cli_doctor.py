@@ -86,6 +86,13 @@ def test_everything_present(fake, capsys):
     assert "结论：可以使用。" in out
 
 
+def test_isa_spelling(fake):
+    spelled = [*ISAS[:-1], "avx512_bf16"]
+    found = fake(native=make_native(isa="avx512_bf16", compiled=spelled, available=spelled))
+    assert found["使用的指令集"].value == "AVX-512-BF16"
+    assert found["指令集"].status == "ok"
+
+
 def test_terminal_table(fake, capsys, monkeypatch):
     fake(versions={})
     monkeypatch.setattr(doctor, "Console", lambda: Console(force_terminal=True, width=200))

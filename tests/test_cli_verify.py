@@ -166,3 +166,48 @@ def test_load_model(tmp_path, monkeypatch):
     # 不联网；不执行模型目录里的代码（trust_remote_code 保持默认的关闭）。
     assert asked[tmp_path]["local_files_only"]
     assert "trust_remote_code" not in asked[tmp_path]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """一个极小的 DeepSeek-V3 模型和字节级分词器，存成目录。"""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = transformers.DeepseekV3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    )
+    torch.manual_seed(0)
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["compatible", "fast_decode"])
+def test_a_real_model(tiny_model, capsys, preset):
+    args = ["verify", str(tiny_model), "--preset", preset, "--max-tokens", "20"]
+    code = cli.run(args)
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "self_attn" in out
+    assert "通过" in out

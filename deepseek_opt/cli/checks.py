@@ -153,16 +153,22 @@ def _native_checks(native: ModuleType | str) -> list[Check]:
     except (AttributeError, RuntimeError) as error:
         value = f"本地库与这份 Python 代码不是同一个版本（{error}）"
         return [Check(group, "本地库", "bad", value, f"请重新编译：{_REBUILD}")]
-    compiled, available = list(info["compiled_isas"]), list(info["available_isas"])
+    compiled = [_canonical(name) for name in info["compiled_isas"]]
+    available = [_canonical(name) for name in info["available_isas"]]
     return [
         Check(group, "本地库", "ok", f"已加载 {Path(str(info['library'])).name}"),
-        _current_isa(str(info["isa"]), available),
+        _current_isa(_canonical(info["isa"]), available),
         _compiled_check(compiled, available),
     ]
 
 
 def _rebuild_hint(reason: str) -> str:
     return "" if "pip install" in reason else f"需要 gcc ≥ 10 或 clang；{_REBUILD}"
+
+
+def _canonical(isa: str) -> str:
+    """avx512_bf16 与 avx512bf16 是同一个：内核用前者，构建脚本用后者。"""
+    return isa.replace("_", "")
 
 
 def _isa_list(names: list[str]) -> str:
