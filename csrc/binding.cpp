@@ -1,0 +1,86 @@
+// torch.ops.deepseek_opt 的模式（schema）与执行器。各算子的实现在 binding_*.cpp。
+#include "binding.h"
+
+namespace dso {
+
+namespace {
+constexpr size_t kAlign = 64;
+
+size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+}  // namespace
+
+void execute(const dso_op& op, const void* params) {
+  const dso_isa* isa = dso_isa_current();
+  const dso_plan plan = op.plan(params, isa);
+  int64_t most = 1;
+  for (int64_t stage = 0; stage < plan.stages; stage++) {
+    const int64_t tasks = op.tasks(params, stage);
+    most = tasks > most ? tasks : most;
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = threads < most ? threads : most;
+  const size_t shared = aligned(plan.shared_bytes), each = aligned(plan.worker_bytes);
+  const auto total = static_cast<int64_t>(shared + each * static_cast<size_t>(workers) + kAlign);
+  Tensor scratch = torch::stable::empty({total}, ScalarType::Byte);
+  auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+  char* base = reinterpret_cast<char*>(aligned(address));
+  for (int64_t stage = 0; stage < plan.stages; stage++) {
+    const int64_t tasks = op.tasks(params, stage);
+    std::atomic<int64_t> next{0};
+    auto work = [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; worker++) {
+        dso_ctx ctx{params, isa, stage, base, base + shared + each * static_cast<size_t>(worker)};
+        for (int64_t task = next++; task < tasks; task = next++) op.run(&ctx, task);
+      }
+    };
+    const int64_t used = workers < tasks ? workers : tasks;
+    if (used > 1)
+      torch::stable::parallel_for(0, used, 1, work);
+    else if (used == 1)
+      work(0, 1);
+  }
+}
+
+namespace {
+std::string isa_name() { return dso_isa_name(dso_isa_current()); }
+std::string isa_available() { return dso_isa_available(); }
+std::string isa_compiled() { return dso_isa_compiled(); }
+void isa_set(std::string name) {
+  expect(dso_isa_set(name.c_str()) == 0, "指令集 ", name, " 不可用（可用：", dso_isa_available(), "）。");
+}
+}  // namespace
+
+}  // namespace dso
+
+STABLE_TORCH_LIBRARY(deepseek_opt, m) {
+  m.def("_isa() -> str");
+  m.def("_available_isas() -> str");
+  m.def("_compiled_isas() -> str");
+  m.def("_set_isa(str name) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor down) -> Tensor");
+  m.def("swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gate, Tensor up, Tensor down)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse=False) -> Tensor");
+  m.def("mla_cache_write(Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, Tensor latent,"
+        " Tensor rope, Tensor offsets) -> ()");
+  m.def("mla_decode(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor spans,"
+        " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> Tensor");
+  m.def("mla_prefill(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor spans,"
+        " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> (Tensor, Tensor)");
+  m.def("mla_prefill_backward(Tensor grad, Tensor q, Tensor latent, Tensor rope, Tensor kv_b_weight, Tensor spans,"
+        " Tensor? kv_mask, Tensor out, Tensor lse, float softmax_scale, int v_head_dim, bool causal)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&dso::isa_name));
+  m.impl("_available_isas", TORCH_BOX(&dso::isa_available));
+  m.impl("_compiled_isas", TORCH_BOX(&dso::isa_compiled));
+  m.impl("_set_isa", TORCH_BOX(&dso::isa_set));
+}

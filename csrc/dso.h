@@ -1,0 +1,187 @@
+/* deepseek_opt 的 C 接口：不依赖 torch，不开线程，不分配内存。
+ *
+ * 一个算子 = 一个参数结构体 + 一个 dso_op：
+ *   plan(params)            要几个阶段（stage）、多少共享与每工人（worker）暂存；
+ *   tasks(params, stage)    该阶段有多少个互不依赖的任务；
+ *   run(ctx, task)          执行一个任务。
+ * 阶段之间由调用者设栅栏；同一阶段的任务可以任意顺序、任意线程执行，结果逐位相同。
+ *
+ * 形状记号：B 行，T 新词元数，S 潜变量槽位数，H 头数，r = kv_lora_rank，
+ * dr = qk_rope_head_dim，dn = qk_nope_head_dim，dv = v_head_dim。
+ * 大小与步长都是 int64，单位是元素。
+ */
+#ifndef DSO_H
+#define DSO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3 } dso_dtype;
+
+typedef struct {
+  int64_t stages;       /* 阶段数 */
+  size_t shared_bytes;  /* 全部任务共享的暂存 */
+  size_t worker_bytes;  /* 每个工人独占的暂存 */
+} dso_plan;
+
+struct dso_isa;
+
+typedef struct {
+  const void *params;
+  const struct dso_isa *isa;
+  int64_t stage;
+  void *shared;
+  void *worker;
+} dso_ctx;
+
+typedef struct {
+  const char *name;
+  dso_plan (*plan)(const void *params, const struct dso_isa *isa);
+  int64_t (*tasks)(const void *params, int64_t stage);
+  void (*run)(const dso_ctx *ctx, int64_t task);
+} dso_op;
+
+/* 矩阵视图：行距 rs，列距恒为 1。 */
+typedef struct {
+  const void *data;
+  int64_t rs;
+  dso_dtype dtype;
+} dso_mat;
+
+/* y [M, N] = x [M, K] Wᵀ + b；W [N, K]（nn.Linear 的布局，原地读取）。 */
+typedef struct {
+  int64_t m, n, k;
+  dso_mat x, weight;
+  const void *bias; /* [N]，可为 NULL，dtype 与 weight 相同 */
+  void *y;          /* [M, N] 连续 */
+  dso_dtype y_dtype;
+} dso_linear_params;
+
+/* grad [M, N]；dx [M, K] = grad W；dw [N, K] = gradᵀ x；db [N] = 按列求和。不要的为 NULL。 */
+typedef struct {
+  int64_t m, n, k;
+  dso_mat grad, x, weight;
+  void *dx, *dw, *db; /* 连续；dx 与 x 同 dtype，dw、db 与 weight 同 dtype */
+} dso_linear_backward_params;
+
+/* y [M, N] = (silu(x gateᵀ) * (x upᵀ)) downᵀ；gate、up [I, K]，down [N, I]。 */
+typedef struct {
+  int64_t m, n, k, inner;
+  dso_mat x, gate, up, down;
+  void *y; /* [M, N] 连续，与 x 同 dtype */
+} dso_swiglu_mlp_params;
+
+/* 反向：中间量全部重算。dx [M, K]，dgate、dup [I, K]，ddown [N, I]，连续。 */
+typedef struct {
+  int64_t m, n, k, inner;
+  dso_mat grad, x, gate, up, down;
+  void *dx, *dgate, *dup, *ddown;
+} dso_swiglu_mlp_backward_params;
+
+/* y = norm(x (+ residual)) * weight；total 非 NULL 时写出 x + residual。 */
+typedef struct {
+  int64_t rows, dim;
+  dso_mat x, residual; /* residual.data 可为 NULL */
+  const void *weight;
+  dso_dtype weight_dtype;
+  void *y, *total; /* 连续，与 x 同 dtype */
+  float eps;
+} dso_rms_norm_params;
+
+typedef struct {
+  int64_t rows, dim;
+  dso_mat grad, x;
+  const void *weight;
+  dso_dtype weight_dtype;
+  void *dx; /* 与 x 同 dtype，可为 NULL */
+  void *dw; /* 与 weight 同 dtype，可为 NULL */
+  float eps;
+} dso_rms_norm_backward_params;
+
+/* x、y [B, T, H, d]；cos、sin [1 或 B, T, d/2] fp32（批步长 0 表示共用）。 */
+typedef struct {
+  int64_t b, t, h, d;
+  const void *x;
+  int64_t x_bs, x_ts, x_hs;
+  dso_dtype dtype;
+  const float *cos, *sin;
+  int64_t cs_bs, cs_ts;
+  void *y; /* 连续 */
+  int interleaved, inverse;
+} dso_rope_params;
+
+/* 把 latent [B, T, r]、rope [B, T, dr] 写到 offsets[b] 起的槽位。 */
+typedef struct {
+  int64_t b, t, rank, rope_dim;
+  const void *latent, *rope;
+  int64_t latent_bs, latent_ts, rope_bs, rope_ts;
+  dso_dtype latent_dtype, rope_dtype;
+  void *latent_cache, *rope_cache;
+  int64_t latent_cache_bs, latent_cache_ts, rope_cache_bs, rope_cache_ts;
+  dso_dtype latent_cache_dtype, rope_cache_dtype;
+  float *scale_cache; /* int8 时 [B, C] */
+  int64_t scale_cache_bs;
+  const int64_t *offsets;
+} dso_mla_cache_write_params;
+
+/* 一段查询看一段缓存：展平下标 [q_begin, q_end)、[kv_begin, kv_end)。 */
+typedef struct {
+  int64_t q_begin, q_end, kv_begin, kv_end;
+} dso_span;
+
+/* mla_decode、mla_prefill 与其反向共用的输入。 */
+typedef struct {
+  int64_t b, t, s, heads, rank, nope_dim, rope_dim, v_dim;
+  const void *q; /* [B, T, H, dn + dr]，后 dr 维已旋转 */
+  int64_t q_bs, q_ts, q_hs;
+  dso_dtype q_dtype;
+  const void *latent, *rope; /* [B, S, r]、[B, S, dr] */
+  int64_t latent_bs, latent_ts, rope_bs, rope_ts;
+  dso_dtype latent_dtype, rope_dtype;
+  const float *scale; /* int8 潜变量的每词元尺度 [B, S]，否则 NULL */
+  int64_t scale_bs;
+  dso_mat kv_b; /* [H * (dn + dv), r] */
+  const uint8_t *kv_mask; /* [B, S]，1 可见；可为 NULL */
+  int64_t kv_mask_bs;
+  const dso_span *spans;
+  int64_t n_spans;
+  float softmax_scale;
+  int causal;
+} dso_mla_inputs;
+
+typedef struct {
+  dso_mla_inputs in;
+  void *out;  /* [B, T, H, dv] 连续，与 q 同 dtype；未覆盖的查询由调用者先清零 */
+  float *lse; /* [B, T, H]，mla_prefill 用；未覆盖的由调用者先置 -inf */
+} dso_mla_params;
+
+typedef struct {
+  dso_mla_inputs in;
+  const void *grad, *out; /* [B, T, H, dv] 连续，与 q 同 dtype */
+  const float *lse;
+  void *dq;              /* [B, T, H, dn + dr] 连续，与 q 同 dtype，调用者先清零 */
+  float *dlatent, *drope; /* [B, S, r]、[B, S, dr] fp32，调用者先清零 */
+  float *dkv_b;           /* [H * (dn + dv), r] fp32，调用者先清零 */
+} dso_mla_backward_params;
+
+extern const dso_op dso_linear, dso_linear_backward;
+extern const dso_op dso_swiglu_mlp, dso_swiglu_mlp_backward;
+extern const dso_op dso_rms_norm, dso_rms_norm_backward;
+extern const dso_op dso_rope, dso_mla_cache_write;
+extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
+
+/* 指令集：名字为 scalar、avx2、avx512、avx512_bf16。 */
+const struct dso_isa *dso_isa_current(void);
+const char *dso_isa_name(const struct dso_isa *isa);
+const char *dso_isa_available(void); /* 本机可用，逗号分隔 */
+const char *dso_isa_compiled(void);  /* 编译进来的，逗号分隔 */
+int dso_isa_set(const char *name);   /* 0 成功；-1 未知或本机不可用 */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

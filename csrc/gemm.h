@@ -1,0 +1,39 @@
+/* 矩阵乘的一块：C [mc, nc] = A [m0:m0+mc, :] · B [:, n0:n0+nc]，由各算子的任务调用。 */
+#ifndef DSO_GEMM_H
+#define DSO_GEMM_H
+
+#include "isa/isa.h"
+
+/* 分块，依据是二级缓存（1 MiB 上下）：B 块 NB x KB、A 块 MB x KB 与 C 块 MB x NB 同时放得下。 */
+enum {
+  DSO_NB = 128,       /* 每任务的输出列：8 个面板 */
+  DSO_MB = 480,       /* 每任务的输出行：摊薄打包 B 的开销（约 4 %） */
+  DSO_KB_BYTES = 1024 /* 每行每次处理的 k 字节数 */
+};
+
+typedef struct {
+  const dso_isa *isa;
+  dso_dtype fmt;
+  int64_t k;
+  dso_mat a, b;
+  int a_transposed; /* 1：a 的存储是 [k][m] */
+  int b_transposed; /* 1：b 的存储是 [n][k]（nn.Linear 的权重） */
+} dso_gemm;
+
+/* 全部操作数是 bf16 且指令集原生支持时用 bf16 点积，否则 fp32。 */
+dso_dtype dso_compute_format(const dso_isa *isa, int all_bf16);
+
+size_t dso_gemm_scratch(void); /* 一块所需暂存，字节 */
+
+/* c 的行距 ldc >= 16 的倍数向上取整的 nc；accumulate 为 0 时覆盖。 */
+void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
+                    int64_t ldc, int accumulate, void *scratch);
+
+/* 行块划分：尽量均匀，每块不超过 DSO_MB。 */
+static inline int64_t dso_row_blocks(int64_t m) { return dso_ceil_div(m, DSO_MB); }
+static inline int64_t dso_row_block_size(int64_t m) {
+  int64_t blocks = dso_row_blocks(m);
+  return blocks ? dso_min(DSO_MB, dso_round_up(dso_ceil_div(m, blocks), 24)) : DSO_MB;
+}
+
+#endif

@@ -1,0 +1,186 @@
+/* AVX-512-BF16：在 AVX-512 之上换成 vdpbf16ps（成对 bf16 点积、fp32 累加）。fp32 格式沿用 AVX-512。 */
+#include <string.h>
+
+#include "avx512_vec.h"
+
+static dso_isa base; /* 被覆盖之前的 AVX-512 原语，供 fp32 格式使用；只在初始化时写 */
+
+static inline __m512 dp(__m512 acc, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+
+static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
+  int32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return _mm512_set1_epi32(bits);
+}
+
+/* ---- 打包路径：32 个寄存器 = 24 个累加器 + 4 个 B + 1 个广播 ---- */
+#define DEFINE_TILE(MR, NV)                                                                              \
+  static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ps, \
+                               float *c, int64_t ldc, int accumulate) {                                 \
+    __m512 acc[MR][NV];                                                                                 \
+    for (int i = 0; i < MR; i++)                                                                        \
+      for (int j = 0; j < NV; j++)                                                                      \
+        acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();           \
+    for (int64_t x = 0; x < k; x += 2) {                                                                \
+      __m512i w[NV];                                                                                    \
+      for (int j = 0; j < NV; j++) w[j] = _mm512_loadu_si512(b + j * ps + x * 16);                      \
+      _Pragma("GCC unroll 8") for (int i = 0; i < MR; i++) {                                            \
+        __m512i v = pair(a + i * lda + x);                                                              \
+        _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) acc[i][j] = dp(acc[i][j], v, w[j]);        \
+      }                                                                                                 \
+    }                                                                                                   \
+    for (int i = 0; i < MR; i++)                                                                        \
+      for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, acc[i][j]);                   \
+  }
+#define TILES(X)                                                                                                   \
+  X(1, 4) X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)  \
+  X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+TILES(DEFINE_TILE)
+
+typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, const uint16_t *, int64_t, float *, int64_t, int);
+#define NAME_TILE(MR, NV) [NV][MR] = tile_##MR##x##NV,
+static const tile_fn TILE[5][9] = {TILES(NAME_TILE)};
+
+static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda, const void *b,
+                 int64_t ps, float *c, int64_t ldc, int accumulate) {
+  if (fmt != DSO_BF16) {
+    base.gemm(fmt, m, panels, k, a, lda, b, ps, c, ldc, accumulate);
+    return;
+  }
+  for (int64_t p = 0; p < panels;) {
+    int64_t left = panels - p, nv = left >= 4 ? 4 : left >= 2 ? 2 : 1, mr = nv == 4 ? 6 : 8;
+    for (int64_t i = 0; i < m; i += mr)
+      TILE[nv][dso_min(mr, m - i)](k, (const uint16_t *)a + i * lda, lda, (const uint16_t *)b + p * ps, ps,
+                                   c + i * ldc + p * DSO_PANEL, ldc, accumulate);
+    p += nv;
+  }
+}
+
+/* ---- 点积路径：A、W 都是沿 k 连续的 bf16，原地读 ---- */
+static inline __m512i load_tail(const uint16_t *p, int64_t n) {
+  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+
+static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64_t k, const uint16_t *a, int64_t lda,
+                                                           const uint16_t *w, int64_t ldw, float *c, int64_t ldc) {
+  __m512 acc[5][8];
+  _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
+      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = _mm512_setzero_ps();
+  int64_t x = 0;
+  for (; x + 32 <= k; x += 32) {
+    __m512i av[5];
+    _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) av[i] = _mm512_loadu_si512(a + i * lda + x);
+    _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
+      __m512i wv = _mm512_loadu_si512(w + j * ldw + x);
+      _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) acc[i][j] = dp(acc[i][j], av[i], wv);
+    }
+  }
+  if (x < k)
+    for (int j = 0; j < nr; j++) {
+      __m512i wv = load_tail(w + j * ldw + x, k - x);
+      for (int i = 0; i < mr; i++) acc[i][j] = dp(acc[i][j], load_tail(a + i * lda + x, k - x), wv);
+    }
+  _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
+      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) c[i * ldc + j] = _mm512_reduce_add_ps(acc[i][j]);
+}
+
+static inline __attribute__((always_inline)) void dot_rows(int mr, int nr, int64_t n, int64_t k, const uint16_t *a,
+                                                           int64_t lda, const uint16_t *w, int64_t ldw, float *c,
+                                                           int64_t ldc) {
+  int64_t j = 0;
+  for (; j + nr <= n; j += nr) dot_tile(mr, nr, k, a, lda, w + j * ldw, ldw, c + j, ldc);
+  for (; j < n; j++) dot_tile(mr, 1, k, a, lda, w + j * ldw, ldw, c + j, ldc);
+}
+
+/* m > 1：一小块权重留在一级缓存里，依次服务全部行块。 */
+static void dot_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *w, int64_t ldw,
+                     float *c, int64_t ldc) {
+  if (m == 1) {
+    dot_rows(1, 8, n, k, a, lda, w, ldw, c, ldc);
+    return;
+  }
+  for (int64_t j = 0; j < n; j += 6) {
+    const uint16_t *wj = w + j * ldw;
+    int64_t cols = dso_min(6, n - j), i = 0;
+    for (; i + 4 <= m; i += 4) dot_rows(4, 6, cols, k, a + i * lda, lda, wj, ldw, c + i * ldc + j, ldc);
+    if (m - i == 3) dot_rows(3, 6, cols, k, a + i * lda, lda, wj, ldw, c + i * ldc + j, ldc);
+    if (m - i == 2) dot_rows(2, 6, cols, k, a + i * lda, lda, wj, ldw, c + i * ldc + j, ldc);
+    if (m - i == 1) dot_rows(1, 6, cols, k, a + i * lda, lda, wj, ldw, c + i * ldc + j, ldc);
+  }
+}
+
+static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *w,
+                dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
+  if (fmt == DSO_BF16 && w_dtype == DSO_BF16)
+    dot_bf16(m, n, k, (const uint16_t *)a, lda, (const uint16_t *)w, ldw, c, ldc);
+  else
+    base.dot(fmt, m, n, k, a, lda, w, w_dtype, ldw, c, ldc);
+}
+
+/* ---- 打包：以 32 位（一对 bf16）为单位 ---- */
+static inline __m512i load_pairs(const void *src, dso_dtype dtype, int64_t index, int64_t n) {
+  const uint16_t *h = (const uint16_t *)src + index;
+  if (dtype == DSO_BF16) return n >= 32 ? _mm512_loadu_si512(h) : load_tail(h, n);
+  _Alignas(64) float wide[32] = {0};
+  base.to_f32(wide, dso_at(src, dtype, index), dtype, n < 32 ? n : 32);
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(wide + 16), _mm512_load_ps(wide));
+}
+
+static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
+                   int64_t k) {
+  if (fmt != DSO_BF16) {
+    base.pack_t(dst, fmt, ps, src, dtype, ld, n, k);
+    return;
+  }
+  for (int64_t p = 0; p * DSO_PANEL < n; p++) {
+    uint16_t *panel = (uint16_t *)dst + p * ps;
+    int64_t width = dso_min(DSO_PANEL, n - p * DSO_PANEL);
+    for (int64_t x = 0; x < k; x += 32) {
+      __m512i r[16];
+      for (int64_t j = 0; j < 16; j++)
+        r[j] = j < width ? load_pairs(src, dtype, (p * DSO_PANEL + j) * ld + x, k - x) : _mm512_setzero_si512();
+      v_transpose16(r);
+      int64_t pairs = dso_min(16, dso_ceil_div(k - x, 2));
+      for (int64_t j = 0; j < pairs; j++) _mm512_storeu_si512(panel + (x / 2 + j) * 32, r[j]);
+    }
+  }
+}
+
+/* 16 个元素转 bf16，零扩展到 32 位；n 不足 16 时其余为 0。 */
+static inline __m512i load_halves(const void *src, dso_dtype dtype, int64_t index, int64_t n) {
+  if (dtype == DSO_F32 && n >= 16) return _mm512_cvtepu16_epi32(v_to_bf16(v_load((const float *)src + index)));
+  if (dtype == DSO_BF16) {
+    __mmask16 mask = n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)src + index));
+  }
+  _Alignas(64) float wide[16] = {0};
+  base.to_f32(wide, dso_at(src, dtype, index), dtype, n < 16 ? n : 16);
+  return _mm512_cvtepu16_epi32(v_to_bf16(_mm512_load_ps(wide)));
+}
+
+static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
+                   int64_t k) {
+  if (fmt != DSO_BF16) {
+    base.pack_n(dst, fmt, ps, src, dtype, ld, n, k);
+    return;
+  }
+  for (int64_t x = 0; x < k; x += 2)
+    for (int64_t p = 0; p * DSO_PANEL < n; p++) {
+      int64_t col = p * DSO_PANEL, width = n - col;
+      __m512i even = load_halves(src, dtype, x * ld + col, width);
+      __m512i odd = x + 1 < k ? load_halves(src, dtype, (x + 1) * ld + col, width) : _mm512_setzero_si512();
+      _mm512_storeu_si512((uint16_t *)dst + p * ps + x * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+
+void dso_isa_init_avx512bf16(dso_isa *isa) {
+  base = *isa;
+  isa->name = "avx512_bf16";
+  isa->native_bf16 = 1;
+  isa->gemm = gemm;
+  isa->dot = dot;
+  isa->pack_t = pack_t;
+  isa->pack_n = pack_n;
+}

@@ -1,0 +1,184 @@
+/* 标量原语：完整、直白，任何架构可用，也是其余指令集的对照。 */
+#include "convert.h"
+#include "isa.h"
+
+static float load(const void *src, dso_dtype dtype, int64_t i) {
+  switch (dtype) {
+    case DSO_F32: return ((const float *)src)[i];
+    case DSO_BF16: return dso_bf16_to_f32(((const uint16_t *)src)[i]);
+    case DSO_F16: return dso_f16_to_f32(((const uint16_t *)src)[i]);
+    default: return (float)((const int8_t *)src)[i];
+  }
+}
+
+static int8_t to_i8(float v) {
+  if (!(v > -127.0f)) return v != v ? 0 : -127;
+  return (int8_t)lrintf(v < 127.0f ? v : 127.0f);
+}
+
+static void store(void *dst, dso_dtype dtype, int64_t i, float v) {
+  switch (dtype) {
+    case DSO_F32: ((float *)dst)[i] = v; break;
+    case DSO_BF16: ((uint16_t *)dst)[i] = dso_f32_to_bf16(v); break;
+    case DSO_F16: ((uint16_t *)dst)[i] = dso_f32_to_f16(v); break;
+    default: ((int8_t *)dst)[i] = to_i8(v);
+  }
+}
+
+static void to_f32(float *dst, const void *src, dso_dtype dtype, int64_t n) {
+  for (int64_t i = 0; i < n; i++) dst[i] = load(src, dtype, i);
+}
+
+static void from_f32(void *dst, dso_dtype dtype, const float *src, int64_t n) {
+  for (int64_t i = 0; i < n; i++) store(dst, dtype, i, src[i]);
+}
+
+/* 面板内 (k, j) 的元素下标。 */
+static int64_t slot(dso_dtype fmt, int64_t k, int64_t j) {
+  return fmt == DSO_BF16 ? (k / 2 * DSO_PANEL + j) * 2 + k % 2 : k * DSO_PANEL + j;
+}
+
+static void pack(void *dst, dso_dtype fmt, int64_t panel_stride, const void *src, dso_dtype dtype,
+                 int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
+  int64_t k_pad = fmt == DSO_BF16 ? dso_round_up(k, 2) : k;
+  for (int64_t p = 0; p * DSO_PANEL < n; p++)
+    for (int64_t i = 0; i < k_pad; i++)
+      for (int64_t j = 0; j < DSO_PANEL; j++) {
+        int64_t col = p * DSO_PANEL + j;
+        float v = col < n && i < k ? load(src, dtype, col * n_stride + i * k_stride) : 0.0f;
+        store(dst, fmt, p * panel_stride + slot(fmt, i, j), v);
+      }
+}
+
+static void pack_t(void *dst, dso_dtype fmt, int64_t panel_stride, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
+  pack(dst, fmt, panel_stride, src, dtype, ld, 1, n, k);
+}
+
+static void pack_n(void *dst, dso_dtype fmt, int64_t panel_stride, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
+  pack(dst, fmt, panel_stride, src, dtype, 1, ld, n, k);
+}
+
+static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
+                 const void *b, int64_t panel_stride, float *c, int64_t ldc, int accumulate) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t p = 0; p < panels; p++) {
+      float acc[DSO_PANEL] = {0};
+      for (int64_t x = 0; x < k; x++) {
+        float av = load(a, fmt, i * lda + x);
+        for (int64_t j = 0; j < DSO_PANEL; j++)
+          acc[j] += av * load(b, fmt, p * panel_stride + slot(fmt, x, j));
+      }
+      float *row = c + i * ldc + p * DSO_PANEL;
+      for (int64_t j = 0; j < DSO_PANEL; j++) row[j] = accumulate ? row[j] + acc[j] : acc[j];
+    }
+}
+
+static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+                const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) {
+      float acc = 0.0f;
+      for (int64_t x = 0; x < k; x++) acc += load(a, fmt, i * lda + x) * load(w, w_dtype, j * ldw + x);
+      c[i * ldc + j] = acc;
+    }
+}
+
+static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                   dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) {
+      float acc = 0.0f;
+      for (int64_t x = 0; x < k; x++) acc += a[i * lda + x] * load(w, w_dtype, x * ldw + j);
+      c[i * ldc + j] = acc;
+    }
+}
+
+static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) dst[j * ldd + i] = src[i * lds + j];
+}
+
+static float softmax_row(const float *s, int64_t n, int64_t n_pad, float scale, float *m, float *l,
+                         void *p, dso_dtype fmt) {
+  float top = *m, sum = 0.0f;
+  for (int64_t i = 0; i < n; i++) top = s[i] * scale > top ? s[i] * scale : top;
+  float safe = top == -INFINITY ? 0.0f : top, keep = *m == -INFINITY ? 0.0f : expf(*m - safe);
+  for (int64_t i = 0; i < n_pad; i++) {
+    float e = i < n ? expf(s[i] * scale - safe) : 0.0f;
+    sum += e;
+    store(p, fmt, i, e);
+  }
+  *l = *l * keep + sum;
+  *m = top;
+  return keep;
+}
+
+static void softmax_backward(float *s, float *dp, int64_t n, float scale, const float *lse,
+                             const float *delta) {
+  for (int64_t i = 0; i < n; i++) {
+    s[i] = expf(s[i] * scale - lse[i]);
+    dp[i] = s[i] * (dp[i] - delta[i]) * scale;
+  }
+}
+
+static float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+
+static void silu_mul(float *gate, const float *up, int64_t n) {
+  for (int64_t i = 0; i < n; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+static void silu_mul_backward(float *g_dg, float *u_du, float *dh_h, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    float g = g_dg[i], u = u_du[i], dh = dh_h[i], sg = sigmoid(g), act = g * sg;
+    g_dg[i] = dh * u * (sg + act * (1.0f - sg));
+    u_du[i] = dh * act;
+    dh_h[i] = act * u;
+  }
+}
+
+static float vdot(const float *a, const float *b, int64_t n) {
+  float acc = 0.0f;
+  for (int64_t i = 0; i < n; i++) acc += a[i] * b[i];
+  return acc;
+}
+
+static void vaxpy(float *y, float a, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+static void vscale(float *y, float a, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] *= a;
+}
+
+static float vamax(const float *x, int64_t n) {
+  float top = 0.0f;
+  for (int64_t i = 0; i < n; i++) {
+    if (x[i] != x[i]) return x[i];
+    top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+  }
+  return top;
+}
+
+void dso_isa_init_scalar(dso_isa *isa) {
+  *isa = (dso_isa){
+      .name = "scalar",
+      .to_f32 = to_f32,
+      .from_f32 = from_f32,
+      .pack_t = pack_t,
+      .pack_n = pack_n,
+      .gemm = gemm,
+      .dot = dot,
+      .axpy_n = axpy_n,
+      .transpose = transpose,
+      .softmax_row = softmax_row,
+      .softmax_backward = softmax_backward,
+      .silu_mul = silu_mul,
+      .silu_mul_backward = silu_mul_backward,
+      .vdot = vdot,
+      .vaxpy = vaxpy,
+      .vscale = vscale,
+      .vamax = vamax,
+  };
+}

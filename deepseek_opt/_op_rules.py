@@ -1,0 +1,198 @@
+"""各算子的 fake（形状推导）、autograd、autocast 规则；导入即登记一次。
+
+前向与反向的计算都在本地库里；这里只有 torch.library 的登记。反向本身也是算子，
+没有二阶导数（对它再求导时 torch 会报错，而不是给出错误的结果）。
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_OPS = torch.ops.deepseek_opt
+_NS = "deepseek_opt::"
+
+
+# ---- fake：只推导形状与 dtype ----
+
+
+@torch.library.register_fake(_NS + "linear")
+def _(x, weight, bias=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake(_NS + "linear_backward")
+def _(grad, x, weight, need_x, need_weight, need_bias):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty((weight.shape[0],) if need_bias else (0,)),
+    )
+
+
+@torch.library.register_fake(_NS + "swiglu_mlp")
+def _(x, gate, up, down):
+    return x.new_empty((*x.shape[:-1], down.shape[0]))
+
+
+@torch.library.register_fake(_NS + "swiglu_mlp_backward")
+def _(grad, x, gate, up, down):
+    return tuple(t.new_empty(t.shape) for t in (x, gate, up, down))
+
+
+@torch.library.register_fake(_NS + "rms_norm")
+def _(x, weight, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(_NS + "rms_norm_backward")
+def _(grad, x, weight, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake(_NS + "add_rms_norm")
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake(_NS + "rope")
+def _(x, cos, sin, interleaved, inverse=False):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(_NS + "mla_cache_write")
+def _(latent_cache, rope_cache, scale_cache, latent, rope, offsets):
+    return None
+
+
+@torch.library.register_fake(_NS + "mla_decode")
+def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
+    return q.new_empty((*q.shape[:3], v_head_dim))
+
+
+@torch.library.register_fake(_NS + "mla_prefill")
+def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty((*q.shape[:3], v_head_dim)), lse
+
+
+@torch.library.register_fake(_NS + "mla_prefill_backward")
+def _(grad, q, latent, rope, kv_b, spans, kv_mask, out, lse, softmax_scale, v_head_dim, causal):
+    return tuple(t.new_empty(t.shape) for t in (q, latent, rope, kv_b))
+
+
+# ---- autograd ----
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    need_bias = need_bias and ctx.has_bias
+    dx, dw, db = _OPS.linear_backward(
+        grad.contiguous(), x, weight, need_x, need_weight, need_bias
+    )
+    return dx if need_x else None, dw if need_weight else None, db if need_bias else None
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, grad):
+    return _OPS.swiglu_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_backward(ctx, grad):
+    dx, dw = _OPS.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    return dx, dw, None
+
+
+def _add_norm_setup(ctx, inputs, output):
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_norm_backward(ctx, grad, grad_total):
+    dx, dw = _OPS.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    dx = dx + grad_total
+    return dx, dx, dw, None
+
+
+def _rope_setup(ctx, inputs, output):
+    _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rope_backward(ctx, grad):
+    cos, sin = ctx.saved_tensors
+    dx = _OPS.rope(grad.contiguous(), cos, sin, ctx.interleaved, not ctx.inverse)
+    return dx, None, None, None, None
+
+
+def _prefill_setup(ctx, inputs, output):
+    q, latent, rope, scale, kv_b, spans, kv_mask, *ctx.options = inputs
+    if scale is not None and any(t.requires_grad for t in (q, latent, rope, kv_b)):
+        raise ValueError("mla_prefill：int8 潜变量（给了 scale）不能求梯度。")
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, latent, rope, kv_b, spans, kv_mask, out, lse)
+
+
+def _prefill_backward(ctx, grad, _grad_lse):
+    q, latent, rope, kv_b, spans, kv_mask, out, lse = ctx.saved_tensors
+    dq, dlatent, drope, dkv_b = _OPS.mla_prefill_backward(
+        grad.contiguous(), q, latent, rope, kv_b, spans, kv_mask, out, lse, *ctx.options
+    )
+    return dq, dlatent, drope, None, dkv_b, None, None, None, None, None
+
+
+for _name, _backward, _setup in (
+    ("linear", _linear_backward, _linear_setup),
+    ("swiglu_mlp", _swiglu_backward, _swiglu_setup),
+    ("rms_norm", _norm_backward, _norm_setup),
+    ("add_rms_norm", _add_norm_backward, _add_norm_setup),
+    ("rope", _rope_backward, _rope_setup),
+    ("mla_prefill", _prefill_backward, _prefill_setup),
+):
+    torch.library.register_autograd(_NS + _name, _backward, setup_context=_setup)
+
+
+# ---- autocast：矩阵类算子按 autocast 的 dtype 计算，与 torch 对 F.linear、SDPA 的规则一致 ----
+
+_LIBRARY = torch.library.Library("deepseek_opt", "IMPL")  # 模块级引用：回收即撤销登记
+
+
+def _cast(value, dtype):
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value
+
+
+def _register_autocast(name: str, device: str, key: str) -> None:
+    op = getattr(_OPS, name).default
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    scale_index = 3 if name.startswith("mla_") else -1  # int8 潜变量的 scale 保持 fp32
+
+    def rule(*args):
+        dtype = torch.get_autocast_dtype(device)
+        cast = [a if i == scale_index else _cast(a, dtype) for i, a in enumerate(args)]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast)
+
+    _LIBRARY.impl(name, rule, key)
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for _name in ("linear", "swiglu_mlp", "mla_decode", "mla_prefill"):
+        _register_autocast(_name, _device, _key)
