@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+# 每行分成这么多段以内，分段计算总是合算的。
+_FEW_SEGMENTS = 8
+
+
 class MaskPlan(NamedTuple):
     """一次前向的可见范围；reason 不为 None 时其余字段无意义。"""
 
@@ -122,6 +126,8 @@ def _plan_full(mask: Tensor, batch: int, q_len: int, kv_len: int, slots: int) ->
     if rows != batch:
         starts, any_key, keys = (t.expand(batch, -1) for t in (starts, any_key, keys))
     spans, holes = _segments(starts.tolist(), any_key.tolist(), keys, past, slots)
+    if len(spans) > batch * max(_FEW_SEGMENTS, q_len // 8):
+        return MaskPlan(None, None, "几乎每个查询的起点都不同（如滑动窗口），分段计算不合算")
     return MaskPlan(_as_spans(spans), _widen(keys, slots) if holes else None)
 
 

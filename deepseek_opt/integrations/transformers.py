@@ -80,7 +80,7 @@ class AttentionPatch(Patch):
             return f"训练时 attention_dropout={module.attention_dropout}，融合核不做 dropout"
         if kwargs.get("output_attentions") or bridge.wants_attentions():
             return "output_attentions=True 需要完整的注意力权重"
-        if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        if _bidirectional(module, kwargs):
             return "双向注意力（is_causal=False）"
         return None
 
@@ -88,7 +88,8 @@ class AttentionPatch(Patch):
         """交给原 forward；掩码先换成原实现要的形式。"""
         self.runtime.count(self.name, reason)
         mask = kwargs.get("attention_mask")
-        if self.owns_masks and (mask is None or mask.dim() == 2):
+        light = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if self.owns_masks and light and not _bidirectional(self.module, kwargs):
             index = getattr(self.module, self.spec.layer_idx)
             kwargs = bridge.original_mask(self.module, hidden, kwargs, index)
         return self.call_original(hidden, **kwargs)
@@ -250,6 +251,12 @@ def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
     if spec.rope == "config":
         return "interleaved" if module.config.rope_interleave else "half"
     return spec.rope
+
+
+def _bidirectional(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        return True
+    return getattr(getattr(module, "config", None), "is_causal", True) is False
 
 
 def _norm_names(spec: AttentionSpec) -> tuple[str, ...]:
