@@ -10,7 +10,7 @@ from deepseek_opt import cli
 from deepseek_opt.cli import checks, doctor
 from deepseek_opt.errors import UnsupportedError
 
-ISAS = ["scalar", "avx2", "avx512", "avx512bf16"]
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 
 def make_native(isa="avx512bf16", compiled=ISAS, available=ISAS, error=None, **extra):
@@ -193,7 +193,7 @@ def test_isa_not_compiled_in(fake, monkeypatch):
         ),
         (
             "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n",
-            ISAS,
+            list(ISAS),
         ),
         ("Features : asimd\n", ["scalar"]),
         (None, ["scalar"]),

@@ -125,7 +125,7 @@ def test_yaml_non_finite(fails, text):
 def test_duplicate_keys_name_both_lines(fails, suffix, text, lines):
     problem = fails(text, suffix).problems[0]
     assert problem.path == "mla.kv_lora_rank"
-    assert "第 {} 行和第 {} 行".format(*lines) in problem.message
+    assert f"第 {lines[0]} 行和第 {lines[1]} 行" in problem.message
 
 
 def test_duplicate_tables(fails):
@@ -265,7 +265,25 @@ def test_lists_become_immutable(load):
     assert MTPConfig(loss_weights=(1, 0.5)).loss_weights == weights
 
 
-@pytest.mark.parametrize("text", ["no", "1e-4", "010", "null", "", " a ", "0x1", "1:30", "~", "<<"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no",
+        "1e-4",
+        "010",
+        "null",
+        "",
+        " a ",
+        "0x1",
+        "1:30",
+        "~",
+        "<<",
+        "\x85",
+        "a\u2028b\n c\r\n",
+        "\x00\x7f",
+        "\ufeff😀",
+    ],
+)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_strings_that_look_like_something_else(tmp_path, text, suffix):
     profile = OptimizationProfile(name=text)

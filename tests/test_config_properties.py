@@ -82,7 +82,7 @@ def test_round_trip_is_identical(tmp_path_factory, suffix):
         again.to_file(path)
         assert path.read_bytes() == first
 
-    check()
+    check()  # pylint: disable=no-value-for-parameter
 
 
 _json = st.recursive(

@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):  # pylint: disable=too-many-ancestors
         return super().compose_node(parent, index)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # pylint: disable=too-many-ancestors
     """SafeDumper；YAML 1.1 或 1.2 任一规则下会被误读的字符串都加引号。"""
 
     yaml_implicit_resolvers: ClassVar[dict] = {
@@ -60,7 +60,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data):
         return True
 
+    def represent_str(self, data):
+        # 单引号写法会把 \x85 等换行符折成空格；双引号写法把它们转义。
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar(_TAG + "str", data, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _name, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
