@@ -1,0 +1,33 @@
+/* CUDA 启动函数：参数结构体与 csrc/dso.h 共用，指针指向设备内存；不依赖 torch。
+ *
+ * 每个函数把核排进 stream 后立即返回，不同步、不分配内存；返回启动的错误码。
+ * 大小与步长都是 int64，单位是元素。结果与网格划分无关（归约次序只由形状决定）。
+ */
+#ifndef DSO_CUDA_H
+#define DSO_CUDA_H
+
+#include <cuda_runtime.h>
+
+#include "dso.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+cudaError_t dso_cuda_rms_norm(const dso_rms_norm_params *p, cudaStream_t stream);
+
+/* scratch：至少 dso_cuda_rms_norm_backward_scratch(rows, dim) 字节的设备内存，16 字节对齐。 */
+size_t dso_cuda_rms_norm_backward_scratch(int64_t rows, int64_t dim);
+cudaError_t dso_cuda_rms_norm_backward(const dso_rms_norm_backward_params *p, void *scratch,
+                                       cudaStream_t stream);
+
+cudaError_t dso_cuda_rope(const dso_rope_params *p, cudaStream_t stream);
+
+/* capacity：缓存的槽位数 C。offsets 在设备上，越界在核里断言（不先同步回主机检查）。 */
+cudaError_t dso_cuda_mla_cache_write(const dso_mla_cache_write_params *p, int64_t capacity,
+                                     cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

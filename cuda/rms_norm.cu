@@ -1,0 +1,187 @@
+// RMS 归一化（可先加残差）与反向；公式与舍入次序同 csrc/rms_norm.c、csrc/rms_norm_backward.c。
+#include "dso_cuda.h"
+#include "vec.cuh"
+
+namespace {
+
+using namespace dso;
+
+constexpr int ROW_THREADS = 256;     // 长行：一个线程块一行，8 个 warp 足够藏住访存延迟
+constexpr int64_t SHORT_ROW = 1024;  // 这么短的行一个 warp 一行，不必跨 warp 归约
+constexpr int COLUMN_GROUP = 8;      // dweight：一个块 32 列，8 组线程分摊行
+constexpr int64_t MAX_CHUNKS = 128;  // dweight 的行块数上限：够占满卡，部分和又小
+constexpr int64_t MIN_CHUNK = 32;
+
+// 一行的 N 个部分和：warp 内洗牌，再（一块一行时）经共享内存跨 warp，次序固定。
+template <int N>
+__device__ void row_sum(float (&sum)[N]) {
+  __shared__ float partial[N][ROW_THREADS / WARP];
+#pragma unroll
+  for (int n = 0; n < N; n++) sum[n] = warp_sum(sum[n]);
+  if (blockDim.x == WARP) return;
+  if (threadIdx.x % WARP == 0) {
+    for (int n = 0; n < N; n++) partial[n][threadIdx.x / WARP] = sum[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    sum[n] = 0;
+    for (int w = 0; w < static_cast<int>(blockDim.x) / WARP; w++) sum[n] += partial[n][w];
+  }
+}
+
+template <int V>
+__device__ Vec<V> load_input(const dso_rms_norm_params &p, int64_t row, int64_t i) {
+  Vec<V> x = load<V>(p.x.data, p.x.dtype, row * p.x.rs + i);
+  if (!p.residual.data) return x;
+  Vec<V> r = load<V>(p.residual.data, p.x.dtype, row * p.residual.rs + i);
+#pragma unroll
+  for (int j = 0; j < V; j++) x.v[j] = round_to(p.x.dtype, x.v[j] + r.v[j]);
+  return x;
+}
+
+// 块 (threads, rows)：threads 个线程一行。第二遍重读 x，此时它还在 L1 里。
+template <int V>
+__global__ void rms_norm_kernel(dso_rms_norm_params p) {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= p.rows) return;  // 只在一个 warp 一行时发生：整个 warp 一起退出
+  int64_t first = static_cast<int64_t>(threadIdx.x) * V,
+          step = static_cast<int64_t>(blockDim.x) * V;
+  float sum[1] = {0};
+  for (int64_t i = first; i < p.dim; i += step) {
+    Vec<V> x = load_input<V>(p, row, i);
+    if (p.total) store<V>(p.total, p.x.dtype, row * p.dim + i, x);
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[0] += x.v[j] * x.v[j];
+  }
+  row_sum(sum);
+  float scale = 1.0f / sqrtf(sum[0] / static_cast<float>(p.dim) + p.eps);
+  for (int64_t i = first; i < p.dim; i += step) {
+    Vec<V> x = load_input<V>(p, row, i), w = load<V>(p.weight, p.weight_dtype, i);
+#pragma unroll
+    for (int j = 0; j < V; j++) x.v[j] = round_to(p.x.dtype, x.v[j] * scale) * w.v[j];
+    store<V>(p.y, p.x.dtype, row * p.dim + i, x);
+  }
+}
+
+// dx = s (g - x̂ mean(g x̂))，g = grad * weight，x̂ = x s；顺便留下每行的 s 给 dweight 用。
+template <int V>
+__global__ void backward_rows(dso_rms_norm_backward_params p, float *inverse_rms) {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= p.rows) return;
+  int64_t first = static_cast<int64_t>(threadIdx.x) * V,
+          step = static_cast<int64_t>(blockDim.x) * V;
+  float sum[2] = {0, 0};  // Σ x²、Σ g x
+  for (int64_t i = first; i < p.dim; i += step) {
+    Vec<V> x = load<V>(p.x.data, p.x.dtype, row * p.x.rs + i);
+    Vec<V> g = load<V>(p.grad.data, p.grad.dtype, row * p.grad.rs + i);
+    Vec<V> w = load<V>(p.weight, p.weight_dtype, i);
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      sum[0] += x.v[j] * x.v[j];
+      sum[1] += g.v[j] * w.v[j] * x.v[j];
+    }
+  }
+  row_sum(sum);
+  float dim = static_cast<float>(p.dim), s = 1.0f / sqrtf(sum[0] / dim + p.eps);
+  float mean = sum[1] * s / dim;
+  if (threadIdx.x == 0) inverse_rms[row] = s;
+  if (!p.dx) return;
+  for (int64_t i = first; i < p.dim; i += step) {
+    Vec<V> x = load<V>(p.x.data, p.x.dtype, row * p.x.rs + i);
+    Vec<V> g = load<V>(p.grad.data, p.grad.dtype, row * p.grad.rs + i);
+    Vec<V> w = load<V>(p.weight, p.weight_dtype, i);
+#pragma unroll
+    for (int j = 0; j < V; j++) x.v[j] = s * (g.v[j] * w.v[j] - x.v[j] * s * mean);
+    store<V>(p.dx, p.x.dtype, row * p.dim + i, x);
+  }
+}
+
+// 块 (32, COLUMN_GROUP)：32 列、一个行块的 Σ grad x̂。
+__global__ void backward_columns(dso_rms_norm_backward_params p, const float *inverse_rms,
+                                 float *partial, int64_t chunk) {
+  __shared__ float part[COLUMN_GROUP][WARP];
+  int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
+  int64_t begin = blockIdx.y * chunk, end = begin + chunk < p.rows ? begin + chunk : p.rows;
+  float sum = 0;
+  if (column < p.dim) {
+    for (int64_t row = begin + threadIdx.y; row < end; row += COLUMN_GROUP) {
+      float x = load_one(p.x.data, p.x.dtype, row * p.x.rs + column);
+      sum += load_one(p.grad.data, p.grad.dtype, row * p.grad.rs + column) * x * inverse_rms[row];
+    }
+  }
+  part[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= p.dim) return;
+  sum = 0;
+  for (int g = 0; g < COLUMN_GROUP; g++) sum += part[g][threadIdx.x];
+  partial[blockIdx.y * p.dim + column] = sum;
+}
+
+__global__ void reduce_chunks(dso_rms_norm_backward_params p, const float *partial,
+                              int64_t chunks) {
+  int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= p.dim) return;
+  float sum = 0;
+  for (int64_t c = 0; c < chunks; c++) sum += partial[c * p.dim + column];
+  store_one(p.dw, p.weight_dtype, column, sum);
+}
+
+// 短行一个 warp 一行、一块 8 行；长行一块一行。
+dim3 row_block(int64_t dim) {
+  return dim <= SHORT_ROW ? dim3(WARP, ROW_THREADS / WARP) : dim3(ROW_THREADS);
+}
+
+dim3 row_grid(int64_t rows, int64_t dim) {
+  return dim3(static_cast<unsigned>(ceil_div(rows, row_block(dim).y)));
+}
+
+int64_t chunk_rows(int64_t rows) {
+  int64_t chunk = ceil_div(rows, MAX_CHUNKS);
+  return chunk < MIN_CHUNK ? MIN_CHUNK : chunk;
+}
+
+bool aligned(const dso_mat &m) { return !m.data || wide_ok(m.data, m.dtype, m.rs); }
+
+bool aligned(const void *data, dso_dtype dtype, int64_t dim) {
+  return !data || wide_ok(data, dtype, dim);
+}
+
+}  // namespace
+
+cudaError_t dso_cuda_rms_norm(const dso_rms_norm_params *p, cudaStream_t stream) {
+  if (p->rows == 0 || p->dim == 0) return cudaSuccess;
+  dim3 grid = row_grid(p->rows, p->dim), block = row_block(p->dim);
+  bool wide = aligned(p->x) && aligned(p->residual) &&
+              aligned(p->weight, p->weight_dtype, p->dim) && aligned(p->y, p->x.dtype, p->dim) &&
+              aligned(p->total, p->x.dtype, p->dim);
+  if (wide) return DSO_LAUNCH(rms_norm_kernel<8>, grid, block, stream, *p);
+  return DSO_LAUNCH(rms_norm_kernel<1>, grid, block, stream, *p);
+}
+
+size_t dso_cuda_rms_norm_backward_scratch(int64_t rows, int64_t dim) {
+  return static_cast<size_t>(rows + ceil_div(rows, chunk_rows(rows)) * dim) * sizeof(float);
+}
+
+cudaError_t dso_cuda_rms_norm_backward(const dso_rms_norm_backward_params *p, void *scratch,
+                                       cudaStream_t stream) {
+  if (p->dim == 0) return cudaSuccess;
+  float *inverse_rms = static_cast<float *>(scratch), *partial = inverse_rms + p->rows;
+  int64_t chunk = chunk_rows(p->rows), chunks = ceil_div(p->rows, chunk);
+  cudaError_t error = cudaSuccess;
+  if (p->rows > 0) {
+    dim3 grid = row_grid(p->rows, p->dim), block = row_block(p->dim);
+    bool wide = aligned(p->x) && aligned(p->grad) && aligned(p->weight, p->weight_dtype, p->dim) &&
+                aligned(p->dx, p->x.dtype, p->dim);
+    error = wide ? DSO_LAUNCH(backward_rows<8>, grid, block, stream, *p, inverse_rms)
+                 : DSO_LAUNCH(backward_rows<1>, grid, block, stream, *p, inverse_rms);
+  }
+  if (error != cudaSuccess || !p->dw) return error;
+  unsigned columns = static_cast<unsigned>(ceil_div(p->dim, WARP));
+  if (chunks > 0) {
+    error = DSO_LAUNCH(backward_columns, dim3(columns, static_cast<unsigned>(chunks)),
+                       dim3(WARP, COLUMN_GROUP), stream, *p, inverse_rms, partial, chunk);
+    if (error != cudaSuccess) return error;
+  }
+  return DSO_LAUNCH(reduce_chunks, dim3(columns), dim3(WARP), stream, *p, partial, chunks);
+}
