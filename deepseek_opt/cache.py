@@ -234,6 +234,13 @@ class LatentLayer:
         if not latent.is_floating_point():
             raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
 
+    def _measure(self) -> None:
+        """各行长度变动之后，重新算出最大长度、是否参差，并清理短行的尾部。"""
+        self._length = int(self._offsets.max())
+        self._ragged = int(self._offsets.min()) != self._length
+        if self._ragged:
+            self._clear_tails()
+
     def _clear_tails(self) -> None:
         """各行长度不同时，把较短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
         for row, end in enumerate(self._offsets.tolist()):
@@ -256,7 +263,8 @@ class LatentLayer:
         else:
             self._offsets += tokens
             self._length += tokens
-        self._ragged = self._ragged and int(self._offsets.min()) != self._length
+        if self._ragged:
+            self._measure()
 
     def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
         """逐行截断到 lengths [B]；每个值须在 0 与该行现有长度之间。"""
@@ -272,10 +280,7 @@ class LatentLayer:
                 f"lengths 应在 0 与各行现有长度 {self._offsets.tolist()} 之间，得到 {wanted.tolist()}"
             )
         self._offsets.copy_(wanted)
-        self._length = int(wanted.max())
-        self._ragged = int(wanted.min()) != self._length
-        if self._ragged:
-            self._clear_tails()
+        self._measure()
 
     def reorder(self, index: Tensor) -> None:
         """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
@@ -295,6 +300,7 @@ class LatentLayer:
                 part[moved] = part[source]
         if self._ragged:
             self._offsets = self._offsets[index.cpu()]
+            self._measure()
 
     def select(self, index: Tensor) -> None:
         """只保留 index 指出的行（可重复、可改变行数）。"""
@@ -306,6 +312,7 @@ class LatentLayer:
         if self.scale is not None:
             self.scale = self.scale.index_select(0, index)
         self._offsets = self._offsets[index.cpu()]
+        self._measure()
 
     def repeat_interleave(self, repeats: int) -> None:
         """每行重复 repeats 次。"""
