@@ -84,6 +84,11 @@ def _(grad, q, latent, rope, kv_b, spans, kv_mask, out, lse, softmax_scale, v_he
 # ---- autograd ----
 
 
+def _for_given(ctx, grads):
+    """分派器会去掉等于默认值的末尾参数（例如 bias=None），梯度的个数要与实际传入的参数一致。"""
+    return grads[: len(ctx.needs_input_grad)]
+
+
 def _linear_setup(ctx, inputs, output):
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -92,12 +97,13 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
+    need_x, need_weight, need_bias = (*ctx.needs_input_grad, False)[:3]
     need_bias = need_bias and ctx.has_bias
     dx, dw, db = _OPS.linear_backward(
         grad.contiguous(), x, weight, need_x, need_weight, need_bias
     )
-    return dx if need_x else None, dw if need_weight else None, db if need_bias else None
+    grads = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
+    return _for_given(ctx, grads)
 
 
 def _swiglu_setup(ctx, inputs, output):
@@ -137,7 +143,7 @@ def _rope_setup(ctx, inputs, output):
 def _rope_backward(ctx, grad):
     cos, sin = ctx.saved_tensors
     dx = _OPS.rope(grad.contiguous(), cos, sin, ctx.interleaved, not ctx.inverse)
-    return dx, None, None, None, None
+    return _for_given(ctx, (dx, None, None, None, None))
 
 
 def _prefill_setup(ctx, inputs, output):
@@ -154,7 +160,7 @@ def _prefill_backward(ctx, grad, _grad_lse):
     dq, dlatent, drope, dkv_b = _OPS.mla_prefill_backward(
         grad.contiguous(), q, latent, rope, kv_b, spans, kv_mask, out, lse, *ctx.options
     )
-    return dq, dlatent, drope, None, dkv_b, None, None, None, None, None
+    return _for_given(ctx, (dq, dlatent, drope, None, dkv_b, None, None, None, None, None))
 
 
 for _name, _backward, _setup in (

@@ -406,6 +406,8 @@ def spans_from_cu_seqlens(cu_q: Tensor, cu_k: Tensor | None = None) -> Tensor:
 
 def _check_cu_seqlens(value: Tensor, name: str) -> Tensor:
     rows = torch.as_tensor(value).to("cpu", torch.int64)
+    if torch.compiler.is_compiling():  # 编译时看不到数值，核自己会检查范围
+        return rows
     ok = rows.dim() == 1 and rows.numel() >= 1 and rows[0] == 0 and bool((rows.diff() >= 0).all())
     if not ok:
         raise ValueError(
