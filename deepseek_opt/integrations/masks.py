@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_opt.integrations.stamp import stamp
 
 # 每行分成这么多段以内，分段计算总是合算的。
 _FEW_SEGMENTS = 8
@@ -38,8 +39,7 @@ class PlanMemo:
     def plan(self, mask: Tensor | None, batch: int, q_len: int, kv_len: int, slots: int) -> MaskPlan:
         """mask 为 None 时是因果掩码；kv_len 含新词元，slots 为缓冲区的第 1 维。"""
         local = self._local
-        version = 0 if mask is None else mask._version
-        key = (batch, q_len, kv_len, slots, version)
+        key = (batch, q_len, kv_len, slots, stamp(mask))
         if getattr(local, "key", None) == key and local.mask() is mask:
             return local.plan
         plan = build_plan(mask, batch, q_len, kv_len, slots)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt import ops, reference
+from deepseek_opt.integrations.stamp import stamp
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -98,7 +99,7 @@ def _lora_weight(module: Any) -> tuple[Tensor | None, str | None]:
     tensors = [base.weight, *(t for a, b, _ in parts for t in (a, b))]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _merge(base.weight, parts), None
-    key = tuple((id(t), t._version) for t in tensors) + tuple(p[2] for p in parts)
+    key = tuple((id(t), stamp(t)) for t in tensors) + tuple(p[2] for p in parts)
     memo = module.__dict__.get("_deepseek_opt_weight")
     if memo is None or memo[0] != key:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_opt.cache import cache_dtype
 from deepseek_opt.errors import ConfigError
 from deepseek_opt.integrations.masks import PlanMemo
+from deepseek_opt.integrations.stamp import stamp
 
 logger = logging.getLogger("deepseek_opt")
 
@@ -89,14 +90,14 @@ class RopeMemo:
         """(cos, sin) 或复数 freqs_cis -> 各 [1 或 B, T, half]。"""
         key = embeddings if isinstance(embeddings, Tensor) else embeddings[0]
         local = self._local
-        if getattr(local, "ref", _none)() is key and local.version == key._version:
+        if getattr(local, "ref", _none)() is key and local.stamp == stamp(key):
             return local.pair
         if isinstance(embeddings, Tensor):
             pair = (embeddings.real.contiguous(), embeddings.imag.contiguous())
         else:
             cos, sin = embeddings
             pair = (cos[..., :half].contiguous(), sin[..., :half].contiguous())
-        local.ref, local.version, local.pair = weakref.ref(key), key._version, pair
+        local.ref, local.stamp, local.pair = weakref.ref(key), stamp(key), pair
         return pair
 
 
