@@ -190,10 +190,14 @@ class Builder:
             )
         return Path(spec.origin).parent
 
-    def _cxx_command(self) -> list[str]:
+    def _torch_include(self) -> Path:
         include = self._torch_dir() / "include"
         if not (include / "torch/csrc/stable/library.h").is_file():
             raise BuildError("装着的 torch 没有稳定 ABI 的头文件：需要 torch >= 2.10。")
+        return include
+
+    def _cxx_command(self) -> list[str]:
+        include = self._torch_include()
         command = [*self.cxx, *CXX_FLAGS, *COMMON, *WARNINGS, *STABLE_ABI]
         if not self._try_compile([*self.cxx, "-std=c++20"], "#include <concepts>\n", ".cpp"):
             raise BuildError(
@@ -209,29 +213,41 @@ class Builder:
         command = [*self._cxx_command(), *self.extra, *_env_args("CXXFLAGS")]
         for path in sorted(self.root.glob("csrc/binding*.cpp")):
             units.append(Unit(path, command, f"csrc_{path.stem}"))
-        return self._link(self.out / "_C.abi3.so", self._compile_all(units), self._torch_libs())
+        coverage = ["--coverage"] if self.coverage else []
+        linker = [*self.cxx, *coverage, "-shared", *_env_args("LDFLAGS")]
+        objects = self._compile_all(units)
+        return self._link(self.out / "_C.abi3.so", objects, self._torch_libs(), linker)
 
     def build_cuda(self) -> Path:
         """编译并链接 _C_cuda.so。只用 torch 的稳定 ABI，所以对着纯 CPU 的 torch 也能链接。"""
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("找不到 nvcc。")
-        home = Path(nvcc).resolve().parent.parent
-        host = f"-Xcompiler={','.join(COMMON[1:])}"
-        device = [nvcc, "-std=c++17", "-O3", *CUDA_ARCH, host, f"-ccbin={self.cxx[0]}"]
-        if _flag("DEEPSEEK_OPT_WERROR"):
-            device.append("-Werror=all-warnings")
-        units = [
-            Unit(path, device, f"cuda_{path.stem}") for path in sorted(self.root.glob("cuda/*.cu"))
+        # 全程经 nvcc：它自己知道头文件与运行库在哪里。
+        host = [
+            f"-ccbin={self.cxx[0]}",
+            f"-I{self.root / 'csrc'}",
+            f"-Xcompiler={','.join(COMMON)}",
         ]
-        includes = [f"-isystem{p}" for p in sorted(home.glob("**/include")) if p.is_dir()]
-        binding = [*self._cxx_command(), "-DUSE_CUDA", f"-I{self.root / 'cuda'}", *includes]
+        device = [nvcc, *host, "-std=c++17", "-O3", *CUDA_ARCH, "-Werror=all-warnings"]
+        sources = sorted(self.root.glob("cuda/*.cu"))
+        units = [Unit(path, device, f"cuda_{path.stem}") for path in sources]
+        include = self._torch_include()
+        binding = [
+            nvcc,
+            *host,
+            "-std=c++20",
+            "-O2",
+            "-DUSE_CUDA",
+            *STABLE_ABI,
+            f"-isystem={include}",
+        ]
         for path in sorted(self.root.glob("cuda/binding*.cpp")):
             units.append(Unit(path, binding, f"cuda_{path.stem}"))
         objects = self._compile_all(units)
-        runtime = [str(p) for p in sorted(home.glob("**/libcudart_static.a"))[:1]]
-        libs = [*runtime, *self._torch_libs(), "-ldl", "-lrt", "-lpthread"]
-        return self._link(self.out / "_C_cuda.so", objects, libs)
+        # 静态的 CUDA 运行库：不与 torch 自带的版本相争。
+        linker = [nvcc, f"-ccbin={self.cxx[0]}", "-shared", "-cudart=static"]
+        return self._link(self.out / "_C_cuda.so", objects, self._torch_libs(), linker)
 
     def _torch_libs(self) -> list[str]:
         if sys.platform == "darwin":
@@ -274,11 +290,8 @@ class Builder:
         self._run([*unit.command, *depend, "-c", str(unit.source), "-o", str(obj)])
         cmd.write_text(self._key(unit), encoding="utf-8")
 
-    def _link(self, target: Path, objects: list[Path], libs: list[str]) -> Path:
-        inputs = [str(path) for path in objects]
-        coverage = ["--coverage"] if self.coverage else []
-        flags = [*coverage, "-shared", *_env_args("LDFLAGS")]
-        command = [*self.cxx, *flags, *inputs, *libs, "-o", str(target)]
+    def _link(self, target: Path, objects: list[Path], libs: list[str], linker: list[str]) -> Path:
+        command = [*linker, *map(str, objects), *libs, "-o", str(target)]
         key = target.with_suffix(".link")
         same = key.is_file() and key.read_text(encoding="utf-8") == "\n".join(command)
         newest = max(path.stat().st_mtime_ns for path in objects)

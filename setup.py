@@ -10,6 +10,7 @@
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,8 +55,15 @@ def extensions() -> list[Extension]:
     return found
 
 
+# setuptools 不清理上一次的 build/lib：旧模块会混进轮子。每次从空目录开始（编译缓存在别处）。
+PACKAGE_BUILD = Path("build") / "package"
+shutil.rmtree(ROOT / PACKAGE_BUILD, ignore_errors=True)
+
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp311"},
+        "build": {"build_base": str(PACKAGE_BUILD)},
+    },
 )
