@@ -2,7 +2,7 @@
 
 估算对象是一次预填充（不求导）：权重、潜变量缓存、激活峰值；并与标准多头注意力（逐步计算、SDPA）和
 transformers 自己的 MLA 比较。公式逐项数前向各阶段同时存活的张量，与 Linux 上实测的常驻内存峰值相差
-不超过 :data:`TOLERANCE`（tests/test_memory.py 验证）。
+不超过 :data:`TOLERANCE` 与 :data:`FIXED_BYTES` 中较大者（tests/test_memory.py 验证）。
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from deepseek_opt.errors import InputError, MemoryBudgetError
 from deepseek_opt.geometry import ModelGeometry, read_geometry
 
 TOLERANCE = 0.25
-"""估算的工作内存与实测峰值的相对误差上限。"""
+"""估算的工作内存与实测峰值的相对误差上限（另有 :data:`FIXED_BYTES` 的固定误差）。"""
+
+FIXED_BYTES = 12 << 20
+"""不随长度增长、估算不计的部分：BLAS 等库首次遇到一种形状时的暂存，实测约 8 MiB。"""
 
 MIN_CHUNK = 64
 """自动分块的最小块（词元）：再小时矩阵乘法的效率掉得厉害。"""
@@ -301,8 +304,8 @@ def _prefill_bytes(shape: ModelGeometry, plan: _Plan) -> int:
     attention += 2 * whole * d.latent_width + whole * shape.hidden_size
     lse = 4 * chunk * d.num_heads
     ffn = _ffn_elements(shape, plan.fused_ffn) * whole
-    stages = max(attention * size + lse, ffn * size, _norm_bytes(shape, size) * whole)
-    return _base_bytes(shape, whole, size) + stages + _logits_bytes(shape, plan.batch, whole, size)
+    stages = (attention * size + lse, ffn * size, *_other_stages(shape, plan.batch, whole, size))
+    return _base_bytes(shape, whole, size) + max(stages)
 
 
 def _base_bytes(shape: ModelGeometry, tokens: int, size: int) -> int:
@@ -310,14 +313,10 @@ def _base_bytes(shape: ModelGeometry, tokens: int, size: int) -> int:
     return 2 * tokens * shape.hidden_size * size
 
 
-def _norm_bytes(shape: ModelGeometry, size: int) -> int:
-    """RMSNorm 的 fp32 中间结果，每词元。"""
-    return shape.hidden_size * (8 if size < 4 else 4)
-
-
-def _logits_bytes(shape: ModelGeometry, batch: int, tokens: int, size: int) -> int:
-    positions = tokens if shape.all_logits else batch
-    return positions * shape.vocab_size * size
+def _other_stages(shape: ModelGeometry, batch: int, tokens: int, size: int) -> tuple[int, int]:
+    """注意力与 FFN 之外的两个阶段：RMSNorm 的 fp32 中间结果、logits。"""
+    norm = tokens * shape.hidden_size * (8 if size < 4 else 4)
+    return norm, (tokens if shape.all_logits else batch) * shape.vocab_size * size
 
 
 def _ffn_elements(shape: ModelGeometry, fused: bool) -> int:
@@ -325,7 +324,7 @@ def _ffn_elements(shape: ModelGeometry, fused: bool) -> int:
     copies = 3 if shape.gated else 2  # 带门：act(gate)、up、乘积；不带门：激活前后
     if fused and shape.gated:
         copies = 1
-    dense = copies * shape.ffn_width + shape.hidden_size
+    dense = max(copies * shape.ffn_width, shape.ffn_width + shape.hidden_size)
     if not shape.top_k:
         return dense
     # transformers 的专家：按专家重排的输入，gate_up、激活、乘积；随后是加权前后的输出。
@@ -348,9 +347,8 @@ def _alternative(name: str, shape: ModelGeometry, plan: _Plan) -> Alternative:
         width = sum(shape.latent_width)
     attention = tokens * elements * size + _score_bytes(name, shape, plan)
     ffn = _ffn_elements(shape, False) * tokens * size
-    stages = max(attention, ffn, _norm_bytes(shape, size) * tokens)
-    peak = _base_bytes(shape, tokens, size) + stages
-    peak += _logits_bytes(shape, plan.batch, tokens, size)
+    stages = (attention, ffn, *_other_stages(shape, plan.batch, tokens, size))
+    peak = _base_bytes(shape, tokens, size) + max(stages)
     return Alternative(name, _TITLES[name], tokens * width * size, peak)
 
 
@@ -361,7 +359,9 @@ def _score_bytes(name: str, shape: ModelGeometry, plan: _Plan) -> int:
     if name == "standard_sdpa":
         return 0  # q、k、v 同宽时 CPU 走分块的实现
     if name == "transformers_sdpa":
-        # q、k 与 v 的维度不同，torch 在 CPU 上退回普通实现：fp32 分数、softmax、每分数 1 字节的检查。
+        if shape.dims.qk_head_dim == shape.dims.v_head_dim:
+            return 0
+        # q、k 与 v 的维度不同时 torch 在 CPU 上退回普通实现：fp32 分数、softmax、每分数 1 字节的检查。
         copies = plan.batch * plan.length * shape.dims.standard_width * 4 if size < 4 else 0
         return pairs * (9 * shape.dims.num_heads + 5) + copies
     per_score = 8 if size == 4 else size + 8  # 16 位：原分数、转成 fp32、softmax 的结果
