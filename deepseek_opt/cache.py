@@ -125,21 +125,27 @@ class LatentLayer:
 
         所有检查都在改动之前；抛出 InputError 或 MemoryBudgetError 时缓存不变。
         """
+        self.prepare(latent, rope)
+        return self.write(latent, rope)
+
+    def prepare(self, latent: Tensor, rope: Tensor) -> None:
+        """检查 latent、rope 能否写入，并保证容量；已有内容不变。"""
         self._check(latent, rope)
-        steps = latent.shape[1]
-        total = self._length + steps
+        total = self._length + latent.shape[1]
         if self.latent is None or total > self.latent.shape[1]:
             self.reserve(total, latent, rope)
-        offsets = self._offsets
-        with torch.no_grad():
-            ops.mla_cache_write(
-                self.latent, self.rope, self.scale, latent.detach(), rope.detach(), offsets
-            )
+
+    def write(self, latent: Tensor, rope: Tensor) -> int:
+        """:meth:`prepare` 之后的写入；返回写入后的最大长度。"""
+        if latent.requires_grad or rope.requires_grad:
+            latent, rope = latent.detach(), rope.detach()
+        steps, offsets = latent.shape[1], self._offsets
+        ops.mla_cache_write(self.latent, self.rope, self.scale, latent, rope, offsets)
         offsets += steps
-        self._length = total
+        self._length += steps
         if self._ragged:
             self._clear_tails()
-        return total
+        return self._length
 
     def reserve(self, length: int, latent: Tensor, rope: Tensor) -> None:
         """保证容量至少 length；latent、rope 给出形状、类型与设备，内容不读。"""

@@ -19,17 +19,20 @@ def loaded() -> bool:
 
 def wants_attentions() -> bool:
     """这次前向是否要收集注意力权重。"""
-    if not loaded():
+    module = sys.modules.get("transformers.utils.output_capturing")
+    if module is None:
         return False
-    from deepseek_opt.integrations import hf_config
-
-    return hf_config.wants_attentions()
+    collected = module._active_collector.get()
+    return collected is not None and "attentions" in collected
 
 
 def resolve_layer(cache: Any, index: int, runtime: Any, tracked: bool) -> LatentLayer | None:
     """cache 第 index 层的潜变量存储；不是（也不能变成）潜变量缓存时为 None。"""
     if isinstance(cache, LatentCache):
         return cache.layer(index)
+    layers = getattr(cache, "layers", ())
+    if index < len(layers) and isinstance(layers[index], LatentLayer):
+        return layers[index]
     if not loaded():
         return None
     from deepseek_opt.integrations import hf_cache

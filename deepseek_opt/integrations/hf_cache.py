@@ -85,9 +85,10 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
         """各行长度的最大值。"""
         return self.get_seq_length()
 
-    def append(self, latent: Tensor, rope: Tensor) -> int:
+    def prepare(self, latent: Tensor, rope: Tensor) -> None:
+        """检查并保证容量；先把普通张量搬进缓冲区。"""
         self.absorb()
-        return LatentLayer.append(self, latent, rope)
+        LatentLayer.prepare(self, latent, rope)
 
     def reserve(self, length: int, latent: Tensor, rope: Tensor) -> None:
         self.absorb()
@@ -173,8 +174,6 @@ def resolve_layer(cache: Any, index: int, runtime: Any, tracked: bool) -> Latent
     layers = getattr(cache, "layers", None)
     if layers is None:
         return None
-    if index < len(layers) and isinstance(layers[index], LatentLayer):
-        return layers[index]
     if tracked or getattr(cache, "offloading", False):
         return None
     if index >= len(layers):

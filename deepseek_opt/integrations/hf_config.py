@@ -17,17 +17,10 @@ from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
 )
-from transformers.utils import output_capturing
 
 NAME = "deepseek_opt"
 # 这两种实现的掩码是 T×S 的；flash 系本来就是 2 维，flex 是 BlockMask。
 _DENSE = ("eager", "sdpa")
-
-
-def wants_attentions() -> bool:
-    """这次前向是否要收集注意力权重。"""
-    collected = output_capturing._active_collector.get()
-    return collected is not None and "attentions" in collected
 
 
 def padding_mask(

@@ -15,18 +15,22 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_plain(module: Any) -> bool:
     """是否是没有钩子、没有被改写的 nn.Linear（参数化会换掉类，因此也不算）。"""
-    if type(module) is not nn.Linear:
-        return False
+    # 每次解码每层要问五次，所以直接查 __dict__，不走 nn.Module.__getattr__
     state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-        return False
-    return not (state["_backward_hooks"] or state["_backward_pre_hooks"])
+    return type(module) is nn.Linear and not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """x [..., K] -> [..., N]。"""
     if is_plain(module):
-        return ops.linear(x, module.weight, module.bias)
+        parameters = module.__dict__["_parameters"]
+        return ops.linear(x, parameters["weight"], parameters["bias"])
     return module(x)
 
 
@@ -51,19 +55,23 @@ def is_rms_norm(module: Any) -> bool:
 
 def norm_eps(module: Any) -> float | None:
     """RMSNorm 的 epsilon；没有则为 None。"""
-    for name in ("variance_epsilon", "eps"):
-        value = getattr(module, name, None)
-        if isinstance(value, float):
-            return value
-    return None
+    state = getattr(module, "__dict__", {})
+    value = state.get("variance_epsilon", state.get("eps"))
+    return value if isinstance(value, float) else None
 
 
 def norm(module: nn.Module, x: Tensor, known: bool) -> Tensor:
     """归一化最后一维；known 为 :func:`is_rms_norm` 的结果，有钩子时仍走模块自己。"""
     state = module.__dict__
-    if not known or "forward" in state or any(state[name] for name in _HOOKS):
-        return module(x)
-    return ops.rms_norm(x, module.weight, norm_eps(module))
+    if known and not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
+        return ops.rms_norm(x, state["_parameters"]["weight"], norm_eps(module))
+    return module(x)
 
 
 def effective_weight(module: nn.Module) -> tuple[Tensor | None, str | None]:

@@ -29,7 +29,7 @@ class Runtime:
         self.ropes = RopeMemo()
         self.layer_count = 1  # 预算由各层平分
         self._lock = threading.Lock()
-        self._bind(getattr(profile, "mla", None))
+        self._bind(profile.mla)
 
     def _bind(self, mla: Any) -> None:
         self._mla = mla
@@ -42,8 +42,8 @@ class Runtime:
 
     def refresh(self) -> None:
         """配置被改动过就重新读取；改了不能动态修改的字段则抛出 ConfigError，说明原因。"""
-        mla = self.profile.mla
-        if mla is self._mla and getattr(mla, "revision", None) == self._revision:
+        mla = self.profile.__dict__["mla"]  # 每层每次调用都要看，绕开 pydantic 的属性查找
+        if mla is self._mla and mla.revision == self._revision:
             return
         with self._lock:
             if mla is None:

@@ -49,7 +49,7 @@ class AttentionPatch(Patch):
         if args:
             kwargs.update(zip(self._positional(), args, strict=False))
         self.runtime.refresh()
-        weight, reason = effective_weight(getattr(self.module, self.spec.kv_b_proj))
+        weight, reason = effective_weight(self.module._modules[self.spec.kv_b_proj])
         reason = reason or self._refusal(hidden_states, kwargs)
         if reason is not None:
             return self._fallback(reason, hidden_states, kwargs)
@@ -60,7 +60,7 @@ class AttentionPatch(Patch):
             return self._fallback(reason, hidden_states, kwargs)
         if self.spec.gate is not None:
             out = out * self._gate(hidden_states, out.dtype)
-        out = project(getattr(self.module, self.spec.o_proj), out.flatten(2))
+        out = project(self.module._modules[self.spec.o_proj], out.flatten(2))
         return (out, None) if self.spec.returns_tuple else out
 
     def _positional(self) -> tuple[str, ...]:
@@ -72,11 +72,12 @@ class AttentionPatch(Patch):
     def _refusal(self, hidden: Tensor, kwargs: dict[str, Any]) -> str | None:
         """这次调用不能由潜变量核计算的原因；可以则为 None。"""
         module = self.module
-        if hidden.device.type != "cpu":
+        state = module.__dict__
+        if not hidden.is_cpu:
             return f"设备 {hidden.device.type} 上还没有 MLA 核"
         if hidden.dtype not in FORWARD_DTYPES:
             return f"数据类型 {hidden.dtype} 不受支持"
-        if module.training and getattr(module, "attention_dropout", 0.0):
+        if state["training"] and state.get("attention_dropout"):
             return f"训练时 attention_dropout={module.attention_dropout}，融合核不做 dropout"
         if kwargs.get("output_attentions") or bridge.wants_attentions():
             return "output_attentions=True 需要完整的注意力权重"
@@ -101,7 +102,7 @@ class AttentionPatch(Patch):
         module, spec = self.module, self.spec
         q, own = self._queries(hidden)
         q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
-        joint = project(getattr(module, spec.kv_a_proj), hidden)
+        joint = project(module._modules[spec.kv_a_proj], hidden)
         latent, rope = joint.split((self.rank, self.rope_dim), -1)
         latent = self._norm(spec.kv_a_layernorm, latent)
         if spec.kv_scale is not None:
@@ -120,18 +121,18 @@ class AttentionPatch(Patch):
     def _queries(self, hidden: Tensor) -> tuple[Tensor, bool]:
         """(查询, 是否是可以原地改写的新张量)。"""
         module, spec = self.module, self.spec
-        down = None if spec.q_a_proj is None else getattr(module, spec.q_a_proj, None)
+        down = module._modules.get(spec.q_a_proj)
         if down is None:
-            last = getattr(module, spec.q_proj)
+            last = module._modules[spec.q_proj]
         else:
             hidden = self._norm(spec.q_a_layernorm, project(down, hidden))
             if spec.q_latent_scale is not None:
                 hidden = hidden * getattr(module, spec.q_latent_scale)
-            last = getattr(module, spec.q_b_proj)
+            last = module._modules[spec.q_b_proj]
         return project(last, hidden), type(last) is nn.Linear
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        return norm(getattr(self.module, name), x, name in self.known_norms)
+        return norm(self.module._modules[name], x, name in self.known_norms)
 
     def _rotate(self, q: Tensor, rope: Tensor, embeddings: Any, own: bool) -> tuple[Tensor, Tensor]:
         cos, sin = self.runtime.ropes.halves(embeddings, self.rope_dim // 2)
@@ -210,9 +211,7 @@ class AttentionPatch(Patch):
             if plan.reason is None:
                 layer.append(latent, rope)
             return plan, *joined, None
-        layer._check(latent, rope)
-        if total > layer.capacity:
-            layer.reserve(total, latent, rope)
+        layer.prepare(latent, rope)
         if layer.ragged:
             if mask is not None:
                 raise InputError("缓存各行长度不同（用过 crop_rows），不能再与 attention_mask 同用")
@@ -220,7 +219,7 @@ class AttentionPatch(Patch):
         else:
             plan = self.runtime.masks.plan(mask, batch, steps, total, layer.capacity)
         if plan.reason is None:
-            layer.append(latent, rope)
+            layer.write(latent, rope)
         return plan, layer.latent, layer.rope, layer.scale
 
     def _through_update(
@@ -254,9 +253,11 @@ def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
 
 
 def _bidirectional(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+    state = module.__dict__
+    if kwargs.get("is_causal") is False or state.get("is_causal") is False:
         return True
-    return getattr(getattr(module, "config", None), "is_causal", True) is False
+    config = state.get("config")
+    return config is not None and config.__dict__.get("is_causal") is False
 
 
 def _norm_names(spec: AttentionSpec) -> tuple[str, ...]:
