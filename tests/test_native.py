@@ -107,7 +107,8 @@ def test_build_info():
         assert info["cuda_library"] is None and "不带 CUDA" in info["cuda_error"]
 
 
-def test_missing_library(fresh, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("fresh")
+def test_missing_library(monkeypatch, tmp_path):
     monkeypatch.setenv("DEEPSEEK_OPT_LIBRARY", str(tmp_path / "absent.so"))
     assert not _native.load()
     assert "没有找到本地库 absent.so" in _native.load_error()
@@ -118,7 +119,8 @@ def test_missing_library(fresh, monkeypatch, tmp_path):
     assert info["library"] is None and info["compiled_isas"] == []
 
 
-def test_broken_library(fresh, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("fresh")
+def test_broken_library(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("DEEPSEEK_OPT_LIBRARY", str(broken))
@@ -126,13 +128,15 @@ def test_broken_library(fresh, monkeypatch, tmp_path):
     assert "broken.so 加载失败" in _native.load_error()
 
 
-def test_old_torch(fresh, monkeypatch):
+@pytest.mark.usefixtures("fresh")
+def test_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     assert not _native.load()
     assert _native.load_error() == "需要 torch >= 2.10，装着的是 2.9.1。"
 
 
-def test_cuda_library_missing(fresh, monkeypatch):
+@pytest.mark.usefixtures("fresh")
+def test_cuda_library_missing(monkeypatch):
     """torch 带 CUDA 而 CUDA 库没有编译：CPU 照常，原因说得清。"""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_native, "CUDA_LIBRARY", "absent_cuda.so")

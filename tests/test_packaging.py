@@ -200,7 +200,8 @@ def test_wheel(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-" in wheel.name
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     assert "deepseek_opt/_C.abi3.so" in names
     assert not [n for n in names if n.startswith(("tests/", "csrc/", "build_native"))]
     assets = ROOT / "deepseek_opt" / "assets"
