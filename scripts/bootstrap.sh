@@ -38,8 +38,7 @@ if [ ! -x "$venv/bin/python" ]; then
 else
     say "[1/5] 使用虚拟环境 $venv"
 fi
-# 已经满足的依赖不必逐行列出。
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" | { grep -v 'already satisfied' || true; }; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 say "[2/5] 安装构建工具"
 pip install -q "setuptools>=77" wheel
@@ -48,7 +47,8 @@ pip install "$torch"
 say "[4/5] 编译本地库"
 "$venv/bin/python" build_native.py
 say "[5/5] 安装 deepseek_opt 与依赖（$extra）"
-pip install "$torch" --no-build-isolation -e ".[$extra]"
+# 再写一次 torch：不让任何依赖换掉它。已经满足的依赖不必逐行列出。
+pip install "$torch" --no-build-isolation -e ".[$extra]" | { grep -v 'already satisfied' || true; }
 "$venv/bin/python" - <<'PY'
 from deepseek_opt import _native
 

@@ -14,7 +14,7 @@ if [ -f tests/c/Makefile ] && grep -q '^coverage:' tests/c/Makefile; then
 fi
 
 # 凡是直接用到算子或加载器的测试文件。
-mapfile -t files < <(grep -lE 'deepseek_opt(\.| import )(ops|_native)|torch\.ops\.deepseek_opt' \
+mapfile -t files < <(grep -lE 'deepseek_opt( import .*|\.)\b(ops|_native)\b|torch\.ops\.deepseek_opt' \
     tests/test_*.py | grep -v test_packaging)
 if [ "${#files[@]}" -gt 0 ]; then
     DEEPSEEK_OPT_LIBRARY=$object_dir/_C.abi3.so \

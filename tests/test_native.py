@@ -145,9 +145,11 @@ def test_cuda_library_missing(monkeypatch):
 
 
 def test_extension_module_imports():
-    """有 Python.h 时编译出的 PyInit：import deepseek_opt._C 也能加载。"""
-    module = pytest.importorskip("deepseek_opt._C", exc_type=ImportError)
-    assert "torch.ops.deepseek_opt" in module.__doc__
+    """有 Python.h 时编译出的 PyInit：import deepseek_opt._C 也能加载（新进程：只能登记一次）。"""
+    done = run_python("import torch, deepseek_opt._C as c; print(c.__doc__)")
+    if "PyInit" in done.stderr:
+        pytest.skip("构建时没有 Python.h")
+    assert "torch.ops.deepseek_opt" in done.stdout, done.stderr
 
 
 def test_import_without_library(tmp_path):
