@@ -16,6 +16,7 @@ import torch
 from deepseek_opt.config import OptimizationProfile, format_bytes, parse_bytes
 from deepseek_opt.errors import InputError, MemoryBudgetError
 from deepseek_opt.geometry import ModelGeometry, read_geometry
+from deepseek_opt.integrations.prefill import AUTO_TOKENS
 
 TOLERANCE = 0.25
 """估算的工作内存与实测峰值的相对误差上限（另有 :data:`FIXED_BYTES` 的固定误差）。"""
@@ -149,7 +150,8 @@ def estimate_memory(
     model : 带 MLA 的 transformers 模型或其配置，或含 :class:`~deepseek_opt.MLAAttention` 的自建模型。
     dtype : 激活（与 ``cache_dtype="auto"`` 时的缓存）的 dtype，默认随参数；给出时权重也按它计。
     profile : 用其 mla 部分的 cache_dtype、prefill_chunk_size、memory_budget_bytes 和 dense 部分的 ffn。
-    chunk_size : 每次送入的词元数；默认取 profile 的，其次按预算推出，再次不分块。
+    chunk_size : 每次送入的词元数；默认为优化后的模型实际会用的：profile 的 prefill_chunk_size，没有时
+        transformers 模型在长输入上自动分块，再不超过 memory_budget_bytes 允许的。
 
     返回 :class:`MemoryEstimate`。抛出 :class:`~deepseek_opt.errors.UnsupportedError`（看不出 MLA）、
     :class:`~deepseek_opt.errors.InputError`（batch、length 不是正整数）。
@@ -305,7 +307,10 @@ def _prefill_bytes(shape: ModelGeometry, plan: _Plan) -> int:
     lse = 4 * chunk * d.num_heads
     ffn = _ffn_elements(shape, plan.fused_ffn) * whole
     stages = (attention * size + lse, ffn * size, *_other_stages(shape, plan.batch, whole, size))
-    return _base_bytes(shape, whole, size) + max(stages)
+    peak = _base_bytes(shape, whole, size) + max(stages)
+    if not shape.own and plan.chunk < plan.length:  # 各块的输出拼成的 last_hidden_state
+        peak += plan.batch * plan.length * shape.hidden_size * size
+    return peak
 
 
 def _base_bytes(shape: ModelGeometry, tokens: int, size: int) -> int:
@@ -415,14 +420,16 @@ def _planned_chunk(shape: ModelGeometry, plan: _Plan, budget: int) -> int:
 
 
 def _configured_chunk(shape: ModelGeometry, plan: _Plan, profile) -> int:
+    """不另外指定时实际会用的块：配置的，其次（transformers 模型）自动的，再不超过预算允许的。"""
     mla = None if profile is None else profile.mla
-    if mla is None:
-        return plan.length
-    if mla.prefill_chunk_size is not None:
-        return mla.prefill_chunk_size
-    if mla.memory_budget_bytes is None:
-        return plan.length
-    return _planned_chunk(shape, plan, mla.memory_budget_bytes)
+    chunk = plan.length
+    if mla is not None and mla.prefill_chunk_size is not None:
+        chunk = mla.prefill_chunk_size
+    elif not shape.own and plan.batch * plan.length >= 2 * AUTO_TOKENS:
+        chunk = max(MIN_CHUNK, AUTO_TOKENS // plan.batch)
+    if mla is not None and mla.memory_budget_bytes is not None:
+        chunk = min(chunk, _planned_chunk(shape, plan, mla.memory_budget_bytes))
+    return chunk
 
 
 def _columns(text: str) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from collections.abc import Callable
@@ -13,7 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deepseek_opt import LatentCache, MLAAttention, MLAConfig, estimate_memory
+from deepseek_opt import (
+    LatentCache,
+    MLAAttention,
+    MLAConfig,
+    OptimizationProfile,
+    estimate_memory,
+    optimize,
+)
 
 LENGTH = 1024
 
@@ -58,7 +66,7 @@ class OwnModel(nn.Module):
 def own_cases() -> dict[str, tuple[int, int]]:
     """自建模型：核从不生成分数矩阵，因此可以量更长的输入。"""
     results = {}
-    length = 16 * LENGTH
+    length = 8 * LENGTH
     for dtype in (torch.float32, torch.bfloat16):
         config = MLAConfig(num_attention_heads=8, kv_lora_rank=64, q_lora_rank=64)
         model = OwnModel(config, 128).to(dtype).eval()
@@ -114,6 +122,7 @@ def transformers_cases() -> dict[str, tuple[int, int]]:
     )
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
+        results |= optimized_cases(DeepseekV3ForCausalLM, wide, dtype)
         for name, config, described, cls in cases:
             config._attn_implementation = name.split("_")[1]
             model = cls(config).to(dtype).eval()
@@ -127,6 +136,27 @@ def transformers_cases() -> dict[str, tuple[int, int]]:
             )
             estimate = estimate_memory(described, 1, LENGTH, dtype=dtype).against(name)
             results[f"{len(results)} {name} {dtype}"] = measured, estimate.working_bytes
+    return results
+
+
+def optimized_cases(cls, config, dtype) -> dict[str, tuple[int, int]]:
+    """优化之后的 transformers 模型，自动分块与指定块。
+
+    不含 MoE：bf16 的专家每次行数都不同，BLAS 库会为每种行数留下一份生成的代码，那不是激活。
+    """
+    config = copy.deepcopy(config)
+    config.first_k_dense_replace = config.num_hidden_layers
+    results = {}
+    for chunk in (None, 512):
+        profile = OptimizationProfile(mla=MLAConfig(prefill_chunk_size=chunk))
+        model = cls(config).to(dtype).eval()
+        optimize(model, profile)
+        model(torch.zeros(1, 8, dtype=torch.long))
+        ids = torch.randint(0, 256, (1, 8 * LENGTH))
+        cache = LatentCache.for_model(model)
+        measured = peak(lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+        estimate = estimate_memory(model, 1, 8 * LENGTH, profile=profile)
+        results[f"optimized {chunk} {dtype}"] = measured, estimate.working_bytes
     return results
 
 
