@@ -67,6 +67,10 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse=False) -> Tensor");
+  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved) -> ()");
+  m.def("mla_qkv_a(Tensor x, Tensor? q_a_weight, Tensor? q_a_bias, Tensor? q_norm_weight, float q_eps,"
+        " Tensor kv_a_weight, Tensor? kv_a_bias, Tensor kv_norm_weight, float kv_eps, Tensor cos, Tensor sin,"
+        " bool interleaved) -> (Tensor, Tensor, Tensor)");
   m.def("mla_cache_write(Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, Tensor latent,"
         " Tensor rope, Tensor offsets) -> ()");
   m.def("mla_decode(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor spans,"

@@ -12,22 +12,94 @@ Tensor to_f32(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
 }
 
+// cos、sin：fp32、连续，活到执行结束。
+struct Angles {
+  Tensor cos, sin;
+  const float *c, *s;
+};
+
+Angles angles_of(const Tensor& cos, const Tensor& sin) {
+  Angles a{torch::stable::contiguous(to_f32(cos)), torch::stable::contiguous(to_f32(sin)), nullptr, nullptr};
+  a.c = static_cast<const float*>(a.cos.const_data_ptr());
+  a.s = static_cast<const float*>(a.sin.const_data_ptr());
+  return a;
+}
+
+void rotate(const char* op, const Tensor& x, Tensor& y, const Tensor& cos, const Tensor& sin, bool interleaved,
+            bool inverse) {
+  const int64_t b = x.size(0), t = x.size(1), h = x.size(2), d = x.size(3);
+  expect(d % 2 == 0, op, "：x 的最后一维应为偶数，实际是 ", d, "。");
+  expect_shape(op, "cos", cos, {-1, t, d / 2});
+  expect_shape(op, "sin", sin, {cos.size(0), t, d / 2});
+  expect(cos.size(0) == 1 || cos.size(0) == b, op, "：cos 的第 0 维应为 1 或 ", b, "，实际是 ", cos.size(0), "。");
+  const dso_dtype type = float_dtype(op, "x", x);
+  Angles a = angles_of(cos, sin);
+  const int64_t shared = cos.size(0) == 1 ? 0 : t * (d / 2);
+  dso_rope_params p{b, t, h, d, x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), type, a.c, a.s, shared,
+                    d / 2, y.mutable_data_ptr(), y.stride(0), y.stride(1), y.stride(2), interleaved, inverse};
+  if (b * t * h * d > 0) execute(dso_rope, &p);
+}
+
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
   expect_shape("rope", "x", x, {-1, -1, -1, -1});
-  const int64_t b = x.size(0), t = x.size(1), h = x.size(2), d = x.size(3);
-  expect(d % 2 == 0, "rope：x 的最后一维应为偶数，实际是 ", d, "。");
-  expect_shape("rope", "cos", cos, {-1, t, d / 2});
-  expect_shape("rope", "sin", sin, {cos.size(0), t, d / 2});
-  expect(cos.size(0) == 1 || cos.size(0) == b, "rope：cos 的第 0 维应为 1 或 ", b, "，实际是 ", cos.size(0), "。");
-  const dso_dtype type = float_dtype("rope", "x", x);
-  Tensor rows = row_major(x), c = torch::stable::contiguous(to_f32(cos)), s = torch::stable::contiguous(to_f32(sin));
-  Tensor y = torch::stable::new_empty(x, {b, t, h, d});
-  const int64_t shared = c.size(0) == 1 ? 0 : t * (d / 2);
-  dso_rope_params p{b, t, h, d, rows.const_data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), type,
-                    static_cast<const float*>(c.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
-                    shared, d / 2, y.mutable_data_ptr(), interleaved, inverse};
-  if (b * t * h * d > 0) execute(dso_rope, &p);
+  Tensor rows = row_major(x), y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  rotate("rope", rows, y, cos, sin, interleaved, inverse);
   return y;
+}
+
+void rope_in_place(Tensor x, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  expect_shape("rope_", "x", x, {-1, -1, -1, -1});
+  expect(x.size(3) <= 1 || x.stride(3) == 1, "rope_：x 的最后一维步长应为 1。");
+  rotate("rope_", x, x, cos, sin, interleaved, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(const Tensor& x, const std::optional<Tensor>& q_a,
+                                             const std::optional<Tensor>& q_bias, const std::optional<Tensor>& q_norm,
+                                             double q_eps, const Tensor& kv_a, const std::optional<Tensor>& kv_bias,
+                                             const Tensor& kv_norm, double kv_eps, const Tensor& cos, const Tensor& sin,
+                                             bool interleaved) {
+  const char* op = "mla_qkv_a";
+  expect_shape(op, "x", x, {-1, -1, -1});
+  const int64_t b = x.size(0), t = x.size(1), k = x.size(2), rank = kv_norm.size(0), dr = kv_a.size(0) - rank;
+  expect_shape(op, "kv_a_weight", kv_a, {-1, k});
+  expect(dr >= 0 && dr % 2 == 0, op, "：kv_a_weight 的行数减去 kv_norm_weight 的长度应为非负偶数，实际是 ", dr, "。");
+  expect_shape(op, "cos", cos, {-1, t, dr / 2});
+  expect_shape(op, "sin", sin, {cos.size(0), t, dr / 2});
+  expect(cos.size(0) == b || (cos.size(0) == 1 && (t == 1 || b == 1)), op, "：cos 的第 0 维应为 ", b, "，实际是 ",
+         cos.size(0), "。");
+  expect(q_a.has_value() == q_norm.has_value(), op, "：q_a_weight 与 q_norm_weight 应同时给出或同时为 None。");
+  const int64_t q_rank = q_a ? q_a->size(0) : 0;
+  dso_mla_qkv_a_params p{};
+  Tensor rows = as_rows(x), kv = row_major(kv_a), qw, qb, kb, qn, kn = torch::stable::contiguous(kv_norm);
+  p.m = b * t, p.k = k, p.q_rank = q_rank, p.rank = rank, p.rope_dim = dr;
+  p.x = mat_of(rows, float_dtype(op, "x", x)), p.kv_a = mat_of(kv, float_dtype(op, "kv_a_weight", kv_a));
+  p.q_a = p.kv_a;
+  p.norm_dtype = float_dtype(op, "kv_norm_weight", kv_norm);
+  p.kv_norm = kn.const_data_ptr();
+  if (q_a) {
+    expect_shape(op, "q_a_weight", *q_a, {q_rank, k});
+    expect_shape(op, "q_norm_weight", *q_norm, {q_rank});
+    expect_type(op, "q_norm_weight", *q_norm, kv_norm.scalar_type());
+    qw = row_major(*q_a), qn = torch::stable::contiguous(*q_norm);
+    p.q_a = mat_of(qw, float_dtype(op, "q_a_weight", *q_a)), p.q_norm = qn.const_data_ptr();
+  }
+  auto bias_of = [&](const char* name, const std::optional<Tensor>& bias, int64_t n, const Tensor& w, Tensor& keep) {
+    if (!bias) return static_cast<const void*>(nullptr);
+    expect_shape(op, name, *bias, {n});
+    expect_type(op, name, *bias, w.scalar_type());
+    keep = torch::stable::contiguous(*bias);
+    return static_cast<const void*>(keep.const_data_ptr());
+  };
+  p.q_bias = q_a ? bias_of("q_a_bias", q_bias, q_rank, *q_a, qb) : nullptr;
+  p.kv_bias = bias_of("kv_a_bias", kv_bias, rank + dr, kv_a, kb);
+  p.q_eps = static_cast<float>(q_eps), p.kv_eps = static_cast<float>(kv_eps), p.interleaved = interleaved;
+  Angles a = angles_of(cos, sin);
+  p.cos = a.c, p.sin = a.s, p.cs_rs = cos.size(0) * t == 1 ? 0 : dr / 2;
+  Tensor q = torch::stable::new_empty(x, {b, t, q_rank}), latent = torch::stable::new_empty(x, {b, t, rank});
+  Tensor rope_keys = torch::stable::new_empty(x, {b, t, dr});
+  p.q_latent = q.mutable_data_ptr(), p.latent = latent.mutable_data_ptr(), p.rope = rope_keys.mutable_data_ptr();
+  if (p.m > 0) execute(dso_mla_qkv_a, &p);
+  return {q, latent, rope_keys};
 }
 
 dso_dtype latent_dtype(const char* op, const char* name, const Tensor& t) {
@@ -224,6 +296,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CPU, m) {
   m.impl("rope", TORCH_BOX(&dso::rope));
+  m.impl("rope_", TORCH_BOX(&dso::rope_in_place));
+  m.impl("mla_qkv_a", TORCH_BOX(&dso::mla_qkv_a));
   m.impl("mla_cache_write", TORCH_BOX(&dso::mla_cache_write));
   m.impl("mla_decode", TORCH_BOX(&dso::mla_decode));
   m.impl("mla_prefill", TORCH_BOX(&dso::mla_prefill));

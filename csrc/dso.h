@@ -110,9 +110,25 @@ typedef struct {
   dso_dtype dtype;
   const float *cos, *sin;
   int64_t cs_bs, cs_ts;
-  void *y; /* 连续 */
+  void *y; /* 可以就是 x（原地） */
+  int64_t y_bs, y_ts, y_hs;
   int interleaved, inverse;
 } dso_rope_params;
+
+/* 解码用的融合投影（行数少）：q_latent = norm(x q_aᵀ + b)，latent = norm(x kv_aᵀ 的前 r 列)，
+ * rope = 旋转(后 dr 列)。x [M, K]；q_a [qr, K]；kv_a [r + dr, K]；cos、sin [1 或 M, dr/2] fp32。 */
+typedef struct {
+  int64_t m, k, q_rank, rank, rope_dim;
+  dso_mat x, q_a, kv_a;
+  const void *q_bias, *kv_bias; /* 可为 NULL，dtype 与各自权重相同 */
+  const void *q_norm, *kv_norm; /* [qr]、[r] */
+  dso_dtype norm_dtype;
+  float q_eps, kv_eps;
+  const float *cos, *sin;
+  int64_t cs_rs; /* 行距；0 表示各行共用 */
+  int interleaved;
+  void *q_latent, *latent, *rope; /* 连续，与 x 同 dtype */
+} dso_mla_qkv_a_params;
 
 /* 把 latent [B, T, r]、rope [B, T, dr] 写到 offsets[b] 起的槽位。 */
 typedef struct {
@@ -171,7 +187,7 @@ typedef struct {
 extern const dso_op dso_linear, dso_linear_backward;
 extern const dso_op dso_swiglu_mlp, dso_swiglu_mlp_backward;
 extern const dso_op dso_rms_norm, dso_rms_norm_backward;
-extern const dso_op dso_rope, dso_mla_cache_write;
+extern const dso_op dso_rope, dso_mla_qkv_a, dso_mla_cache_write;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 
 /* 指令集：名字为 scalar、avx2、avx512、avx512_bf16。 */

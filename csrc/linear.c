@@ -8,9 +8,10 @@
 #include "gemm.h"
 
 enum {
-  SMALL_M = 48,            /* 至此点积路径不慢于打包路径（打包要多读写一遍 W） */
-  DOT_BLOCK_BYTES = 1 << 17, /* 点积路径每任务读的权重：足够摊薄调度，又足够均衡负载 */
-  DOT_BLOCK_MAX = 256
+  SMALL_M = 96,            /* 至此点积路径不慢于打包路径（打包要多读写一遍 W） */
+  DOT_BLOCK_BYTES = 1 << 18, /* 点积路径每任务读的权重：足够摊薄调度，又足够均衡负载 */
+  DOT_UNIT = 24, /* 6 与 8 的公倍数：两种寄存器块都没有零头 */
+  DOT_BLOCK_MAX = 240
 };
 
 static int all_bf16(const dso_linear_params *p) {
@@ -21,7 +22,7 @@ static int is_small(const dso_linear_params *p) { return p->m <= SMALL_M; }
 
 static int64_t dot_block(const dso_linear_params *p) {
   int64_t row_bytes = dso_max(1, p->k * dso_size_of(p->weight.dtype));
-  return dso_min(DOT_BLOCK_MAX, dso_max(8, DOT_BLOCK_BYTES / row_bytes / 8 * 8));
+  return dso_min(DOT_BLOCK_MAX, dso_max(DOT_UNIT, DOT_BLOCK_BYTES / row_bytes / DOT_UNIT * DOT_UNIT));
 }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {

@@ -4,6 +4,8 @@
 
 #include "isa/isa.h"
 
+enum { TOKENS = 16 }; /* 每任务的词元数：摊薄调度 */
+
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_mla_cache_write_params *p = params;
   (void)isa;
@@ -12,7 +14,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
 
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_mla_cache_write_params *p = params;
-  return stage == 0 ? p->b * p->t : 0;
+  return stage == 0 ? dso_ceil_div(p->b * p->t, TOKENS) : 0;
 }
 
 static void copy_row(const dso_isa *isa, void *dst, dso_dtype to, const void *src, dso_dtype from, int64_t n,
@@ -33,9 +35,9 @@ static void quantize_row(const dso_isa *isa, int8_t *dst, float *scale, const vo
   isa->from_f32(dst, DSO_I8, row, n);
 }
 
-static void run(const dso_ctx *ctx, int64_t task) {
+static void write_token(const dso_ctx *ctx, int64_t token) {
   const dso_mla_cache_write_params *p = ctx->params;
-  int64_t b = task / p->t, t = task % p->t, slot = p->offsets[b] + t;
+  int64_t b = token / p->t, t = token % p->t, slot = p->offsets[b] + t;
   const void *latent = dso_at(p->latent, p->latent_dtype, b * p->latent_bs + t * p->latent_ts);
   const void *rope = dso_at(p->rope, p->rope_dtype, b * p->rope_bs + t * p->rope_ts);
   void *to = dso_at_mut(p->latent_cache, p->latent_cache_dtype, b * p->latent_cache_bs + slot * p->latent_cache_ts);
@@ -46,6 +48,12 @@ static void run(const dso_ctx *ctx, int64_t task) {
   else
     copy_row(ctx->isa, to, p->latent_cache_dtype, latent, p->latent_dtype, p->rank, ctx->worker);
   copy_row(ctx->isa, rope_to, p->rope_cache_dtype, rope, p->rope_dtype, p->rope_dim, ctx->worker);
+}
+
+static void run(const dso_ctx *ctx, int64_t task) {
+  const dso_mla_cache_write_params *p = ctx->params;
+  int64_t end = dso_min(p->b * p->t, (task + 1) * TOKENS);
+  for (int64_t token = task * TOKENS; token < end; token++) write_token(ctx, token);
 }
 
 const dso_op dso_mla_cache_write = {"mla_cache_write", plan, tasks, run};

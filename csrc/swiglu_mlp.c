@@ -5,10 +5,11 @@
 #include "gemm.h"
 
 enum {
-  SMALL_M = 48,       /* 同 linear.c */
+  SMALL_M = 96,       /* 同 linear.c */
   SEGMENT = 8 * DSO_MB, /* 每段行数：h 的大小不随行数增长，权重的打包仍被摊薄 */
-  DOT_BLOCK_BYTES = 1 << 17,
-  DOT_BLOCK_MAX = 256
+  DOT_BLOCK_BYTES = 1 << 18,
+  DOT_UNIT = 24, /* 6 与 8 的公倍数：两种寄存器块都没有零头 */
+  DOT_BLOCK_MAX = 240
 };
 
 static int is_small(const dso_swiglu_mlp_params *p) { return p->m <= SMALL_M; }
@@ -16,7 +17,7 @@ static int64_t segments(const dso_swiglu_mlp_params *p) { return dso_ceil_div(p-
 
 static int64_t dot_block(int64_t k, dso_dtype dtype) {
   int64_t row_bytes = dso_max(1, k * dso_size_of(dtype));
-  return dso_min(DOT_BLOCK_MAX, dso_max(8, DOT_BLOCK_BYTES / row_bytes / 8 * 8));
+  return dso_min(DOT_BLOCK_MAX, dso_max(DOT_UNIT, DOT_BLOCK_BYTES / row_bytes / DOT_UNIT * DOT_UNIT));
 }
 
 static dso_dtype format(const dso_isa *isa, const dso_swiglu_mlp_params *p) {

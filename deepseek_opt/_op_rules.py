@@ -60,6 +60,18 @@ def _(x, cos, sin, interleaved, inverse=False):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake(_NS + "rope_")
+def _(x, cos, sin, interleaved):
+    return None
+
+
+@torch.library.register_fake(_NS + "mla_qkv_a")
+def _(x, q_a, q_bias, q_norm, q_eps, kv_a, kv_bias, kv_norm, kv_eps, cos, sin, interleaved):
+    rank = kv_norm.shape[0]
+    sizes = (0 if q_a is None else q_a.shape[0], rank, kv_a.shape[0] - rank)
+    return tuple(x.new_empty((*x.shape[:2], size)) for size in sizes)
+
+
 @torch.library.register_fake(_NS + "mla_cache_write")
 def _(latent_cache, rope_cache, scale_cache, latent, rope, offsets):
     return None

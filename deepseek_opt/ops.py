@@ -148,6 +148,72 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
     return _run("rope", x, cos, sin, interleaved, inverse)
 
 
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """:func:`rope` 的原地版本，x 可以是切片（最后一维步长为 1）；不可求导。
+
+    Raises:
+        ValueError: 形状、dtype 或步长不符，此时 x 不变。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> x = torch.ones(1, 1, 2, 8)
+        >>> ops.rope_(x[..., 4:], torch.zeros(1, 1, 2), torch.ones(1, 1, 2), False)
+        >>> x[0, 0, 0].tolist()
+        [1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0]
+    """
+    _run("rope_", x, cos, sin, interleaved)
+
+
+def mla_qkv_a(
+    x: Tensor,
+    q_a_weight: Tensor | None,
+    q_a_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_eps: float,
+    kv_a_weight: Tensor,
+    kv_a_bias: Tensor | None,
+    kv_norm_weight: Tensor,
+    kv_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """解码用的融合投影：q_a、kv_a 两个投影，两个 RMS 归一化，键的旋转，一次完成；不可求导。
+
+    按行数少（B*T 至多几十）设计；行数多时分开计算更快。中间结果保持 fp32。
+
+    Args:
+        x: [B, T, K]。
+        q_a_weight: [qr, K] 或 None（模型没有 q_lora）；q_a_bias: [qr] 或 None；
+            q_norm_weight: [qr]，与 q_a_weight 同有同无。
+        kv_a_weight: [r + dr, K]；kv_a_bias: [r + dr] 或 None；kv_norm_weight: [r]。
+        q_eps, kv_eps: 两个归一化的 eps。
+        cos, sin: [1 或 B, T, dr/2]（为 1 时要求 B 或 T 是 1）。
+        interleaved: 同 :func:`rope`。
+
+    Returns:
+        (q_latent [B, T, qr]，latent [B, T, r]，rope [B, T, dr])，dtype 随 x；没有 q_a 时 qr = 0。
+
+    Raises:
+        ValueError: 形状或 dtype 不符。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 1)
+        >>> q, c, k = ops.mla_qkv_a(
+        ...     x, torch.randn(6, 8), None, torch.ones(6), 1e-6,
+        ...     torch.randn(4 + 2, 8), None, torch.ones(4), 1e-6, angle, angle, True,
+        ... )
+        >>> q.shape, c.shape, k.shape
+        (torch.Size([1, 1, 6]), torch.Size([1, 1, 4]), torch.Size([1, 1, 2]))
+    """
+    queries = (q_a_weight, q_a_bias, q_norm_weight, q_eps)
+    keys = (kv_a_weight, kv_a_bias, kv_norm_weight, kv_eps)
+    return _run("mla_qkv_a", x, *queries, *keys, cos, sin, interleaved)
+
+
 def mla_cache_write(
     latent_cache: Tensor,
     rope_cache: Tensor,

@@ -58,6 +58,31 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
     return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
 
 
+def mla_qkv_a(
+    x: Tensor,
+    q_a_weight: Tensor | None,
+    q_a_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_eps: float,
+    kv_a_weight: Tensor,
+    kv_a_bias: Tensor | None,
+    kv_norm_weight: Tensor,
+    kv_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_a、kv_a 投影，两个归一化与键的旋转；逐步调用上面的参考实现。"""
+    if q_a_weight is None:
+        q = x.new_empty((*x.shape[:2], 0))
+    else:
+        q = rms_norm(linear(x, q_a_weight, q_a_bias), q_norm_weight, q_eps)
+    joint = linear(x, kv_a_weight, kv_a_bias)
+    rank = kv_norm_weight.shape[0]
+    latent = rms_norm(joint[..., :rank], kv_norm_weight, kv_eps)
+    return q, latent, rope(joint[..., None, rank:], cos, sin, interleaved).squeeze(2)
+
+
 def mla_cache_write(
     latent_cache: Tensor,
     rope_cache: Tensor,

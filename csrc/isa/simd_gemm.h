@@ -41,10 +41,10 @@ static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64
   }
 }
 
-/* ---- 点积路径：A、W 都沿 k 连续，W 在读入时转 fp32 ---- */
+/* ---- 点积路径：A、W 都沿 k 连续，W 在读入时转 fp32；add 为 1 时累加到 c ---- */
 static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64_t k, const float *a, int64_t lda,
                                                            const void *w, dso_dtype dtype, int64_t ldw, float *c,
-                                                           int64_t ldc) {
+                                                           int64_t ldc, int add) {
   vf acc[DOT_MR][DOT_NR_WIDE];
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = v_set1(0.0f);
@@ -63,30 +63,36 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64
       for (int i = 0; i < mr; i++) acc[i][j] = v_fma(load_part(a + i * lda + x, DSO_F32, k - x), wv, acc[i][j]);
     }
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
-      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) c[i * ldc + j] = v_hsum(acc[i][j]);
+      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
+    float sum = v_hsum(acc[i][j]);
+    c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
+  }
 }
 
-static inline __attribute__((always_inline)) void dot_rows(int mr, int nr, int64_t n, int64_t k, const float *a,
-                                                           int64_t lda, const void *w, dso_dtype dtype, int64_t ldw,
-                                                           float *c, int64_t ldc) {
-  int64_t j = 0;
-  for (; j + nr <= n; j += nr) dot_tile(mr, nr, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
-  for (; j < n; j++) dot_tile(mr, 1, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
+/* 一组列沿 k 分段：这一段权重留在一级缓存里，依次服务全部行块。 */
+#define DOT_KC 1024
+
+static inline __attribute__((always_inline)) void dot_group(int nr, int64_t m, int64_t k, const float *a, int64_t lda,
+                                                            const void *w, dso_dtype dtype, int64_t ldw, float *c,
+                                                            int64_t ldc) {
+  for (int64_t x = 0; x < k; x += DOT_KC) {
+    int64_t kc = dso_min(DOT_KC, k - x), i = 0;
+    const void *wx = dso_at(w, dtype, x);
+    for (; i + DOT_MR <= m; i += DOT_MR)
+      dot_tile(DOT_MR, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
+    for (; i < m; i++) dot_tile(1, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
+  }
 }
 
-/* 权重块留在一级缓存里，依次服务全部行块。 */
 static inline __attribute__((always_inline)) void dot_f32_as(int64_t m, int64_t n, int64_t k, const float *a,
                                                              int64_t lda, const void *w, dso_dtype dtype, int64_t ldw,
                                                              float *c, int64_t ldc) {
-  int64_t step = m == 1 ? n : dso_min(n, 2 * DOT_NR);
-  for (int64_t j = 0; j < n; j += step) {
-    const void *wj = dso_at(w, dtype, j * ldw);
-    int64_t cols = dso_min(step, n - j), i = 0;
-    for (; i + DOT_MR <= m; i += DOT_MR)
-      dot_rows(DOT_MR, DOT_NR, cols, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
-    for (; m > 1 && i < m; i++) dot_rows(1, DOT_NR, cols, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
-    if (m == 1) dot_rows(1, DOT_NR_WIDE, cols, k, a, lda, wj, dtype, ldw, c + j, ldc);
-  }
+  int64_t j = 0;
+  if (m == 1)
+    for (; j + DOT_NR_WIDE <= n; j += DOT_NR_WIDE)
+      dot_tile(1, DOT_NR_WIDE, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc, 0);
+  for (; j + DOT_NR <= n; j += DOT_NR) dot_group(DOT_NR, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
+  for (; j < n; j++) dot_group(1, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
 }
 
 static void dot_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w, dso_dtype dtype,
