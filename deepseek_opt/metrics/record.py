@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from html import escape
 from typing import Any, Literal
 
+from deepseek_opt.config import format_bytes
+
 Kind = Literal["prefill", "decode", "train"]
 
 
@@ -192,7 +194,7 @@ def _first_token_seconds(records: Sequence[CallRecord]) -> float | None:
 
 def _readable(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
-        return f"{value / 2**20:.1f} MiB"
+        return format_bytes(value)
     if name.endswith("_seconds") or "_seconds_" in name:
         return f"{value * 1e3:.3f} ms"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
