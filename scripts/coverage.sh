@@ -29,7 +29,7 @@ search=("$object_dir")
 existing=()
 for path in "${search[@]}"; do [ -d "$path" ] && existing+=("$path"); done
 report() {
-    "$python" -m gcovr --root . --filter csrc/ --exclude 'csrc/.*\.cpp' --gcov-executable "$gcov" \
+    "$python" -m gcovr --root . --filter csrc/ --exclude 'csrc/binding.*' --gcov-executable "$gcov" \
         --merge-mode-functions merge-use-line-min --gcov-ignore-errors=no_working_dir_found \
         "$@" "${existing[@]}"
 }
