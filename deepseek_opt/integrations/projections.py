@@ -15,15 +15,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_plain(module: Any) -> bool:
     """是否是没有钩子、没有被改写的 nn.Linear（参数化会换掉类，因此也不算）。"""
-    # 每次解码每层要问五次，所以直接查 __dict__，不走 nn.Module.__getattr__
-    state = module.__dict__
-    return type(module) is nn.Linear and not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
+    return type(module) is nn.Linear and not has_hooks(module)
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
@@ -60,17 +52,18 @@ def norm_eps(module: Any) -> float | None:
     return value if isinstance(value, float) else None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """模块实例上有没有钩子或被改写的 forward。"""
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        return True
+    return bool(state["_backward_hooks"] or state["_backward_pre_hooks"])
+
+
 def norm(module: nn.Module, x: Tensor, known: bool) -> Tensor:
     """归一化最后一维；known 为 :func:`is_rms_norm` 的结果，有钩子时仍走模块自己。"""
-    state = module.__dict__
-    if known and not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    ):
-        return ops.rms_norm(x, state["_parameters"]["weight"], norm_eps(module))
+    if known and not has_hooks(module):
+        return ops.rms_norm(x, module.__dict__["_parameters"]["weight"], norm_eps(module))
     return module(x)
 
 

@@ -17,10 +17,20 @@ from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
 from deepseek_opt.integrations.masks import ragged_plan
 from deepseek_opt.integrations.patch import Patch
-from deepseek_opt.integrations.projections import effective_weight, is_rms_norm, norm, project
+from deepseek_opt.integrations.projections import (
+    effective_weight,
+    has_hooks,
+    is_plain,
+    is_rms_norm,
+    norm,
+    norm_eps,
+    project,
+)
 from deepseek_opt.integrations.runtime import Runtime, is_tracing_grad
 from deepseek_opt.integrations.specs import AttentionSpec
 
+# 行数至多这么多时用融合投影：再多则每行的归一化不如分开并行，且权重读取已被摊薄。
+FUSED_ROWS = 32
 FORWARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,6 +51,7 @@ class AttentionPatch(Patch):
         self.known_norms = frozenset(
             key for key in _norm_names(spec) if is_rms_norm(getattr(module, key, None))
         )
+        self.fusable = self.rope is not None and _is_standard(spec, self.known_norms)
         self._parameters: tuple[str, ...] | None = None
 
     # ---- 入口 ----
@@ -53,7 +64,8 @@ class AttentionPatch(Patch):
         reason = reason or self._refusal(hidden_states, kwargs)
         if reason is not None:
             return self._fallback(reason, hidden_states, kwargs)
-        q, latent, rope = self._project(hidden_states, kwargs)
+        projected = self._project_fused(hidden_states, kwargs) if self.fusable else None
+        q, latent, rope = projected or self._project(hidden_states, kwargs)
         cache = kwargs.get("past_key_values")
         out, reason = self._attend(q, latent, rope, weight, cache, kwargs.get("attention_mask"))
         if reason is not None:
@@ -97,6 +109,37 @@ class AttentionPatch(Patch):
 
     # ---- 投影 ----
 
+    def _project_fused(
+        self, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """解码（行数少、不求导）时的融合路径，返回同 :meth:`_project`；用不了则为 None。"""
+        rows = hidden.shape[0] * hidden.shape[1]
+        if rows > FUSED_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        modules, spec = self.module._modules, self.spec
+        down, joint = modules.get(spec.q_a_proj), modules[spec.kv_a_proj]
+        last = modules[spec.q_proj if down is None else spec.q_b_proj]
+        norms = [modules[spec.kv_a_layernorm]]
+        plain = is_plain(joint) and is_plain(last)
+        if down is not None:
+            plain = plain and is_plain(down) and spec.q_a_layernorm in self.known_norms
+            norms.append(modules[spec.q_a_layernorm])
+        if not plain or any(has_hooks(m) for m in norms):
+            return None
+        cos, sin = self.runtime.ropes.halves(kwargs["position_embeddings"], self.rope_dim // 2)
+        if cos.shape[0] != hidden.shape[0] and hidden.shape[1] > 1:
+            return None
+        interleaved = self.rope == "interleaved"
+        keys = (joint.weight, joint.bias, norms[0].weight, norm_eps(norms[0]))
+        queries = (None, None, None, 0.0)
+        if down is not None:
+            queries = (down.weight, down.bias, norms[1].weight, norm_eps(norms[1]))
+        low, latent, rope = ops.mla_qkv_a(hidden, *queries, *keys, cos, sin, interleaved)
+        q = project(last, hidden if down is None else low)
+        q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
+        ops.rope_(q[..., self.nope_dim :], cos, sin, interleaved)
+        return q, latent, rope
+
     def _project(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, dn + dr]（已旋转）、latent [B, T, r]（已归一化）、rope [B, T, dr]（已旋转）。"""
         module, spec = self.module, self.spec
@@ -137,19 +180,22 @@ class AttentionPatch(Patch):
     def _rotate(self, q: Tensor, rope: Tensor, embeddings: Any, own: bool) -> tuple[Tensor, Tensor]:
         cos, sin = self.runtime.ropes.halves(embeddings, self.rope_dim // 2)
         interleaved = self.rope == "interleaved"
-        turned = ops.rope(q[..., self.nope_dim :], cos, sin, interleaved)
         rope = ops.rope(rope.unsqueeze(2), cos, sin, interleaved).squeeze(2)
+        if own and not torch.is_grad_enabled() and not self.spec.rope_complex:
+            ops.rope_(q[..., self.nope_dim :], cos, sin, interleaved)  # 不求导时原地，省一份 q
+            return q, rope
+        turned = ops.rope(q[..., self.nope_dim :], cos, sin, interleaved)
         if self.spec.rope_complex:
             turned, rope = _interleave(turned), _interleave(rope)
-        if own and not torch.is_grad_enabled():
-            q[..., self.nope_dim :] = turned  # 不求导时原地写回，省一份 q
-            return q, rope
         return torch.cat((q[..., : self.nope_dim], turned.to(q.dtype)), -1), rope
 
     def _position_scale(self, position_ids: Tensor) -> Tensor:
         """llama4 式的长文温度，[1 或 B, T, 1, 1]。"""
         rope = self.module.config.rope_parameters
-        beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        beta, length = (
+            rope.get("llama_4_scaling_beta"),
+            rope.get("original_max_position_embeddings"),
+        )
         scale = 1 + beta * torch.log(1 + torch.floor(position_ids / length))
         return scale[:, :, None, None]
 
@@ -244,7 +290,7 @@ class AttentionPatch(Patch):
 
 
 def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
-    """"interleaved"、"half"，或 None（不旋转）。"""
+    """ "interleaved"、"half"，或 None（不旋转）。"""
     if spec.rope == "none" or not getattr(module, spec.qk_rope_head_dim):
         return None
     if spec.rope == "config":
@@ -258,6 +304,14 @@ def _bidirectional(module: nn.Module, kwargs: dict[str, Any]) -> bool:
         return True
     config = state.get("config")
     return config is not None and config.__dict__.get("is_causal") is False
+
+
+def _is_standard(spec: AttentionSpec, known_norms: frozenset[str]) -> bool:
+    """投影部分是否就是 DeepSeek-V3 的样子：没有额外的缩放、门与归一化。"""
+    extras = (spec.q_scale, spec.kv_scale, spec.q_latent_scale, spec.q_position_scale)
+    if spec.rope_complex or spec.k_rope_layernorm or any(e is not None for e in extras):
+        return False
+    return spec.kv_a_layernorm in known_norms
 
 
 def _norm_names(spec: AttentionSpec) -> tuple[str, ...]:
