@@ -341,7 +341,7 @@ def _ffn_elements(shape: ModelGeometry, fused: bool) -> int:
 
 def _alternative(name: str, shape: ModelGeometry, plan: _Plan) -> Alternative:
     d, size = shape.dims, plan.dtype.itemsize
-    kind, path = name.split("_")
+    kind = name.split("_")[0]
     tokens = plan.batch * plan.length
     value = d.num_heads * d.v_head_dim
     elements = 2 * d.q_out + 3 * value + shape.hidden_size  # q、k、v，输出及其转置后的副本

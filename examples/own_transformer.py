@@ -124,7 +124,7 @@ def write_loss(model: nn.Module, ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def continue_text(model: Writer, prompt: Tensor, count: int) -> Tensor:
     """带缓存逐字续写（每步取概率最大的字符）：提示 [1, T] -> 新字符 [count]。"""
-    cache, written = LatentCache(LAYERS), []
+    cache, written = LatentCache.for_model(model), []
     logits = model(prompt, cache)
     for _ in range(count):
         written.append(logits[:, -1].argmax(-1, keepdim=True))

@@ -570,6 +570,15 @@ def test_cache_of_another_model_is_left_alone():
     assert torch.equal(other.layers[0].latent[:, :5], kept)
 
 
+def test_cache_for_a_model_of_own_layers():
+    model = nn.ModuleList([layer(layer_idx=i) for i in range(3)])
+    cache = LatentCache.for_model(model, batch_size=2, max_length=8)
+    assert len(cache) == 3 and cache.nbytes == 3 * 2 * 8 * (24 + 4) * 4
+    model[2].layer_idx = 0
+    with pytest.raises(InputError, match="layer_idx 都是 0"):
+        LatentCache.for_model(model)
+
+
 def test_ragged_cache_refuses_gradients():
     attention, x = layer(), hidden(2, 5)
     cache = LatentCache(1)

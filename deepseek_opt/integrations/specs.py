@@ -98,7 +98,13 @@ SPECS: dict[str, AttentionSpec] = {
     spec.key: spec
     for spec in (
         _hf("axk1", "AXK1Attention"),
-        _hf("bailing_hybrid", "BailingHybridAttention", rope="interleaved", gate="g_proj", gate_fp32=True),
+        _hf(
+            "bailing_hybrid",
+            "BailingHybridAttention",
+            rope="interleaved",
+            gate="g_proj",
+            gate_fp32=True,
+        ),
         _hf("deepseek_v2", "DeepseekV2Attention", rope="interleaved", rope_complex=True),
         _hf("deepseek_v3", "DeepseekV3Attention"),
         _hf(
@@ -180,19 +186,32 @@ def looks_like_mla(module: nn.Module) -> bool:
         return True
     if class_path(type(module)) in SKIPPED:
         return True
-    return hasattr(module, "kv_lora_rank") and isinstance(getattr(module, "kv_b_proj", None), nn.Module)
+    return hasattr(module, "kv_lora_rank") and isinstance(
+        getattr(module, "kv_b_proj", None), nn.Module
+    )
 
 
 def cache_geometry(model: nn.Module) -> dict[int, tuple[int, int, Tensor]]:
     """{层号: (r, dr, 一个给出 dtype 与设备的权重)}；没有受支持的层时抛出 UnsupportedError。"""
     found = {}
     for module in model.modules():
+        own = getattr(module, "latent_geometry", None)
+        if own is not None:  # 本库自己的 MLAAttention
+            index, *shape = own()
+            if index in found:
+                raise InputError(f"有两层 MLAAttention 的 layer_idx 都是 {index}；每层应各不相同")
+            found[index] = tuple(shape)
+            continue
         spec = find_spec(module)
         if spec is None or skip_reason(module) is not None:
             continue
         rank = getattr(module, spec.kv_lora_rank)
         weight = next(getattr(module, spec.kv_a_layernorm).parameters())
-        found[getattr(module, spec.layer_idx)] = (rank, getattr(module, spec.qk_rope_head_dim), weight)
+        found[getattr(module, spec.layer_idx)] = (
+            rank,
+            getattr(module, spec.qk_rope_head_dim),
+            weight,
+        )
     if not found:
         raise UnsupportedError(
             f"{type(model).__name__} 里没有受支持的 MLA 注意力层，不能为它建 LatentCache"

@@ -31,7 +31,8 @@ class MLAAttention(LatentProjections):
     ----
     config : :class:`~deepseek_opt.MLAConfig`。没有给出的维度由 hidden_size 推出。
     hidden_size : 输入与输出的宽度 D。
-    layer_idx : 本层在缓存中的序号；多层模型每层各不相同。
+    layer_idx : 本层在缓存中的序号；多层模型必须从 0 起各不相同，否则各层会写进同一层缓存
+        （``LatentCache.for_model(model)`` 会检查）。
     causal : 是否因果（只看自己与之前的词元）。
     bias、rope、rope_theta、rope_scaling、eps、dtype、device :
         见 :class:`~deepseek_opt.layers.projections.LatentProjections`。
@@ -162,6 +163,11 @@ class MLAAttention(LatentProjections):
             out = part.new_empty(batch, steps, self.hidden_size) if out is None else out
             out[:, start:stop] = part
         return hidden.new_empty(hidden.shape) if out is None else out
+
+    def latent_geometry(self) -> tuple[int, int, int, Tensor]:
+        """(layer_idx, r, dr, 给出 dtype 与设备的权重)：``LatentCache.for_model`` 据此建缓存。"""
+        d = self.dims
+        return self.layer_idx, d.kv_lora_rank, d.qk_rope_head_dim, self.kv_a_layernorm.weight
 
     # ---- 检查与准备 ----
 

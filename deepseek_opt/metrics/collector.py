@@ -154,7 +154,7 @@ def memory_usage(device: torch.device) -> tuple[int | None, int | None]:
     statm = Path("/proc/self/statm")
     if not statm.exists():  # 没有 /proc 的系统只知道峰值
         return None, peak
-    resident = int(statm.read_text().split()[1]) * resource.getpagesize()
+    resident = int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
     return resident, max(peak, resident)
 
 

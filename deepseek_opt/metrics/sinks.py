@@ -29,7 +29,8 @@ class JSONLSink:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._file = self.path.open("a", encoding="utf-8")
+        # 文件随对象一直打开，由 close 或 with 关闭
+        self._file = self.path.open("a", encoding="utf-8")  # pylint: disable=consider-using-with
 
     def write(self, metrics: PerformanceMetrics, step: int | None = None) -> None:
         """写一行；立即落盘，进程中断也不丢已写的。"""
