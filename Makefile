@@ -51,7 +51,7 @@ bench: build
 	@$(VENV)/bin/deepseek-opt bench $(BENCH)
 
 docs: $(DOCS_STAMP) build
-	@$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@$(PY) -m sphinx -q -b html docs docs/_build/html
 	@echo "文档：docs/_build/html/index.html"
 
 coverage: build
