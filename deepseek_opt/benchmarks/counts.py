@@ -1,0 +1,80 @@
+"""各项工作至少要做的浮点运算与要读的字节，供屋顶线比较（一次乘加算 2 次运算）。"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Cost(NamedTuple):
+    """flops 与 read_bytes。"""
+
+    flops: float
+    read_bytes: float
+
+
+class _Dims(NamedTuple):
+    heads: int
+    rank: int
+    rope: int
+    nope: int
+    value: int
+    projections: int  # 除 kv_b 之外的投影权重个数
+    kv_b: int
+
+
+def _dims(config: dict[str, Any]) -> _Dims:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    q_rank, rank = config["q_lora_rank"], config["kv_lora_rank"]
+    rope, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    value = config["v_head_dim"]
+    projections = (
+        width * q_rank
+        + q_rank * heads * (nope + rope)
+        + width * (rank + rope)
+        + heads * value * width
+    )
+    return _Dims(heads, rank, rope, nope, value, projections, rank * heads * (nope + value))
+
+
+def attention_decode(
+    config: dict[str, Any], rows: int, cached: int, itemsize: int, cache_itemsize: float = 0
+) -> Cost:
+    """一层注意力、每行一个新词元：吸收式，读一遍权重与缓存。"""
+    d = _dims(config)
+    weights = d.projections + d.kv_b
+    scores = 2 * rows * cached * d.heads * (2 * d.rank + d.rope)
+    cache = rows * cached * (d.rank + d.rope) * (cache_itemsize or itemsize)
+    return Cost(2 * rows * weights + scores, weights * itemsize + cache)
+
+
+def attention_prefill(
+    config: dict[str, Any], tokens: int, itemsize: int, backward: bool = False
+) -> Cost:
+    """一层注意力、从头预填充：展开式、因果；反向按前向的 2 倍计。"""
+    d = _dims(config)
+    weights = d.projections + d.kv_b
+    scores = tokens * tokens * d.heads * (d.nope + d.rope + d.value)
+    times = 3 if backward else 1
+    return Cost(times * (2 * tokens * weights + scores), times * weights * itemsize)
+
+
+def gated_ffn(width: int, inner: int, rows: int, itemsize: int) -> Cost:
+    """门控 FFN：三个矩阵各读一遍。"""
+    weights = 3 * width * inner
+    return Cost(2 * rows * weights, weights * itemsize)
+
+
+def model_decode(config: dict[str, Any], rows: int, cached: int, itemsize: int) -> Cost:
+    """整个模型、每行一个新词元：注意力、稠密 FFN、被选中的专家、共享专家、路由、LM head。"""
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    dense = config["first_k_dense_replace"]
+    one = attention_decode(config, rows, cached, itemsize)
+    expert = 3 * width * config["moe_intermediate_size"]
+    top, routed = config["num_experts_per_tok"], config["n_routed_experts"]
+    shared = config["n_shared_experts"]
+    common = dense * 3 * width * config["intermediate_size"] + width * config["vocab_size"]
+    common += (layers - dense) * (shared * expert + routed * width)
+    chosen = (layers - dense) * expert
+    flops = layers * one.flops + 2 * rows * (common + top * chosen)
+    weights = common + min(routed, top * rows) * chosen
+    return Cost(flops, layers * one.read_bytes + weights * itemsize)
