@@ -23,7 +23,7 @@ from deepseek_opt import (
     optimize,
 )
 
-LENGTH = 1024
+LENGTH = 768
 
 
 def _status(key: str) -> int:
@@ -123,7 +123,8 @@ def transformers_cases() -> dict[str, tuple[int, int]]:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         results |= optimized_cases(DeepseekV3ForCausalLM, wide, dtype)
-        for name, config, described, cls in cases:
+        # bf16 只差在分数的字节数，量一种就够
+        for name, config, described, cls in cases if dtype == torch.float32 else cases[:1]:
             config._attn_implementation = name.split("_")[1]
             model = cls(config).to(dtype).eval()
             model(torch.zeros(1, 8, dtype=torch.long))

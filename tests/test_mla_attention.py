@@ -458,6 +458,31 @@ def test_changing_config_on_a_live_layer():
         torch.testing.assert_close(attention(x), before)
 
 
+def test_cache_settings_of_the_config_are_live():
+    attention = layer()
+    x = hidden(2, 6)
+    with torch.no_grad():
+        attention.config.cache_dtype = "int8"
+        cache = LatentCache(2)
+        attention(x, cache=cache)
+        assert cache.layers[0].latent.dtype == torch.int8
+        kept = LatentCache(1, dtype="float32")
+        attention(x, cache=kept)
+        assert kept.layers[0].latent.dtype == torch.float32
+        attention.config.max_cache_length = 7
+        with pytest.raises(InputError, match="max_cache_length=7"):
+            attention(x[:, :2], cache=cache)
+        attention(x[:, :1], cache=cache)
+        attention.config.max_cache_length = None
+        per_token = (24 + 4 * 2 + 4) * 2 * 2  # int8 潜变量、bf16 旋转键、scale；2 行、2 层
+        attention.config.memory_budget_bytes = 8 * per_token
+        with pytest.raises(MemoryBudgetError, match="最多 8 个词元") as caught:
+            attention(x[:, :2], cache=cache)
+        assert caught.value.required_bytes == 9 * per_token
+        attention(x[:, :1], cache=cache)
+    assert cache.get_seq_length() == 8
+
+
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt import ops
-from deepseek_opt.cache import LatentCache
+from deepseek_opt.cache import LatentCache, LatentLayer, cache_dtype, token_bytes
 from deepseek_opt.config import MLAConfig
-from deepseek_opt.errors import InputError, UnsupportedError
+from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
 
 
@@ -29,7 +29,9 @@ class MLAAttention(LatentProjections):
 
     参数
     ----
-    config : :class:`~deepseek_opt.MLAConfig`。没有给出的维度由 hidden_size 推出。
+    config : :class:`~deepseek_opt.MLAConfig`。没有给出的维度由 hidden_size 推出。改动它的
+        prefill_chunk_size、cache_dtype（对还空着、没有指定类型的缓存）、max_cache_length、
+        memory_budget_bytes，下一次调用生效；改动维度则下一次调用报错并说明原因。
     hidden_size : 输入与输出的宽度 D。
     layer_idx : 本层在缓存中的序号；多层模型必须从 0 起各不相同，否则各层会写进同一层缓存
         （``LatentCache.for_model(model)`` 会检查）。
@@ -110,7 +112,7 @@ class MLAAttention(LatentProjections):
         """
         self._check_call(hidden, need_weights, cu_seqlens, cache, attention_mask, key_padding_mask)
         batch, steps = hidden.shape[:2]
-        past = _Past(0) if cache is None else self._past(cache)
+        past = _Past(0) if cache is None else self._past(cache, hidden)
         kv_mask = self._kv_mask(
             attention_mask, key_padding_mask, (batch, past.longest + steps), hidden
         )
@@ -199,14 +201,39 @@ class MLAAttention(LatentProjections):
         if ends[0] != 0 or ends[-1] != hidden.shape[1] or ends != sorted(ends):
             raise InputError(f"cu_seqlens 应从 0 递增到 T = {hidden.shape[1]}，得到 {ends}")
 
-    def _past(self, cache: LatentCache) -> _Past:
-        """已缓存的长度；缓存与本层不合则说明原因。"""
+    def _past(self, cache: LatentCache, hidden: Tensor) -> _Past:
+        """已缓存的长度；缓存与本层不合、或超出 config 的上限，则说明原因。"""
         if not isinstance(cache, LatentCache):
             raise InputError.expected("cache", " LatentCache", cache)
         if not self.causal:
             raise InputError("causal=False 的层不能使用缓存：旧词元本应看到新词元")
         layer = cache.layer(self.layer_idx)
+        if layer.latent is None and layer.store_dtype is None:
+            layer.store_dtype = cache_dtype(self.config.cache_dtype)
+        self._check_limits(len(cache), layer, hidden)
         return _Past(layer.length, layer.lengths if layer.ragged else None)
+
+    def _check_limits(self, layers: int, layer: LatentLayer, hidden: Tensor) -> None:
+        """config 的 max_cache_length 与 memory_budget_bytes（各层平分）；都在写入之前。"""
+        batch, steps = hidden.shape[:2]
+        length, limit = layer.length + steps, self.config.max_cache_length
+        if limit is not None and length > limit:
+            raise InputError(f"缓存将有每行 {length} 个词元，超出配置的 max_cache_length={limit}")
+        budget = self.config.memory_budget_bytes
+        if budget is None:
+            return
+        store = layer.store_dtype or hidden.dtype
+        rope_store = torch.bfloat16 if store == torch.int8 else store
+        d = self.dims
+        size = token_bytes(d.kv_lora_rank, d.qk_rope_head_dim, store, rope_store) * batch * layers
+        if length * size > budget:
+            raise MemoryBudgetError(
+                f"{batch} 行、每行 {length} 个词元的缓存（{layers} 层）要 {length * size} 字节，"
+                f"超出预算 memory_budget_bytes={budget}；在此预算内每行最多 {budget // size} 个词元",
+                required_bytes=length * size,
+                budget_bytes=budget,
+                max_length=budget // size,
+            )
 
     @staticmethod
     def _kv_mask(attention_mask, key_padding_mask, shape, hidden) -> Tensor | None:
