@@ -9,8 +9,8 @@ constexpr size_t kAlign = 64;
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 }  // namespace
 
-void execute(const dso_op& op, const void* params) {
-  const dso_isa* isa = dso_isa_current();
+void execute(const dso_op &op, const void *params) {
+  const dso_isa *isa = dso_isa_current();
   const dso_plan plan = op.plan(params, isa);
   int64_t most = 1;
   for (int64_t stage = 0; stage < plan.stages; stage++) {
@@ -23,7 +23,7 @@ void execute(const dso_op& op, const void* params) {
   const auto total = static_cast<int64_t>(shared + each * static_cast<size_t>(workers) + kAlign);
   Tensor scratch = torch::stable::empty({total}, ScalarType::Byte);
   auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  char* base = reinterpret_cast<char*>(aligned(address));
+  char *base = reinterpret_cast<char *>(aligned(address));
   for (int64_t stage = 0; stage < plan.stages; stage++) {
     const int64_t tasks = op.tasks(params, stage);
     std::atomic<int64_t> next{0};
@@ -46,7 +46,8 @@ std::string isa_name() { return dso_isa_name(dso_isa_current()); }
 std::string isa_available() { return dso_isa_available(); }
 std::string isa_compiled() { return dso_isa_compiled(); }
 void isa_set(std::string name) {
-  expect(dso_isa_set(name.c_str()) == 0, "指令集 ", name, " 不可用（可用：", dso_isa_available(), "）。");
+  expect(dso_isa_set(name.c_str()) == 0, "指令集 ", name, " 不可用（可用：", dso_isa_available(),
+         "）。");
 }
 }  // namespace
 
@@ -58,28 +59,43 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("_compiled_isas() -> str");
   m.def("_set_isa(str name) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
-        " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
+      "need_bias)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("swiglu_mlp(Tensor x, Tensor gate, Tensor up, Tensor down) -> Tensor");
-  m.def("swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gate, Tensor up, Tensor down)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "swiglu_mlp_backward(Tensor grad, Tensor x, Tensor gate, Tensor up, Tensor down)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse=False) -> Tensor");
   m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved) -> ()");
-  m.def("mla_qkv_a(Tensor x, Tensor? q_a_weight, Tensor? q_a_bias, Tensor? q_norm_weight, float q_eps,"
-        " Tensor kv_a_weight, Tensor? kv_a_bias, Tensor kv_norm_weight, float kv_eps, Tensor cos, Tensor sin,"
-        " bool interleaved) -> (Tensor, Tensor, Tensor)");
-  m.def("mla_cache_write(Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, Tensor latent,"
-        " Tensor rope, Tensor offsets) -> ()");
-  m.def("mla_decode(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor spans,"
-        " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> Tensor");
-  m.def("mla_prefill(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor spans,"
-        " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> (Tensor, Tensor)");
-  m.def("mla_prefill_backward(Tensor grad, Tensor q, Tensor latent, Tensor rope, Tensor kv_b_weight, Tensor spans,"
-        " Tensor? kv_mask, Tensor out, Tensor lse, float softmax_scale, int v_head_dim, bool causal)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mla_qkv_a(Tensor x, Tensor? q_a_weight, Tensor? q_a_bias, Tensor? q_norm_weight, float "
+      "q_eps,"
+      " Tensor kv_a_weight, Tensor? kv_a_bias, Tensor kv_norm_weight, float kv_eps, Tensor cos, "
+      "Tensor sin,"
+      " bool interleaved) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mla_cache_write(Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, "
+      "Tensor latent,"
+      " Tensor rope, Tensor offsets) -> ()");
+  m.def(
+      "mla_decode(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor "
+      "spans,"
+      " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> Tensor");
+  m.def(
+      "mla_prefill(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor "
+      "spans,"
+      " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "mla_prefill_backward(Tensor grad, Tensor q, Tensor latent, Tensor rope, Tensor kv_b_weight, "
+      "Tensor spans,"
+      " Tensor? kv_mask, Tensor out, Tensor lse, float softmax_scale, int v_head_dim, bool causal)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {

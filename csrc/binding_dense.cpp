@@ -4,13 +4,14 @@
 namespace dso {
 namespace {
 
-Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+Tensor none_like(const Tensor &t) { return torch::stable::new_empty(t, {0}); }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
   expect(x.dim() >= 1, "linear：x 至少要有 1 维。");
   const int64_t k = x.size(x.dim() - 1);
   expect_shape("linear", "weight", weight, {-1, k});
-  const dso_dtype type = float_dtype("linear", "x", x), w_type = float_dtype("linear", "weight", weight);
+  const dso_dtype type = float_dtype("linear", "x", x),
+                  w_type = float_dtype("linear", "weight", weight);
   const int64_t n = weight.size(0);
   Tensor bias_rows;
   if (bias) {
@@ -20,19 +21,28 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   Tensor rows = as_rows(x), w = row_major(weight);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, n));
-  dso_linear_params p{rows_of(x), n, k, mat_of(rows, type), mat_of(w, w_type),
-                      bias ? bias_rows.const_data_ptr() : nullptr, y.mutable_data_ptr(), type};
+  dso_linear_params p{rows_of(x),
+                      n,
+                      k,
+                      mat_of(rows, type),
+                      mat_of(w, w_type),
+                      bias ? bias_rows.const_data_ptr() : nullptr,
+                      y.mutable_data_ptr(),
+                      type};
   if (p.m > 0 && n > 0) execute(dso_linear, &p);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                   bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor &grad, const Tensor &x,
+                                                   const Tensor &weight, bool need_x,
+                                                   bool need_weight, bool need_bias) {
   const int64_t n = weight.size(0), k = weight.size(1);
   expect(grad.dim() == x.dim() && grad.size(grad.dim() - 1) == n && x.size(x.dim() - 1) == k &&
              rows_of(grad) == rows_of(x),
-         "linear_backward：grad 应为 [..., ", n, "]、x 应为 [..., ", k, "]，实际是 ", shape_of(grad), " 与 ", shape_of(x), "。");
-  const dso_dtype g_type = float_dtype("linear_backward", "grad", grad), type = float_dtype("linear_backward", "x", x),
+         "linear_backward：grad 应为 [..., ", n, "]、x 应为 [..., ", k, "]，实际是 ",
+         shape_of(grad), " 与 ", shape_of(x), "。");
+  const dso_dtype g_type = float_dtype("linear_backward", "grad", grad),
+                  type = float_dtype("linear_backward", "x", x),
                   w_type = float_dtype("linear_backward", "weight", weight);
   Tensor g = as_rows(grad), rows = as_rows(x), w = row_major(weight);
   Tensor dx = need_x ? torch::stable::new_empty(x, sizes_with_last(x, k)) : none_like(x);
@@ -44,8 +54,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
     if (need_bias) torch::stable::zero_(db);
     return {dx, dw, db};
   }
-  dso_linear_backward_params p{m, n, k, mat_of(g, g_type), mat_of(rows, type), mat_of(w, w_type),
-                               need_x ? dx.mutable_data_ptr() : nullptr, need_weight ? dw.mutable_data_ptr() : nullptr,
+  dso_linear_backward_params p{m,
+                               n,
+                               k,
+                               mat_of(g, g_type),
+                               mat_of(rows, type),
+                               mat_of(w, w_type),
+                               need_x ? dx.mutable_data_ptr() : nullptr,
+                               need_weight ? dw.mutable_data_ptr() : nullptr,
                                need_bias ? db.mutable_data_ptr() : nullptr};
   execute(dso_linear_backward, &p);
   return {dx, dw, db};
@@ -56,7 +72,8 @@ struct MlpDims {
   int64_t k, inner, n;
 };
 
-MlpDims mlp_dims(const char* op, const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+MlpDims mlp_dims(const char *op, const Tensor &x, const Tensor &gate, const Tensor &up,
+                 const Tensor &down) {
   expect(x.dim() >= 1, op, "：x 至少要有 1 维。");
   const int64_t k = x.size(x.dim() - 1);
   expect_shape(op, "gate", gate, {-1, k});
@@ -69,50 +86,73 @@ MlpDims mlp_dims(const char* op, const Tensor& x, const Tensor& gate, const Tens
   return {k, inner, down.size(0)};
 }
 
-Tensor swiglu_mlp(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+Tensor swiglu_mlp(const Tensor &x, const Tensor &gate, const Tensor &up, const Tensor &down) {
   const MlpDims d = mlp_dims("swiglu_mlp", x, gate, up, down);
-  const dso_dtype type = float_dtype("swiglu_mlp", "x", x), w = float_dtype("swiglu_mlp", "gate", gate);
+  const dso_dtype type = float_dtype("swiglu_mlp", "x", x),
+                  w = float_dtype("swiglu_mlp", "gate", gate);
   Tensor rows = as_rows(x), g = row_major(gate), u = row_major(up), o = row_major(down);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, d.n));
-  dso_swiglu_mlp_params p{rows_of(x), d.n, d.k, d.inner, mat_of(rows, type), mat_of(g, w), mat_of(u, w), mat_of(o, w),
+  dso_swiglu_mlp_params p{rows_of(x),          d.n,          d.k,          d.inner,
+                          mat_of(rows, type),  mat_of(g, w), mat_of(u, w), mat_of(o, w),
                           y.mutable_data_ptr()};
   if (p.m > 0) execute(dso_swiglu_mlp, &p);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& gate,
-                                                               const Tensor& up, const Tensor& down) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_mlp_backward(const Tensor &grad, const Tensor &x,
+                                                               const Tensor &gate, const Tensor &up,
+                                                               const Tensor &down) {
   const MlpDims d = mlp_dims("swiglu_mlp_backward", x, gate, up, down);
-  expect(grad.size(grad.dim() - 1) == d.n && rows_of(grad) == rows_of(x), "swiglu_mlp_backward：grad 应为 [..., ", d.n,
-         "]，实际是 ", shape_of(grad), "。");
+  expect(grad.size(grad.dim() - 1) == d.n && rows_of(grad) == rows_of(x),
+         "swiglu_mlp_backward：grad 应为 [..., ", d.n, "]，实际是 ", shape_of(grad), "。");
   const dso_dtype type = float_dtype("swiglu_mlp_backward", "x", x),
                   g_type = float_dtype("swiglu_mlp_backward", "grad", grad),
                   w = float_dtype("swiglu_mlp_backward", "gate", gate);
-  Tensor gr = as_rows(grad), rows = as_rows(x), g = row_major(gate), u = row_major(up), o = row_major(down);
+  Tensor gr = as_rows(grad), rows = as_rows(x), g = row_major(gate), u = row_major(up),
+         o = row_major(down);
   Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, d.k));
-  Tensor dg = torch::stable::new_empty(gate, {d.inner, d.k}), du = torch::stable::new_empty(up, {d.inner, d.k});
+  Tensor dg = torch::stable::new_empty(gate, {d.inner, d.k}),
+         du = torch::stable::new_empty(up, {d.inner, d.k});
   Tensor dd = torch::stable::new_empty(down, {d.n, d.inner});
   const int64_t m = rows_of(x);
   if (m == 0) {
-    for (Tensor* t : {&dg, &du, &dd}) torch::stable::zero_(*t);
+    for (Tensor *t : {&dg, &du, &dd}) torch::stable::zero_(*t);
     return {dx, dg, du, dd};
   }
-  dso_swiglu_mlp_backward_params p{m, d.n, d.k, d.inner, mat_of(gr, g_type), mat_of(rows, type), mat_of(g, w),
-                                   mat_of(u, w), mat_of(o, w), dx.mutable_data_ptr(), dg.mutable_data_ptr(),
-                                   du.mutable_data_ptr(), dd.mutable_data_ptr()};
+  dso_swiglu_mlp_backward_params p{m,
+                                   d.n,
+                                   d.k,
+                                   d.inner,
+                                   mat_of(gr, g_type),
+                                   mat_of(rows, type),
+                                   mat_of(g, w),
+                                   mat_of(u, w),
+                                   mat_of(o, w),
+                                   dx.mutable_data_ptr(),
+                                   dg.mutable_data_ptr(),
+                                   du.mutable_data_ptr(),
+                                   dd.mutable_data_ptr()};
   execute(dso_swiglu_mlp_backward, &p);
   return {dx, dg, du, dd};
 }
 
-dso_rms_norm_params norm_params(const char* op, const Tensor& rows, const Tensor& weight, double eps, Tensor& y) {
+dso_rms_norm_params norm_params(const char *op, const Tensor &rows, const Tensor &weight,
+                                double eps, Tensor &y) {
   expect(rows.dim() >= 1, op, "：x 至少要有 1 维。");
   const int64_t dim = rows.size(rows.dim() - 1);
   expect_shape(op, "weight", weight, {dim});
-  return {rows_of(rows), dim, mat_of(rows, float_dtype(op, "x", rows)), {nullptr, 0, DSO_F32}, weight.const_data_ptr(),
-          float_dtype(op, "weight", weight), y.mutable_data_ptr(), nullptr, static_cast<float>(eps)};
+  return {rows_of(rows),
+          dim,
+          mat_of(rows, float_dtype(op, "x", rows)),
+          {nullptr, 0, DSO_F32},
+          weight.const_data_ptr(),
+          float_dtype(op, "weight", weight),
+          y.mutable_data_ptr(),
+          nullptr,
+          static_cast<float>(eps)};
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+Tensor rms_norm(const Tensor &x, const Tensor &weight, double eps) {
   Tensor rows = as_rows(x), w = torch::stable::contiguous(weight);
   expect(x.dim() >= 1, "rms_norm：x 至少要有 1 维。");
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, x.size(x.dim() - 1)));
@@ -121,9 +161,11 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  expect(x.dim() >= 1 && x.dim() == residual.dim() && shape_of(x) == shape_of(residual), "add_rms_norm：residual 的形状应与 x ",
-         shape_of(x), " 相同，实际是 ", shape_of(residual), "。");
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor &x, const Tensor &residual,
+                                        const Tensor &weight, double eps) {
+  expect(x.dim() >= 1 && x.dim() == residual.dim() && shape_of(x) == shape_of(residual),
+         "add_rms_norm：residual 的形状应与 x ", shape_of(x), " 相同，实际是 ", shape_of(residual),
+         "。");
   expect_type("add_rms_norm", "residual", residual, x.scalar_type());
   Tensor rows = as_rows(x), extra = as_rows(residual), w = torch::stable::contiguous(weight);
   const auto sizes = sizes_with_last(x, x.size(x.dim() - 1));
@@ -135,19 +177,31 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   return {y, total};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps) {
-  expect(shape_of(grad) == shape_of(x), "rms_norm_backward：grad 的形状应与 x ", shape_of(x), " 相同，实际是 ",
-         shape_of(grad), "。");
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &grad, const Tensor &x,
+                                             const Tensor &weight, double eps) {
+  expect(shape_of(grad) == shape_of(x), "rms_norm_backward：grad 的形状应与 x ", shape_of(x),
+         " 相同，实际是 ", shape_of(grad), "。");
   const int64_t dim = x.size(x.dim() - 1);
   expect_shape("rms_norm_backward", "weight", weight, {dim});
-  const dso_dtype g_type = float_dtype("rms_norm_backward", "grad", grad), type = float_dtype("rms_norm_backward", "x", x),
+  const dso_dtype g_type = float_dtype("rms_norm_backward", "grad", grad),
+                  type = float_dtype("rms_norm_backward", "x", x),
                   w_type = float_dtype("rms_norm_backward", "weight", weight);
   Tensor g = as_rows(grad), rows = as_rows(x), w = torch::stable::contiguous(weight);
-  Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, dim)), dw = torch::stable::new_empty(weight, {dim});
-  dso_rms_norm_backward_params p{rows_of(x), dim, mat_of(g, g_type), mat_of(rows, type), w.const_data_ptr(), w_type,
-                                 dx.mutable_data_ptr(), dw.mutable_data_ptr(), static_cast<float>(eps)};
-  if (p.rows > 0) execute(dso_rms_norm_backward, &p);
-  else torch::stable::zero_(dw);
+  Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, dim)),
+         dw = torch::stable::new_empty(weight, {dim});
+  dso_rms_norm_backward_params p{rows_of(x),
+                                 dim,
+                                 mat_of(g, g_type),
+                                 mat_of(rows, type),
+                                 w.const_data_ptr(),
+                                 w_type,
+                                 dx.mutable_data_ptr(),
+                                 dw.mutable_data_ptr(),
+                                 static_cast<float>(eps)};
+  if (p.rows > 0)
+    execute(dso_rms_norm_backward, &p);
+  else
+    torch::stable::zero_(dw);
   return {dx, dw};
 }
 

@@ -23,9 +23,9 @@ extern "C" {
 typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3 } dso_dtype;
 
 typedef struct {
-  int64_t stages;       /* 阶段数 */
-  size_t shared_bytes;  /* 全部任务共享的暂存 */
-  size_t worker_bytes;  /* 每个工人独占的暂存 */
+  int64_t stages;      /* 阶段数 */
+  size_t shared_bytes; /* 全部任务共享的暂存 */
+  size_t worker_bytes; /* 每个工人独占的暂存 */
 } dso_plan;
 
 struct dso_isa;
@@ -160,7 +160,7 @@ typedef struct {
   dso_dtype latent_dtype, rope_dtype;
   const float *scale; /* int8 潜变量的每词元尺度 [B, S]，否则 NULL */
   int64_t scale_bs;
-  dso_mat kv_b; /* [H * (dn + dv), r] */
+  dso_mat kv_b;           /* [H * (dn + dv), r] */
   const uint8_t *kv_mask; /* [B, S]，1 可见；可为 NULL */
   int64_t kv_mask_bs;
   const dso_span *spans;
@@ -179,7 +179,7 @@ typedef struct {
   dso_mla_inputs in;
   const void *grad, *out; /* [B, T, H, dv] 连续，与 q 同 dtype */
   const float *lse;
-  void *dq;              /* [B, T, H, dn + dr] 连续，与 q 同 dtype，调用者先清零 */
+  void *dq;               /* [B, T, H, dn + dr] 连续，与 q 同 dtype，调用者先清零 */
   float *dlatent, *drope; /* [B, S, r]、[B, S, dr] fp32，调用者先清零 */
   float *dkv_b;           /* [H * (dn + dv), r] fp32，调用者先清零 */
 } dso_mla_backward_params;

@@ -6,6 +6,21 @@ dso_dtype dso_compute_format(const dso_isa *isa, int all_bf16) {
   return all_bf16 && isa->native_bf16 ? DSO_BF16 : DSO_F32;
 }
 
+static int64_t row_block(int64_t m) {
+  int64_t blocks = dso_ceil_div(m, DSO_MB);
+  return blocks ? dso_min(DSO_MB, dso_round_up(dso_ceil_div(m, blocks), 24)) : DSO_MB;
+}
+
+int64_t dso_block_count(int64_t m, int64_t n) {
+  return dso_ceil_div(m, row_block(m)) * dso_ceil_div(n, DSO_NB);
+}
+
+dso_block dso_block_at(int64_t m, int64_t n, int64_t index) {
+  int64_t rows = row_block(m), blocks = dso_ceil_div(m, rows);
+  int64_t m0 = index % blocks * rows, n0 = index / blocks * DSO_NB;
+  return (dso_block){m0, dso_min(rows, m - m0), n0, dso_min(DSO_NB, n - n0)};
+}
+
 static int64_t depth_of(dso_dtype fmt) { return DSO_KB_BYTES / dso_size_of(fmt); }
 
 enum { TILE = 64 }; /* 转置 A 时的边长：两块 fp32 正好在一级缓存里 */
@@ -42,11 +57,13 @@ static void copy_transposed(const dso_gemm *g, int64_t m0, int64_t mc, int64_t k
     for (int64_t x = 0; x < kc; x += TILE) {
       int64_t rows = dso_min(TILE, mc - i), depth = dso_min(TILE, kc - x);
       for (int64_t y = 0; y < depth; y++)
-        g->isa->to_f32(tile + y * TILE, dso_at(g->a.data, g->a.dtype, (k0 + x + y) * g->a.rs + m0 + i),
-                       g->a.dtype, rows);
+        g->isa->to_f32(tile + y * TILE,
+                       dso_at(g->a.data, g->a.dtype, (k0 + x + y) * g->a.rs + m0 + i), g->a.dtype,
+                       rows);
       g->isa->transpose(flipped, TILE, tile, TILE, depth, rows);
       for (int64_t y = 0; y < rows; y++)
-        g->isa->from_f32(dso_at_mut(dst, g->fmt, (i + y) * lda + x), g->fmt, flipped + y * TILE, depth);
+        g->isa->from_f32(dso_at_mut(dst, g->fmt, (i + y) * lda + x), g->fmt, flipped + y * TILE,
+                         depth);
     }
   if (g->fmt == DSO_BF16 && (kc & 1))
     for (int64_t i = 0; i < mc; i++) ((uint16_t *)dst)[i * lda + kc] = 0;
@@ -79,7 +96,7 @@ void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64
       copy_rows(g, m0, mc, k0, kc, rows, k_pad, tile);
       a = rows, lda = k_pad;
     }
-    g->isa->gemm(g->fmt, mc, dso_ceil_div(nc, DSO_PANEL), k_pad, a, lda, packed, panel_stride, c, ldc,
-                 accumulate || k0 > 0);
+    g->isa->gemm(g->fmt, mc, dso_ceil_div(nc, DSO_PANEL), k_pad, a, lda, packed, panel_stride, c,
+                 ldc, accumulate || k0 > 0);
   }
 }

@@ -29,11 +29,26 @@ size_t dso_gemm_scratch(void); /* 一块所需暂存，字节 */
 void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
                     int64_t ldc, int accumulate, void *scratch);
 
-/* 行块划分：尽量均匀，每块不超过 DSO_MB。 */
-static inline int64_t dso_row_blocks(int64_t m) { return dso_ceil_div(m, DSO_MB); }
-static inline int64_t dso_row_block_size(int64_t m) {
-  int64_t blocks = dso_row_blocks(m);
-  return blocks ? dso_min(DSO_MB, dso_round_up(dso_ceil_div(m, blocks), 24)) : DSO_MB;
+/* 输出 [m, n] 划成 (行块, 列块)；行块尽量均匀，每块不超过 DSO_MB，列块 DSO_NB。 */
+typedef struct {
+  int64_t m0, mc, n0, nc;
+} dso_block;
+
+int64_t dso_block_count(int64_t m, int64_t n);
+dso_block dso_block_at(int64_t m, int64_t n, int64_t index);
+
+/* 行数少（解码）时不打包：按列块做点积，一块读一段权重。 */
+enum {
+  DSO_DOT_MAX_M = 96,      /* 至此点积路径不慢于打包路径（打包要多读写一遍 W） */
+  DSO_DOT_MAX_N = 240,     /* 每任务的列数上限 */
+  DSO_DOT_BYTES = 1 << 18, /* 每任务读的权重：足够摊薄调度，又足够均衡负载 */
+  DSO_DOT_UNIT = 24        /* 6 与 8 的公倍数：两种寄存器块都没有零头 */
+};
+
+/* k 列权重的列块宽度。 */
+static inline int64_t dso_dot_columns(int64_t k, dso_dtype dtype) {
+  int64_t fit = DSO_DOT_BYTES / dso_max(1, k * dso_size_of(dtype)) / DSO_DOT_UNIT * DSO_DOT_UNIT;
+  return dso_min(DSO_DOT_MAX_N, dso_max(DSO_DOT_UNIT, fit));
 }
 
 #endif

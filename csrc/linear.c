@@ -7,29 +7,17 @@
 
 #include "gemm.h"
 
-enum {
-  SMALL_M = 96,            /* 至此点积路径不慢于打包路径（打包要多读写一遍 W） */
-  DOT_BLOCK_BYTES = 1 << 18, /* 点积路径每任务读的权重：足够摊薄调度，又足够均衡负载 */
-  DOT_UNIT = 24, /* 6 与 8 的公倍数：两种寄存器块都没有零头 */
-  DOT_BLOCK_MAX = 240
-};
-
 static int all_bf16(const dso_linear_params *p) {
   return p->x.dtype == DSO_BF16 && p->weight.dtype == DSO_BF16;
 }
 
-static int is_small(const dso_linear_params *p) { return p->m <= SMALL_M; }
-
-static int64_t dot_block(const dso_linear_params *p) {
-  int64_t row_bytes = dso_max(1, p->k * dso_size_of(p->weight.dtype));
-  return dso_min(DOT_BLOCK_MAX, dso_max(DOT_UNIT, DOT_BLOCK_BYTES / row_bytes / DOT_UNIT * DOT_UNIT));
-}
+static int is_small(const dso_linear_params *p) { return p->m <= DSO_DOT_MAX_M; }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_linear_params *p = params;
   (void)isa;
   if (is_small(p))
-    return (dso_plan){2, (size_t)(p->m * p->k) * 4, (size_t)SMALL_M * DOT_BLOCK_MAX * 4};
+    return (dso_plan){2, (size_t)(p->m * p->k) * 4, (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4};
   return (dso_plan){2, 0, dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4};
 }
 
@@ -37,12 +25,12 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_linear_params *p = params;
   if (stage == 0) return is_small(p) && p->x.dtype != DSO_F32 ? p->m : 0;
-  if (is_small(p)) return p->m ? dso_ceil_div(p->n, dot_block(p)) : 0;
-  return dso_row_blocks(p->m) * dso_ceil_div(p->n, DSO_NB);
+  if (is_small(p)) return p->m ? dso_ceil_div(p->n, dso_dot_columns(p->k, p->weight.dtype)) : 0;
+  return dso_block_count(p->m, p->n);
 }
 
-static void store_row(const dso_linear_params *p, const dso_isa *isa, int64_t row, int64_t n0, int64_t nc,
-                      float *acc, float *bias) {
+static void store_row(const dso_linear_params *p, const dso_isa *isa, int64_t row, int64_t n0,
+                      int64_t nc, float *acc, float *bias) {
   if (p->bias) {
     isa->to_f32(bias, dso_at(p->bias, p->weight.dtype, n0), p->weight.dtype, nc);
     isa->vaxpy(acc, 1.0f, bias, nc);
@@ -53,10 +41,11 @@ static void store_row(const dso_linear_params *p, const dso_isa *isa, int64_t ro
 static void run_small(const dso_ctx *ctx, int64_t task) {
   const dso_linear_params *p = ctx->params;
   dso_dtype fmt = dso_compute_format(ctx->isa, all_bf16(p));
-  int64_t block = dot_block(p), n0 = task * block, nc = dso_min(block, p->n - n0);
+  int64_t block = dso_dot_columns(p->k, p->weight.dtype), n0 = task * block,
+          nc = dso_min(block, p->n - n0);
   int in_place = p->x.dtype == fmt;
   const void *x = in_place ? p->x.data : ctx->shared;
-  float *c = ctx->worker, bias[DOT_BLOCK_MAX];
+  float *c = ctx->worker, bias[DSO_DOT_MAX_N];
   ctx->isa->dot(fmt, p->m, nc, p->k, x, in_place ? p->x.rs : p->k,
                 dso_at(p->weight.data, p->weight.dtype, n0 * p->weight.rs), p->weight.dtype,
                 p->weight.rs, c, nc);
@@ -65,22 +54,26 @@ static void run_small(const dso_ctx *ctx, int64_t task) {
 
 static void run_block(const dso_ctx *ctx, int64_t task) {
   const dso_linear_params *p = ctx->params;
-  int64_t rows = dso_row_block_size(p->m), blocks = dso_row_blocks(p->m);
-  int64_t m0 = task % blocks * rows, n0 = task / blocks * DSO_NB;
-  int64_t mc = dso_min(rows, p->m - m0), nc = dso_min(DSO_NB, p->n - n0);
-  dso_gemm g = {.isa = ctx->isa, .fmt = dso_compute_format(ctx->isa, all_bf16(p)), .k = p->k,
-                .a = p->x, .b = p->weight, .b_transposed = 1};
+  dso_block b = dso_block_at(p->m, p->n, task);
+  dso_gemm g = {.isa = ctx->isa,
+                .fmt = dso_compute_format(ctx->isa, all_bf16(p)),
+                .k = p->k,
+                .a = p->x,
+                .b = p->weight,
+                .b_transposed = 1};
   float *c = ctx->worker, bias[DSO_NB];
-  dso_gemm_block(&g, m0, mc, n0, nc, c, DSO_NB, 0, (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
-  for (int64_t i = 0; i < mc; i++) store_row(p, ctx->isa, m0 + i, n0, nc, c + i * DSO_NB, bias);
+  dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 0,
+                 (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
+  for (int64_t i = 0; i < b.mc; i++)
+    store_row(p, ctx->isa, b.m0 + i, b.n0, b.nc, c + i * DSO_NB, bias);
 }
 
 static void run(const dso_ctx *ctx, int64_t task) {
   const dso_linear_params *p = ctx->params;
   if (ctx->stage == 0) {
     if (dso_compute_format(ctx->isa, all_bf16(p)) == DSO_F32)
-      ctx->isa->to_f32((float *)ctx->shared + task * p->k, dso_at(p->x.data, p->x.dtype, task * p->x.rs),
-                       p->x.dtype, p->k);
+      ctx->isa->to_f32((float *)ctx->shared + task * p->k,
+                       dso_at(p->x.data, p->x.dtype, task * p->x.rs), p->x.dtype, p->k);
   } else if (is_small(p)) {
     run_small(ctx, task);
   } else {

@@ -17,8 +17,8 @@ static int64_t tasks(const void *params, int64_t stage) {
   return stage == 0 ? dso_ceil_div(p->b * p->t, TOKENS) : 0;
 }
 
-static void copy_row(const dso_isa *isa, void *dst, dso_dtype to, const void *src, dso_dtype from, int64_t n,
-                     float *row) {
+static void copy_row(const dso_isa *isa, void *dst, dso_dtype to, const void *src, dso_dtype from,
+                     int64_t n, float *row) {
   if (to == from) {
     memcpy(dst, src, (size_t)(n * dso_size_of(to)));
     return;
@@ -27,8 +27,8 @@ static void copy_row(const dso_isa *isa, void *dst, dso_dtype to, const void *sr
   isa->from_f32(dst, to, row, n);
 }
 
-static void quantize_row(const dso_isa *isa, int8_t *dst, float *scale, const void *src, dso_dtype from, int64_t n,
-                         float *row) {
+static void quantize_row(const dso_isa *isa, int8_t *dst, float *scale, const void *src,
+                         dso_dtype from, int64_t n, float *row) {
   isa->to_f32(row, src, from, n);
   *scale = isa->vamax(row, n) / 127.0f;
   for (int64_t i = 0; i < n && *scale > 0.0f; i++) row[i] /= *scale;
@@ -40,11 +40,13 @@ static void write_token(const dso_ctx *ctx, int64_t token) {
   int64_t b = token / p->t, t = token % p->t, slot = p->offsets[b] + t;
   const void *latent = dso_at(p->latent, p->latent_dtype, b * p->latent_bs + t * p->latent_ts);
   const void *rope = dso_at(p->rope, p->rope_dtype, b * p->rope_bs + t * p->rope_ts);
-  void *to = dso_at_mut(p->latent_cache, p->latent_cache_dtype, b * p->latent_cache_bs + slot * p->latent_cache_ts);
-  void *rope_to = dso_at_mut(p->rope_cache, p->rope_cache_dtype, b * p->rope_cache_bs + slot * p->rope_cache_ts);
+  void *to = dso_at_mut(p->latent_cache, p->latent_cache_dtype,
+                        b * p->latent_cache_bs + slot * p->latent_cache_ts);
+  void *rope_to = dso_at_mut(p->rope_cache, p->rope_cache_dtype,
+                             b * p->rope_cache_bs + slot * p->rope_cache_ts);
   if (p->latent_cache_dtype == DSO_I8)
-    quantize_row(ctx->isa, to, p->scale_cache + b * p->scale_cache_bs + slot, latent, p->latent_dtype, p->rank,
-                 ctx->worker);
+    quantize_row(ctx->isa, to, p->scale_cache + b * p->scale_cache_bs + slot, latent,
+                 p->latent_dtype, p->rank, ctx->worker);
   else
     copy_row(ctx->isa, to, p->latent_cache_dtype, latent, p->latent_dtype, p->rank, ctx->worker);
   copy_row(ctx->isa, rope_to, p->rope_cache_dtype, rope, p->rope_dtype, p->rope_dim, ctx->worker);

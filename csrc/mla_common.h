@@ -13,12 +13,13 @@ typedef struct {
 } dso_mla_place;
 
 static inline dso_mla_place dso_mla_locate(const dso_mla_inputs *in, const dso_span *span) {
-  return (dso_mla_place){span->kv_begin / in->s, span->kv_begin % in->s, span->kv_end - span->kv_begin,
-                         span->q_end - span->q_begin};
+  return (dso_mla_place){span->kv_begin / in->s, span->kv_begin % in->s,
+                         span->kv_end - span->kv_begin, span->q_end - span->q_begin};
 }
 
 /* 查询 i（span 内）可见的键数：causal 时右下对齐。 */
-static inline int64_t dso_mla_visible(const dso_mla_inputs *in, const dso_mla_place *at, int64_t i) {
+static inline int64_t dso_mla_visible(const dso_mla_inputs *in, const dso_mla_place *at,
+                                      int64_t i) {
   return in->causal ? at->kv_len - at->q_len + i + 1 : at->kv_len;
 }
 
@@ -29,11 +30,14 @@ static inline dso_dtype dso_mla_format(const dso_isa *isa, const dso_mla_inputs 
                                      in->kv_b.dtype == DSO_BF16);
 }
 
-static inline int64_t dso_mla_pad(dso_dtype fmt, int64_t n) { return fmt == DSO_BF16 ? dso_round_up(n, 2) : n; }
+static inline int64_t dso_mla_pad(dso_dtype fmt, int64_t n) {
+  return fmt == DSO_BF16 ? dso_round_up(n, 2) : n;
+}
 
 /* n 行宽 width 的数据转成计算格式、行距 ld（>= width，多出的一个元素补 0）。 */
-static inline void dso_mla_copy(const dso_isa *isa, void *dst, dso_dtype fmt, int64_t ld, const void *src,
-                                dso_dtype dtype, int64_t rs, int64_t n, int64_t width, float *row) {
+static inline void dso_mla_copy(const dso_isa *isa, void *dst, dso_dtype fmt, int64_t ld,
+                                const void *src, dso_dtype dtype, int64_t rs, int64_t n,
+                                int64_t width, float *row) {
   for (int64_t i = 0; i < n; i++) {
     const void *from = dso_at(src, dtype, i * rs);
     void *to = dso_at_mut(dst, fmt, i * ld);
@@ -45,7 +49,8 @@ static inline void dso_mla_copy(const dso_isa *isa, void *dst, dso_dtype fmt, in
       isa->to_f32(row, from, dtype, width);
       isa->from_f32(to, fmt, row, width);
     }
-    if (ld > width) memset(dso_at_mut(to, fmt, width), 0, (size_t)((ld - width) * dso_size_of(fmt)));
+    if (ld > width)
+      memset(dso_at_mut(to, fmt, width), 0, (size_t)((ld - width) * dso_size_of(fmt)));
   }
 }
 
@@ -61,12 +66,15 @@ static inline size_t dso_mla_keys_bytes(const dso_mla_inputs *in, int64_t rows) 
 
 /* 读槽位 [slot, slot + n)：格式相同且无遮盖时直接用缓存；否则转到 buffer，被 kv_mask
  * 遮住的行清零（那里可能是未初始化的 NaN）。 */
-static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_inputs *in, dso_dtype fmt,
-                                             int64_t row, int64_t slot, int64_t n, void *buffer) {
-  const void *latent = dso_at(in->latent, in->latent_dtype, row * in->latent_bs + slot * in->latent_ts);
+static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_inputs *in,
+                                             dso_dtype fmt, int64_t row, int64_t slot, int64_t n,
+                                             void *buffer) {
+  const void *latent =
+      dso_at(in->latent, in->latent_dtype, row * in->latent_bs + slot * in->latent_ts);
   const void *rope = dso_at(in->rope, in->rope_dtype, row * in->rope_bs + slot * in->rope_ts);
   int64_t rank = dso_mla_pad(fmt, in->rank), width = dso_mla_pad(fmt, in->rope_dim);
-  int exact = in->latent_dtype == fmt && in->rope_dtype == fmt && rank == in->rank && width == in->rope_dim;
+  int exact =
+      in->latent_dtype == fmt && in->rope_dtype == fmt && rank == in->rank && width == in->rope_dim;
   if (exact && !in->kv_mask) return (dso_mla_keys){latent, rope, in->latent_ts, in->rope_ts};
   float *scratch = buffer;
   void *to = scratch + in->rank + in->rope_dim, *rope_to = dso_at_mut(to, fmt, n * rank);
@@ -81,7 +89,8 @@ static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_i
       dso_mla_copy(isa, dst, fmt, rank, from, in->latent_dtype, 0, 1, in->rank, scratch);
     }
   }
-  dso_mla_copy(isa, rope_to, fmt, width, rope, in->rope_dtype, in->rope_ts, n, in->rope_dim, scratch);
+  dso_mla_copy(isa, rope_to, fmt, width, rope, in->rope_dtype, in->rope_ts, n, in->rope_dim,
+               scratch);
   for (int64_t i = 0; in->kv_mask && i < n; i++) {
     if (in->kv_mask[row * in->kv_mask_bs + slot + i]) continue;
     memset(dso_at_mut(to, fmt, i * rank), 0, (size_t)(rank * dso_size_of(fmt)));
@@ -91,7 +100,8 @@ static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_i
 }
 
 /* 一行得分里被 kv_mask 遮住的置 -inf。 */
-static inline void dso_mla_hide(const dso_mla_inputs *in, int64_t row, int64_t slot, float *score, int64_t n) {
+static inline void dso_mla_hide(const dso_mla_inputs *in, int64_t row, int64_t slot, float *score,
+                                int64_t n) {
   if (!in->kv_mask) return;
   const uint8_t *mask = in->kv_mask + row * in->kv_mask_bs + slot;
   for (int64_t j = 0; j < n; j++)

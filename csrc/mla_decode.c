@@ -10,17 +10,17 @@
 #include "mla_common.h"
 
 enum {
-  GROUP = 64,       /* 一组查询（词元 x 头）：4 个面板，O 为 64 x r fp32，放得进二级缓存 */
-  BLOCK = 64,       /* 一次处理的缓存槽位 */
-  SPLIT = 512,      /* 分段的槽位数：单行长缓存也有足够多的任务 */
-  MAX_SPLITS = 32,  /* 部分结果的内存上限 */
+  GROUP = 64,        /* 一组查询（词元 x 头）：4 个面板，O 为 64 x r fp32，放得进二级缓存 */
+  BLOCK = 64,        /* 一次处理的缓存槽位 */
+  SPLIT = 512,       /* 分段的槽位数：单行长缓存也有足够多的任务 */
+  MAX_SPLITS = 32,   /* 部分结果的内存上限 */
   ENOUGH_TASKS = 64, /* 任务已够多时不再分段 */
-  TOKENS = 16       /* 阶段 0、2 每任务的词元数 */
+  TOKENS = 16        /* 阶段 0、2 每任务的词元数 */
 };
 
 typedef struct {
-  float *q_abs;           /* [B*T, H, r] */
-  float *o, *m, *l;       /* 每个分段：[部分数, GROUP, r]、[部分数, GROUP] */
+  float *q_abs;     /* [B*T, H, r] */
+  float *o, *m, *l; /* 每个分段：[部分数, GROUP, r]、[部分数, GROUP] */
 } shared_view;
 
 static int64_t groups_of(const dso_mla_inputs *in, const dso_mla_place *at) {
@@ -115,11 +115,12 @@ static void absorb(const dso_ctx *ctx, int64_t task) {
   int64_t n = dso_min(TOKENS, in->b * in->t - first), out_rs = in->heads * in->rank;
   float *q = ctx->worker;
   for (int64_t i = 0; i < n; i++)
-    ctx->isa->to_f32(q + i * in->nope_dim, dso_mla_query(in, first + i, head), in->q_dtype, in->nope_dim);
+    ctx->isa->to_f32(q + i * in->nope_dim, dso_mla_query(in, first + i, head), in->q_dtype,
+                     in->nope_dim);
   int64_t row = head * (in->nope_dim + in->v_dim);
   ctx->isa->axpy_n(n, in->rank, in->nope_dim, q, in->nope_dim,
-                   dso_at(in->kv_b.data, in->kv_b.dtype, row * in->kv_b.rs), in->kv_b.dtype, in->kv_b.rs,
-                   shared.q_abs + first * out_rs + head * in->rank, out_rs);
+                   dso_at(in->kv_b.data, in->kv_b.dtype, row * in->kv_b.rs), in->kv_b.dtype,
+                   in->kv_b.rs, shared.q_abs + first * out_rs + head * in->rank, out_rs);
 }
 
 /* ---- 阶段 1 ---- */
@@ -144,46 +145,56 @@ static piece find_piece(const dso_mla_inputs *in, int64_t task) {
 }
 
 /* 组内查询 j 的词元（span 内）与头。 */
-static int64_t token_of(const dso_mla_inputs *in, const piece *p, int64_t j) { return (p->group * GROUP + j) / in->heads; }
-static int64_t head_of(const dso_mla_inputs *in, const piece *p, int64_t j) { return (p->group * GROUP + j) % in->heads; }
+static int64_t token_of(const dso_mla_inputs *in, const piece *p, int64_t j) {
+  return (p->group * GROUP + j) / in->heads;
+}
+static int64_t head_of(const dso_mla_inputs *in, const piece *p, int64_t j) {
+  return (p->group * GROUP + j) % in->heads;
+}
 
-static void pack_queries(const dso_ctx *ctx, const piece *p, int64_t n, dso_dtype fmt, const float *q_abs,
-                         worker_view *w) {
+static void pack_queries(const dso_ctx *ctx, const piece *p, int64_t n, dso_dtype fmt,
+                         const float *q_abs, worker_view *w) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   const dso_isa *isa = ctx->isa;
   int64_t first = p->span->q_begin * in->heads + p->group * GROUP;
-  isa->pack_t(w->q_latent, fmt, dso_panel_elems(fmt, in->rank), q_abs + first * in->rank, DSO_F32, in->rank, n,
-              in->rank);
+  isa->pack_t(w->q_latent, fmt, dso_panel_elems(fmt, in->rank), q_abs + first * in->rank, DSO_F32,
+              in->rank, n, in->rank);
   if (in->rope_dim == 0) return;
   for (int64_t j = 0; j < n; j++) {
     const void *q = dso_mla_query(in, p->span->q_begin + token_of(in, p, j), head_of(in, p, j));
-    isa->to_f32(w->rows + j * in->rope_dim, dso_at(q, in->q_dtype, in->nope_dim), in->q_dtype, in->rope_dim);
+    isa->to_f32(w->rows + j * in->rope_dim, dso_at(q, in->q_dtype, in->nope_dim), in->q_dtype,
+                in->rope_dim);
   }
-  isa->pack_t(w->q_rope, fmt, dso_panel_elems(fmt, in->rope_dim), w->rows, DSO_F32, in->rope_dim, n, in->rope_dim);
+  isa->pack_t(w->q_rope, fmt, dso_panel_elems(fmt, in->rope_dim), w->rows, DSO_F32, in->rope_dim, n,
+              in->rope_dim);
 }
 
-static void attend_block(const dso_ctx *ctx, const piece *p, int64_t n, dso_dtype fmt, int64_t begin, int64_t count,
-                         float *m, float *l, worker_view *w) {
+static void attend_block(const dso_ctx *ctx, const piece *p, int64_t n, dso_dtype fmt,
+                         int64_t begin, int64_t count, float *m, float *l, worker_view *w) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   const dso_isa *isa = ctx->isa;
-  int64_t panels = dso_ceil_div(n, DSO_PANEL), width = panels * DSO_PANEL, rank16 = dso_round_up(in->rank, DSO_PANEL);
+  int64_t panels = dso_ceil_div(n, DSO_PANEL), width = panels * DSO_PANEL,
+          rank16 = dso_round_up(in->rank, DSO_PANEL);
   int64_t slot = p->at.slot + begin, depth = dso_mla_pad(fmt, count);
   dso_mla_keys keys = dso_mla_load_keys(isa, in, fmt, p->at.row, slot, count, w->keys);
-  isa->gemm(fmt, count, panels, dso_mla_pad(fmt, in->rank), keys.latent, keys.latent_rs, w->q_latent,
-            dso_panel_elems(fmt, in->rank), w->scores, width, 0);
+  isa->gemm(fmt, count, panels, dso_mla_pad(fmt, in->rank), keys.latent, keys.latent_rs,
+            w->q_latent, dso_panel_elems(fmt, in->rank), w->scores, width, 0);
   if (in->rope_dim > 0)
-    isa->gemm(fmt, count, panels, dso_mla_pad(fmt, in->rope_dim), keys.rope, keys.rope_rs, w->q_rope,
-              dso_panel_elems(fmt, in->rope_dim), w->scores, width, 1);
+    isa->gemm(fmt, count, panels, dso_mla_pad(fmt, in->rope_dim), keys.rope, keys.rope_rs,
+              w->q_rope, dso_panel_elems(fmt, in->rope_dim), w->scores, width, 1);
   isa->transpose(w->rows, BLOCK, w->scores, width, count, n);
   for (int64_t j = 0; j < n; j++) {
     int64_t seen = dso_mla_visible(in, &p->at, token_of(in, p, j)) - begin;
     dso_mla_hide(in, p->at.row, slot, w->rows + j * BLOCK, count);
-    float keep = isa->softmax_row(w->rows + j * BLOCK, dso_max(0, dso_min(count, seen)), depth, in->softmax_scale,
-                                  &m[j], &l[j], dso_at_mut(w->p, fmt, j * BLOCK), fmt);
+    float keep =
+        isa->softmax_row(w->rows + j * BLOCK, dso_max(0, dso_min(count, seen)), depth,
+                         in->softmax_scale, &m[j], &l[j], dso_at_mut(w->p, fmt, j * BLOCK), fmt);
     if (keep != 1.0f) isa->vscale(w->o + j * rank16, keep, rank16);
   }
-  isa->pack_n(w->values, fmt, dso_panel_elems(fmt, BLOCK), keys.latent, fmt, keys.latent_rs, in->rank, count);
-  isa->gemm(fmt, n, rank16 / DSO_PANEL, depth, w->p, BLOCK, w->values, dso_panel_elems(fmt, BLOCK), w->o, rank16, 1);
+  isa->pack_n(w->values, fmt, dso_panel_elems(fmt, BLOCK), keys.latent, fmt, keys.latent_rs,
+              in->rank, count);
+  isa->gemm(fmt, n, rank16 / DSO_PANEL, depth, w->p, BLOCK, w->values, dso_panel_elems(fmt, BLOCK),
+            w->o, rank16, 1);
 }
 
 static void attend(const dso_ctx *ctx, int64_t task) {
@@ -193,7 +204,8 @@ static void attend(const dso_ctx *ctx, int64_t task) {
   shared_view shared = view(in, &arena, count_parts(in));
   worker_view w = worker_of(in, &local);
   piece p = find_piece(in, task);
-  int64_t n = dso_min(GROUP, p.at.q_len * in->heads - p.group * GROUP), rank16 = dso_round_up(in->rank, DSO_PANEL);
+  int64_t n = dso_min(GROUP, p.at.q_len * in->heads - p.group * GROUP),
+          rank16 = dso_round_up(in->rank, DSO_PANEL);
   float *m = shared.m + task * GROUP, *l = shared.l + task * GROUP;
   for (int64_t j = 0; j < n; j++) m[j] = -INFINITY, l[j] = 0.0f;
   memset(w.o, 0, (size_t)(n * rank16) * 4);
@@ -206,7 +218,8 @@ static void attend(const dso_ctx *ctx, int64_t task) {
 
 /* ---- 阶段 2 ---- */
 /* 词元所在的 span 与它的第一个部分；不在任何 span 里返回 NULL。 */
-static const dso_span *find_span(const dso_mla_inputs *in, int64_t token, int64_t *first_part, int64_t *splits) {
+static const dso_span *find_span(const dso_mla_inputs *in, int64_t token, int64_t *first_part,
+                                 int64_t *splits) {
   int64_t part = 0, groups = total_groups(in);
   for (int64_t i = 0; i < in->n_spans; i++) {
     dso_mla_place at = dso_mla_locate(in, &in->spans[i]);
@@ -220,7 +233,8 @@ static const dso_span *find_span(const dso_mla_inputs *in, int64_t token, int64_
   return NULL;
 }
 
-static void combine(const dso_ctx *ctx, const shared_view *shared, int64_t token, int64_t head, float *o) {
+static void combine(const dso_ctx *ctx, const shared_view *shared, int64_t token, int64_t head,
+                    float *o) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   int64_t part = 0, splits = 0;
   const dso_span *span = find_span(in, token, &part, &splits);
@@ -248,15 +262,18 @@ static void project(const dso_ctx *ctx, int64_t task) {
   const dso_mla_inputs *in = &p->in;
   dso_arena arena = {ctx->shared, 0};
   shared_view shared = view(in, &arena, count_parts(in));
-  int64_t head = task % in->heads, first = task / in->heads * TOKENS, n = dso_min(TOKENS, in->b * in->t - first);
+  int64_t head = task % in->heads, first = task / in->heads * TOKENS,
+          n = dso_min(TOKENS, in->b * in->t - first);
   float *o = ctx->worker, *out = o + TOKENS * in->rank;
   for (int64_t i = 0; i < n; i++) combine(ctx, &shared, first + i, head, o + i * in->rank);
   int64_t row = head * (in->nope_dim + in->v_dim) + in->nope_dim;
-  ctx->isa->dot(DSO_F32, n, in->v_dim, in->rank, o, in->rank, dso_at(in->kv_b.data, in->kv_b.dtype, row * in->kv_b.rs),
-                in->kv_b.dtype, in->kv_b.rs, out, in->v_dim);
+  ctx->isa->dot(DSO_F32, n, in->v_dim, in->rank, o, in->rank,
+                dso_at(in->kv_b.data, in->kv_b.dtype, row * in->kv_b.rs), in->kv_b.dtype,
+                in->kv_b.rs, out, in->v_dim);
   for (int64_t i = 0; i < n; i++)
-    ctx->isa->from_f32(dso_at_mut(p->out, in->q_dtype, ((first + i) * in->heads + head) * in->v_dim), in->q_dtype,
-                       out + i * in->v_dim, in->v_dim);
+    ctx->isa->from_f32(
+        dso_at_mut(p->out, in->q_dtype, ((first + i) * in->heads + head) * in->v_dim), in->q_dtype,
+        out + i * in->v_dim, in->v_dim);
 }
 
 static void run(const dso_ctx *ctx, int64_t task) {

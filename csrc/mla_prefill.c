@@ -9,25 +9,27 @@
 #include "mla_prefill.h"
 
 enum {
-  SEGMENT = 4096, /* 每任务的查询数上限：输出状态 4096 x dv fp32；更大则展开被摊得更薄，但暂存更大 */
-  TILE = 48       /* 一个查询块：6 与 8 的公倍数，得分块 48 x 256 fp32 */
+  SEGMENT =
+      4096, /* 每任务的查询数上限：输出状态 4096 x dv fp32；更大则展开被摊得更薄，但暂存更大 */
+  TILE = 48 /* 一个查询块：6 与 8 的公倍数，得分块 48 x 256 fp32 */
 };
 
 static int64_t segments_of(const dso_mla_place *at) { return dso_ceil_div(at->q_len, SEGMENT); }
 
 typedef struct {
-  void *keys_t, *values;   /* 打包的键 [kv/16][qk][16]、值 [dv/16][kv][16] */
-  void *keys;              /* 转换后的潜变量块 */
-  float *rows;             /* 展开的小块 [DSO_EXPAND_ROWS, kv16] */
-  void *q;                 /* [TILE, qk] */
-  float *scores;           /* [TILE, DSO_KV_CHUNK] */
-  void *p;                 /* 同形，计算格式 */
-  float *o, *m, *l;        /* [段内查询, v16]、[段内查询] */
+  void *keys_t, *values; /* 打包的键 [kv/16][qk][16]、值 [dv/16][kv][16] */
+  void *keys;            /* 转换后的潜变量块 */
+  float *rows;           /* 展开的小块 [DSO_EXPAND_ROWS, kv16] */
+  void *q;               /* [TILE, qk] */
+  float *scores;         /* [TILE, DSO_KV_CHUNK] */
+  void *p;               /* 同形，计算格式 */
+  float *o, *m, *l;      /* [段内查询, v16]、[段内查询] */
 } worker_view;
 
 static int64_t longest(const dso_mla_inputs *in) {
   int64_t best = 0;
-  for (int64_t i = 0; i < in->n_spans; i++) best = dso_max(best, in->spans[i].q_end - in->spans[i].q_begin);
+  for (int64_t i = 0; i < in->n_spans; i++)
+    best = dso_max(best, in->spans[i].q_end - in->spans[i].q_begin);
   return dso_min(best, SEGMENT);
 }
 
@@ -67,51 +69,53 @@ static int64_t tasks(const void *params, int64_t stage) {
 }
 
 /* 展开键 [chunk, chunk + n)（span 内），写成打包的键与值。 */
-static void expand_chunk(const dso_ctx *ctx, const dso_mla_dims *d, const dso_mla_place *at, const void *weight,
-                         int64_t chunk, int64_t n, worker_view *w) {
+static void expand_chunk(const dso_ctx *ctx, const dso_mla_dims *d, const dso_mla_place *at,
+                         const void *weight, int64_t chunk, int64_t n, worker_view *w) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   const dso_isa *isa = ctx->isa;
   int64_t key_stride = d->qk * DSO_PANEL, value_stride = (int64_t)DSO_KV_CHUNK * DSO_PANEL;
   for (int64_t i = 0; i < n; i += DSO_EXPAND_ROWS) {
     int64_t rows = dso_min(DSO_EXPAND_ROWS, n - i);
-    dso_mla_keys keys = dso_mla_load_keys(isa, in, d->fmt, at->row, at->slot + chunk + i, rows, w->keys);
+    dso_mla_keys keys =
+        dso_mla_load_keys(isa, in, d->fmt, at->row, at->slot + chunk + i, rows, w->keys);
     dso_mla_expand(isa, in, d, &keys, weight, rows, w->rows);
     void *panel = dso_at_mut(w->keys_t, d->fmt, i / DSO_PANEL * key_stride);
     isa->pack_t(panel, d->fmt, key_stride, w->rows, DSO_F32, d->kv16, rows, in->nope_dim);
     if (in->rope_dim > 0)
-      isa->pack_t(dso_at_mut(panel, d->fmt, d->nope * DSO_PANEL), d->fmt, key_stride, keys.rope, d->fmt, keys.rope_rs,
-                  rows, in->rope_dim);
-    isa->pack_n(dso_at_mut(w->values, d->fmt, i * DSO_PANEL), d->fmt, value_stride, w->rows + in->nope_dim, DSO_F32,
-                d->kv16, in->v_dim, rows);
+      isa->pack_t(dso_at_mut(panel, d->fmt, d->nope * DSO_PANEL), d->fmt, key_stride, keys.rope,
+                  d->fmt, keys.rope_rs, rows, in->rope_dim);
+    isa->pack_n(dso_at_mut(w->values, d->fmt, i * DSO_PANEL), d->fmt, value_stride,
+                w->rows + in->nope_dim, DSO_F32, d->kv16, in->v_dim, rows);
   }
 }
 
 /* 查询块 [first, first + n)（span 内）看键块 [chunk, chunk + count)。 */
-static void attend_tile(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span, const dso_mla_place *at,
-                        int64_t head, int64_t base, int64_t first, int64_t n, int64_t chunk, int64_t count,
-                        worker_view *w) {
+static void attend_tile(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span,
+                        const dso_mla_place *at, int64_t head, int64_t base, int64_t first,
+                        int64_t n, int64_t chunk, int64_t count, worker_view *w) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   const dso_isa *isa = ctx->isa;
   int64_t seen = dso_min(count, dso_mla_visible(in, at, first + n - 1) - chunk);
   if (seen <= 0) return;
   int64_t depth = dso_mla_pad(d->fmt, seen), state = first - base;
   dso_mla_copy_queries(isa, in, d, span->q_begin + first, n, head, w->q, w->rows);
-  isa->gemm(d->fmt, n, dso_ceil_div(seen, DSO_PANEL), d->qk, w->q, d->qk, w->keys_t, d->qk * DSO_PANEL, w->scores,
-            DSO_KV_CHUNK, 0);
+  isa->gemm(d->fmt, n, dso_ceil_div(seen, DSO_PANEL), d->qk, w->q, d->qk, w->keys_t,
+            d->qk * DSO_PANEL, w->scores, DSO_KV_CHUNK, 0);
   for (int64_t i = 0; i < n; i++) {
     float *row = w->scores + i * DSO_KV_CHUNK;
     int64_t own = dso_max(0, dso_min(seen, dso_mla_visible(in, at, first + i) - chunk));
     dso_mla_hide(in, at->row, at->slot + chunk, row, own);
-    float keep = isa->softmax_row(row, own, depth, in->softmax_scale, &w->m[state + i], &w->l[state + i],
-                                  dso_at_mut(w->p, d->fmt, i * DSO_KV_CHUNK), d->fmt);
+    float keep =
+        isa->softmax_row(row, own, depth, in->softmax_scale, &w->m[state + i], &w->l[state + i],
+                         dso_at_mut(w->p, d->fmt, i * DSO_KV_CHUNK), d->fmt);
     if (keep != 1.0f) isa->vscale(w->o + (state + i) * d->v16, keep, d->v16);
   }
-  isa->gemm(d->fmt, n, d->v16 / DSO_PANEL, depth, w->p, DSO_KV_CHUNK, w->values, (int64_t)DSO_KV_CHUNK * DSO_PANEL,
-            w->o + state * d->v16, d->v16, 1);
+  isa->gemm(d->fmt, n, d->v16 / DSO_PANEL, depth, w->p, DSO_KV_CHUNK, w->values,
+            (int64_t)DSO_KV_CHUNK * DSO_PANEL, w->o + state * d->v16, d->v16, 1);
 }
 
-static void store(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span, int64_t head, int64_t base,
-                  int64_t n, worker_view *w) {
+static void store(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span, int64_t head,
+                  int64_t base, int64_t n, worker_view *w) {
   const dso_mla_params *p = ctx->params;
   const dso_mla_inputs *in = &p->in;
   for (int64_t i = 0; i < n; i++) {
@@ -123,8 +127,8 @@ static void store(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *spa
   }
 }
 
-static void attend(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span, const dso_mla_place *at,
-                   int64_t base, int64_t head) {
+static void attend(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *span,
+                   const dso_mla_place *at, int64_t base, int64_t head) {
   const dso_mla_inputs *in = &((const dso_mla_params *)ctx->params)->in;
   dso_arena arena = {ctx->worker, 0};
   worker_view w = worker_of(in, d, &arena);
@@ -136,7 +140,8 @@ static void attend(const dso_ctx *ctx, const dso_mla_dims *d, const dso_span *sp
     int64_t count = dso_min(DSO_KV_CHUNK, kv_end - chunk);
     expand_chunk(ctx, d, at, weight, chunk, count, &w);
     for (int64_t first = base; first < end; first += TILE)
-      attend_tile(ctx, d, span, at, head, base, first, dso_min(TILE, end - first), chunk, count, &w);
+      attend_tile(ctx, d, span, at, head, base, first, dso_min(TILE, end - first), chunk, count,
+                  &w);
   }
   store(ctx, d, span, head, base, end - base, &w);
 }

@@ -10,24 +10,23 @@
 #include "mla_prefill.h"
 
 enum {
-  TILE = 64,                 /* 查询块：4 个面板 */
-  GROUP_BYTES = 64 << 20,    /* 组缓冲上限 */
-  OUT_ROWS = DSO_MB
+  TILE = 64,              /* 查询块：4 个面板 */
+  GROUP_BYTES = 64 << 20, /* 组缓冲上限 */
 };
 
 typedef struct {
-  void *keys, *values;     /* 一块键、值，行主序 [n, qk]、[n, v_pad] */
-  void *keys_n;            /* 键按 pack_n 打包（求 dq） */
-  void *latents;           /* 转换后的潜变量块 */
-  float *rows;             /* 展开的小块 */
-  void *q, *q_t, *q_n;     /* 查询块：行主序、两种打包 */
-  void *g, *g_t, *g_n;     /* 输出梯度块：同上 */
-  float *lse, *delta;      /* [TILE] */
-  float *s, *ds;           /* [DSO_KV_CHUNK, TILE] */
-  void *left;              /* 转成计算格式的左操作数 */
-  float *flip;             /* dsᵀ [TILE, DSO_KV_CHUNK] */
-  float *dk, *dv;          /* [DSO_KV_CHUNK, qk16]、[DSO_KV_CHUNK, v16] */
-  float *dq;               /* 一个 span 的全部查询 [q_len, qk16] */
+  void *keys, *values; /* 一块键、值，行主序 [n, qk]、[n, v_pad] */
+  void *keys_n;        /* 键按 pack_n 打包（求 dq） */
+  void *latents;       /* 转换后的潜变量块 */
+  float *rows;         /* 展开的小块 */
+  void *q, *q_t, *q_n; /* 查询块：行主序、两种打包 */
+  void *g, *g_t, *g_n; /* 输出梯度块：同上 */
+  float *lse, *delta;  /* [TILE] */
+  float *s, *ds;       /* [DSO_KV_CHUNK, TILE] */
+  void *left;          /* 转成计算格式的左操作数 */
+  float *flip;         /* dsᵀ [TILE, DSO_KV_CHUNK] */
+  float *dk, *dv;      /* [DSO_KV_CHUNK, qk16]、[DSO_KV_CHUNK, v16] */
+  float *dq;           /* 一个 span 的全部查询 [q_len, qk16] */
 } worker_view;
 
 typedef struct {
@@ -51,7 +50,8 @@ static layout layout_of(const dso_isa *isa, const dso_mla_inputs *in) {
 
 static int64_t longest(const dso_mla_inputs *in) {
   int64_t best = 1;
-  for (int64_t i = 0; i < in->n_spans; i++) best = dso_max(best, in->spans[i].q_end - in->spans[i].q_begin);
+  for (int64_t i = 0; i < in->n_spans; i++)
+    best = dso_max(best, in->spans[i].q_end - in->spans[i].q_begin);
   return best;
 }
 
@@ -82,11 +82,13 @@ static worker_view worker_of(const dso_mla_inputs *in, const layout *l, dso_aren
 }
 
 /* 组缓冲：每头 [B*S, dn + dv] 与 [B*S, dr]，fp32。 */
-static float *group_kv(const dso_ctx *ctx, const dso_mla_inputs *in, const layout *l, int64_t index) {
+static float *group_kv(const dso_ctx *ctx, const dso_mla_inputs *in, const layout *l,
+                       int64_t index) {
   return (float *)((char *)ctx->shared + l->weights) + index * in->b * in->s * l->kv_dim;
 }
 
-static float *group_rope(const dso_ctx *ctx, const dso_mla_inputs *in, const layout *l, int64_t index) {
+static float *group_rope(const dso_ctx *ctx, const dso_mla_inputs *in, const layout *l,
+                         int64_t index) {
   return group_kv(ctx, in, l, l->group) + index * in->b * in->s * in->rope_dim;
 }
 
@@ -96,7 +98,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   dso_arena worker = {0};
   worker_of(in, &l, &worker);
   size_t shared = l.weights + (size_t)(l.group * in->b * in->s * (l.kv_dim + in->rope_dim)) * 4;
-  size_t edge = dso_gemm_scratch() + (size_t)OUT_ROWS * DSO_NB * 4;
+  size_t edge = dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4;
   int64_t groups = dso_ceil_div(in->heads, l.group);
   return (dso_plan){1 + 2 * groups, shared, worker.used > edge ? worker.used : edge};
 }
@@ -113,9 +115,8 @@ typedef struct {
 } parts;
 
 static parts count(const dso_mla_inputs *in, int64_t heads) {
-  int64_t rank_blocks = dso_ceil_div(in->rank, DSO_NB), kv_dim = in->nope_dim + in->v_dim;
-  return (parts){in->b * dso_row_blocks(in->s) * rank_blocks, in->rope_dim ? in->b : 0,
-                 heads * dso_row_blocks(kv_dim) * rank_blocks};
+  return (parts){in->b * dso_block_count(in->s, in->rank), in->rope_dim ? in->b : 0,
+                 heads * dso_block_count(in->nope_dim + in->v_dim, in->rank)};
 }
 
 static int64_t heads_in(const dso_mla_inputs *in, int64_t stage) {
@@ -151,7 +152,8 @@ static void expand_chunk(const job *j, const void *weight, int64_t chunk, int64_
   const worker_view *w = &j->w;
   for (int64_t i = 0; i < n; i += DSO_EXPAND_ROWS) {
     int64_t rows = dso_min(DSO_EXPAND_ROWS, n - i);
-    dso_mla_keys keys = dso_mla_load_keys(isa, in, d->fmt, j->at.row, j->at.slot + chunk + i, rows, w->latents);
+    dso_mla_keys keys =
+        dso_mla_load_keys(isa, in, d->fmt, j->at.row, j->at.slot + chunk + i, rows, w->latents);
     dso_mla_expand(isa, in, d, &keys, weight, rows, w->rows);
     for (int64_t x = 0; x < rows; x++) {
       void *key = dso_at_mut(w->keys, d->fmt, (i + x) * d->qk);
@@ -159,8 +161,8 @@ static void expand_chunk(const job *j, const void *weight, int64_t chunk, int64_
       dso_mla_copy(isa, key, d->fmt, d->nope, row, DSO_F32, 0, 1, in->nope_dim, NULL);
       dso_mla_copy(isa, dso_at_mut(key, d->fmt, d->nope), d->fmt, d->rope,
                    dso_at(keys.rope, d->fmt, x * keys.rope_rs), d->fmt, 0, 1, in->rope_dim, NULL);
-      dso_mla_copy(isa, dso_at_mut(w->values, d->fmt, (i + x) * j->l->v_pad), d->fmt, j->l->v_pad, row + in->nope_dim,
-                   DSO_F32, 0, 1, in->v_dim, NULL);
+      dso_mla_copy(isa, dso_at_mut(w->values, d->fmt, (i + x) * j->l->v_pad), d->fmt, j->l->v_pad,
+                   row + in->nope_dim, DSO_F32, 0, 1, in->v_dim, NULL);
     }
   }
   isa->pack_n(w->keys_n, d->fmt, dso_panel_elems(d->fmt, n), w->keys, d->fmt, d->qk, d->qk, n);
@@ -181,8 +183,8 @@ static void load_tile(const job *j, int64_t first, int64_t n) {
     isa->to_f32(g, dso_at(p->grad, in->q_dtype, at * in->v_dim), in->q_dtype, in->v_dim);
     w->delta[i] = isa->vdot(o, g, in->v_dim);
     w->lse[i] = p->lse[at] == -INFINITY ? INFINITY : p->lse[at];
-    dso_mla_copy(isa, dso_at_mut(w->g, d->fmt, i * j->l->v_pad), d->fmt, j->l->v_pad, g, DSO_F32, 0, 1, in->v_dim,
-                 NULL);
+    dso_mla_copy(isa, dso_at_mut(w->g, d->fmt, i * j->l->v_pad), d->fmt, j->l->v_pad, g, DSO_F32, 0,
+                 1, in->v_dim, NULL);
   }
   isa->pack_t(w->q_t, d->fmt, d->qk * DSO_PANEL, w->q, d->fmt, d->qk, n, d->qk);
   isa->pack_n(w->q_n, d->fmt, dso_panel_elems(d->fmt, n), w->q, d->fmt, d->qk, d->qk, n);
@@ -194,15 +196,17 @@ static void load_tile(const job *j, int64_t first, int64_t n) {
 static void softmax_gradient(const job *j, int64_t first, int64_t n, int64_t chunk, int64_t rows) {
   const dso_mla_inputs *in = j->in;
   const worker_view *w = &j->w;
-  int64_t shift = dso_mla_visible(in, &j->at, first) - 1 - chunk; /* 块内键 x 对查询 i 可见：x <= shift + i */
+  int64_t shift =
+      dso_mla_visible(in, &j->at, first) - 1 - chunk; /* 块内键 x 对查询 i 可见：x <= shift + i */
   for (int64_t x = 0; x < rows; x++) {
     float *s = w->s + x * TILE, *ds = w->ds + x * TILE;
     int64_t hidden = in->causal ? dso_max(0, dso_min(n, x - shift)) : 0;
-    if (in->kv_mask && !in->kv_mask[j->at.row * in->kv_mask_bs + j->at.slot + chunk + x]) hidden = n;
+    if (in->kv_mask && !in->kv_mask[j->at.row * in->kv_mask_bs + j->at.slot + chunk + x])
+      hidden = n;
     memset(s, 0, (size_t)hidden * 4);
     memset(ds, 0, (size_t)hidden * 4);
-    j->ctx->isa->softmax_backward(s + hidden, ds + hidden, n - hidden, in->softmax_scale, w->lse + hidden,
-                                  w->delta + hidden);
+    j->ctx->isa->softmax_backward(s + hidden, ds + hidden, n - hidden, in->softmax_scale,
+                                  w->lse + hidden, w->delta + hidden);
     for (int64_t i = n; i < dso_mla_pad(j->l->d.fmt, n); i++) s[i] = ds[i] = 0.0f;
   }
 }
@@ -220,20 +224,24 @@ static void backward_tile(const job *j, int64_t first, int64_t n, int64_t chunk,
   const worker_view *w = &j->w;
   int64_t rows = dso_min(count, dso_mla_visible(j->in, &j->at, first + n - 1) - chunk);
   if (rows <= 0) return;
-  int64_t panels = dso_ceil_div(n, DSO_PANEL), n_pad = dso_mla_pad(d->fmt, n), rows_pad = dso_mla_pad(d->fmt, rows);
+  int64_t panels = dso_ceil_div(n, DSO_PANEL), n_pad = dso_mla_pad(d->fmt, n),
+          rows_pad = dso_mla_pad(d->fmt, rows);
   load_tile(j, first, n);
   isa->gemm(d->fmt, rows, panels, d->qk, w->keys, d->qk, w->q_t, d->qk * DSO_PANEL, w->s, TILE, 0);
-  isa->gemm(d->fmt, rows, panels, l->v_pad, w->values, l->v_pad, w->g_t, l->v_pad * DSO_PANEL, w->ds, TILE, 0);
+  isa->gemm(d->fmt, rows, panels, l->v_pad, w->values, l->v_pad, w->g_t, l->v_pad * DSO_PANEL,
+            w->ds, TILE, 0);
   softmax_gradient(j, first, n, chunk, rows);
   to_format(j, w->s, TILE, rows, n_pad);
-  isa->gemm(d->fmt, rows, d->v16 / DSO_PANEL, n_pad, w->left, TILE, w->g_n, dso_panel_elems(d->fmt, n), w->dv, d->v16, 1);
+  isa->gemm(d->fmt, rows, d->v16 / DSO_PANEL, n_pad, w->left, TILE, w->g_n,
+            dso_panel_elems(d->fmt, n), w->dv, d->v16, 1);
   to_format(j, w->ds, TILE, rows, n_pad);
-  isa->gemm(d->fmt, rows, l->qk16 / DSO_PANEL, n_pad, w->left, TILE, w->q_n, dso_panel_elems(d->fmt, n), w->dk, l->qk16, 1);
+  isa->gemm(d->fmt, rows, l->qk16 / DSO_PANEL, n_pad, w->left, TILE, w->q_n,
+            dso_panel_elems(d->fmt, n), w->dk, l->qk16, 1);
   isa->transpose(w->flip, DSO_KV_CHUNK, w->ds, TILE, rows, n);
   for (int64_t i = 0; rows_pad > rows && i < n; i++) w->flip[i * DSO_KV_CHUNK + rows] = 0.0f;
   to_format(j, w->flip, DSO_KV_CHUNK, n, rows_pad);
-  isa->gemm(d->fmt, n, l->qk16 / DSO_PANEL, rows_pad, w->left, DSO_KV_CHUNK, w->keys_n, dso_panel_elems(d->fmt, count),
-            w->dq + first * l->qk16, l->qk16, 1);
+  isa->gemm(d->fmt, n, l->qk16 / DSO_PANEL, rows_pad, w->left, DSO_KV_CHUNK, w->keys_n,
+            dso_panel_elems(d->fmt, count), w->dq + first * l->qk16, l->qk16, 1);
 }
 
 /* 一块 dK、dV 累加到组缓冲。 */
@@ -272,17 +280,19 @@ static void backward_span(const job *j, int64_t index) {
   for (int64_t i = 0; i < j->at.q_len; i++) {
     void *dq = dso_at_mut(p->dq, in->q_dtype, ((j->span->q_begin + i) * in->heads + j->head) * qk);
     j->ctx->isa->from_f32(dq, in->q_dtype, w->dq + i * l->qk16, in->nope_dim);
-    j->ctx->isa->from_f32(dso_at_mut(dq, in->q_dtype, in->nope_dim), in->q_dtype, w->dq + i * l->qk16 + l->d.nope,
-                          in->rope_dim);
+    j->ctx->isa->from_f32(dso_at_mut(dq, in->q_dtype, in->nope_dim), in->q_dtype,
+                          w->dq + i * l->qk16 + l->d.nope, in->rope_dim);
   }
 }
 
-static void backward_head(const dso_ctx *ctx, const layout *l, int64_t row, int64_t head, int64_t index) {
+static void backward_head(const dso_ctx *ctx, const layout *l, int64_t row, int64_t head,
+                          int64_t index) {
   const dso_mla_inputs *in = &((const dso_mla_backward_params *)ctx->params)->in;
   dso_arena arena = {ctx->worker, 0};
   job j = {.ctx = ctx, .in = in, .l = l, .head = head, .w = worker_of(in, l, &arena)};
   memset(group_kv(ctx, in, l, index) + row * in->s * l->kv_dim, 0, (size_t)(in->s * l->kv_dim) * 4);
-  memset(group_rope(ctx, in, l, index) + row * in->s * in->rope_dim, 0, (size_t)(in->s * in->rope_dim) * 4);
+  memset(group_rope(ctx, in, l, index) + row * in->s * in->rope_dim, 0,
+         (size_t)(in->s * in->rope_dim) * 4);
   for (int64_t i = 0; i < in->n_spans; i++) {
     j.span = &in->spans[i];
     j.at = dso_mla_locate(in, j.span);
@@ -291,22 +301,25 @@ static void backward_head(const dso_ctx *ctx, const layout *l, int64_t row, int6
 }
 
 /* ---- 阶段 B ---- */
-static void reduce_latent(const dso_ctx *ctx, const layout *l, int64_t first_head, int64_t heads, int64_t task) {
+static void reduce_latent(const dso_ctx *ctx, const layout *l, int64_t first_head, int64_t heads,
+                          int64_t task) {
   const dso_mla_backward_params *p = ctx->params;
   const dso_mla_inputs *in = &p->in;
-  int64_t blocks = dso_row_blocks(in->s), size = dso_row_block_size(in->s), per_row = blocks * dso_ceil_div(in->rank, DSO_NB);
-  int64_t row = task / per_row, m0 = task % per_row % blocks * size, n0 = task % per_row / blocks * DSO_NB;
-  int64_t mc = dso_min(size, in->s - m0), nc = dso_min(DSO_NB, in->rank - n0);
+  int64_t per_row = dso_block_count(in->s, in->rank), row = task / per_row;
+  dso_block b = dso_block_at(in->s, in->rank, task % per_row);
   float *c = ctx->worker;
   for (int64_t i = 0; i < heads; i++) {
     dso_gemm g = {.isa = ctx->isa, .fmt = l->d.fmt, .k = l->kv_dim};
     g.a = (dso_mat){group_kv(ctx, in, l, i) + row * in->s * l->kv_dim, l->kv_dim, DSO_F32};
-    g.b = (dso_mat){dso_at(in->kv_b.data, in->kv_b.dtype, (first_head + i) * l->kv_dim * in->kv_b.rs), in->kv_b.rs,
-                    in->kv_b.dtype};
-    dso_gemm_block(&g, m0, mc, n0, nc, c, DSO_NB, i > 0, (char *)ctx->worker + (size_t)OUT_ROWS * DSO_NB * 4);
+    g.b =
+        (dso_mat){dso_at(in->kv_b.data, in->kv_b.dtype, (first_head + i) * l->kv_dim * in->kv_b.rs),
+                  in->kv_b.rs, in->kv_b.dtype};
+    dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, i > 0,
+                   (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
   }
-  for (int64_t i = 0; i < mc; i++)
-    ctx->isa->vaxpy(p->dlatent + (row * in->s + m0 + i) * in->rank + n0, 1.0f, c + i * DSO_NB, nc);
+  for (int64_t i = 0; i < b.mc; i++)
+    ctx->isa->vaxpy(p->dlatent + (row * in->s + b.m0 + i) * in->rank + b.n0, 1.0f, c + i * DSO_NB,
+                    b.nc);
 }
 
 static void reduce_rope(const dso_ctx *ctx, const layout *l, int64_t heads, int64_t row) {
@@ -319,26 +332,28 @@ static void reduce_rope(const dso_ctx *ctx, const layout *l, int64_t heads, int6
 static void reduce_weight(const dso_ctx *ctx, const layout *l, int64_t first_head, int64_t task) {
   const dso_mla_backward_params *p = ctx->params;
   const dso_mla_inputs *in = &p->in;
-  int64_t blocks = dso_row_blocks(l->kv_dim), size = dso_row_block_size(l->kv_dim);
-  int64_t per_head = blocks * dso_ceil_div(in->rank, DSO_NB), index = task / per_head;
-  int64_t m0 = task % per_head % blocks * size, n0 = task % per_head / blocks * DSO_NB;
-  int64_t mc = dso_min(size, l->kv_dim - m0), nc = dso_min(DSO_NB, in->rank - n0);
+  int64_t per_head = dso_block_count(l->kv_dim, in->rank), index = task / per_head;
+  dso_block b = dso_block_at(l->kv_dim, in->rank, task % per_head);
   float *c = ctx->worker;
   for (int64_t row = 0; row < in->b; row++) {
     dso_gemm g = {.isa = ctx->isa, .fmt = l->d.fmt, .k = in->s, .a_transposed = 1};
     g.a = (dso_mat){group_kv(ctx, in, l, index) + row * in->s * l->kv_dim, l->kv_dim, DSO_F32};
-    g.b = (dso_mat){dso_at(in->latent, in->latent_dtype, row * in->latent_bs), in->latent_ts, in->latent_dtype};
-    dso_gemm_block(&g, m0, mc, n0, nc, c, DSO_NB, row > 0, (char *)ctx->worker + (size_t)OUT_ROWS * DSO_NB * 4);
+    g.b = (dso_mat){dso_at(in->latent, in->latent_dtype, row * in->latent_bs), in->latent_ts,
+                    in->latent_dtype};
+    dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, row > 0,
+                   (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
   }
-  for (int64_t i = 0; i < mc; i++)
-    memcpy(p->dkv_b + ((first_head + index) * l->kv_dim + m0 + i) * in->rank + n0, c + i * DSO_NB, (size_t)nc * 4);
+  for (int64_t i = 0; i < b.mc; i++)
+    memcpy(p->dkv_b + ((first_head + index) * l->kv_dim + b.m0 + i) * in->rank + b.n0,
+           c + i * DSO_NB, (size_t)b.nc * 4);
 }
 
 static void run(const dso_ctx *ctx, int64_t task) {
   const dso_mla_inputs *in = &((const dso_mla_backward_params *)ctx->params)->in;
   layout l = layout_of(ctx->isa, in);
   if (ctx->stage == 0) {
-    dso_mla_pack_weight(ctx->isa, in, &l.d, task, dso_at_mut(ctx->shared, l.d.fmt, task * l.d.weight));
+    dso_mla_pack_weight(ctx->isa, in, &l.d, task,
+                        dso_at_mut(ctx->shared, l.d.fmt, task * l.d.weight));
     return;
   }
   int64_t first = (ctx->stage - 1) / 2 * l.group, heads = heads_in(in, ctx->stage);

@@ -35,7 +35,8 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_mla_qkv_a_params *p = params;
   if (stage == 0) return p->x.dtype == DSO_F32 ? 0 : p->m;
-  if (stage == 1) return dso_ceil_div(p->q_rank, COLUMNS) + dso_ceil_div(p->rank + p->rope_dim, COLUMNS);
+  if (stage == 1)
+    return dso_ceil_div(p->q_rank, COLUMNS) + dso_ceil_div(p->rank + p->rope_dim, COLUMNS);
   return p->m;
 }
 
@@ -43,7 +44,8 @@ static void project(const dso_ctx *ctx, int64_t task) {
   const dso_mla_qkv_a_params *p = ctx->params;
   dso_dtype fmt = format(ctx->isa, p);
   int64_t q_blocks = dso_ceil_div(p->q_rank, COLUMNS), is_kv = task >= q_blocks;
-  int64_t n0 = (is_kv ? task - q_blocks : task) * COLUMNS, n = is_kv ? p->rank + p->rope_dim : p->q_rank;
+  int64_t n0 = (is_kv ? task - q_blocks : task) * COLUMNS,
+          n = is_kv ? p->rank + p->rope_dim : p->q_rank;
   const dso_mat *w = is_kv ? &p->kv_a : &p->q_a;
   int in_place = p->x.dtype == fmt;
   ctx->isa->dot(fmt, p->m, dso_min(COLUMNS, n - n0), p->k, in_place ? p->x.data : converted(ctx),
@@ -60,7 +62,8 @@ static void add_bias(const dso_isa *isa, float *v, const void *bias, dso_dtype d
 }
 
 /* v [n] 归一化后乘 weight，写成 dtype。 */
-static void norm_row(const dso_ctx *ctx, float *v, int64_t n, const void *weight, float eps, void *out, float *w) {
+static void norm_row(const dso_ctx *ctx, float *v, int64_t n, const void *weight, float eps,
+                     void *out, float *w) {
   const dso_mla_qkv_a_params *p = ctx->params;
   ctx->isa->to_f32(w, weight, p->norm_dtype, n);
   ctx->isa->vscale(v, 1.0f / sqrtf(ctx->isa->vdot(v, v, n) / (float)n + eps), n);
@@ -76,8 +79,10 @@ static void finish_row(const dso_ctx *ctx, int64_t row) {
   add_bias(ctx->isa, q, p->q_bias, p->q_a.dtype, p->q_rank);
   add_bias(ctx->isa, latent, p->kv_bias, p->kv_a.dtype, p->rank + p->rope_dim);
   if (p->q_rank > 0)
-    norm_row(ctx, q, p->q_rank, p->q_norm, p->q_eps, dso_at_mut(p->q_latent, dtype, row * p->q_rank), buffer);
-  norm_row(ctx, latent, p->rank, p->kv_norm, p->kv_eps, dso_at_mut(p->latent, dtype, row * p->rank), buffer);
+    norm_row(ctx, q, p->q_rank, p->q_norm, p->q_eps,
+             dso_at_mut(p->q_latent, dtype, row * p->q_rank), buffer);
+  norm_row(ctx, latent, p->rank, p->kv_norm, p->kv_eps, dso_at_mut(p->latent, dtype, row * p->rank),
+           buffer);
   const float *cos = p->cos + row * p->cs_rs, *sin = p->sin + row * p->cs_rs;
   dso_rotate(rope, buffer, cos, sin, p->rope_dim / 2, p->interleaved);
   ctx->isa->from_f32(dso_at_mut(p->rope, dtype, row * p->rope_dim), dtype, buffer, p->rope_dim);
@@ -90,7 +95,8 @@ static void run(const dso_ctx *ctx, int64_t task) {
   } else if (ctx->stage == 2) {
     finish_row(ctx, task);
   } else if (format(ctx->isa, p) == DSO_F32) {
-    ctx->isa->to_f32(converted(ctx) + task * p->k, dso_at(p->x.data, p->x.dtype, task * p->x.rs), p->x.dtype, p->k);
+    ctx->isa->to_f32(converted(ctx) + task * p->k, dso_at(p->x.data, p->x.dtype, task * p->x.rs),
+                     p->x.dtype, p->k);
   }
 }
 

@@ -21,7 +21,8 @@ static int64_t tasks(const void *params, int64_t stage) {
   return stage == 0 ? blocks(p) : p->dw != NULL;
 }
 
-static void backward_row(const dso_ctx *ctx, int64_t row, const float *weight, float *x, float *g, float *sum) {
+static void backward_row(const dso_ctx *ctx, int64_t row, const float *weight, float *x, float *g,
+                         float *sum) {
   const dso_rms_norm_backward_params *p = ctx->params;
   const dso_isa *isa = ctx->isa;
   isa->to_f32(x, dso_at(p->x.data, p->x.dtype, row * p->x.rs), p->x.dtype, p->dim);

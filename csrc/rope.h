@@ -5,7 +5,8 @@
 #include "isa/isa.h"
 
 /* out [2 * half]：前后两半；in 成对（interleaved）或前后两半。 */
-static inline void dso_rotate(const float *in, float *out, const float *cos, const float *sin, int64_t half, int interleaved) {
+static inline void dso_rotate(const float *in, float *out, const float *cos, const float *sin,
+                              int64_t half, int interleaved) {
   for (int64_t i = 0; i < half; i++) {
     float a = interleaved ? in[2 * i] : in[i], b = interleaved ? in[2 * i + 1] : in[i + half];
     out[i] = a * cos[i] - b * sin[i];

@@ -4,21 +4,10 @@
  */
 #include "gemm.h"
 
-enum {
-  SMALL_M = 96,       /* 同 linear.c */
-  SEGMENT = 8 * DSO_MB, /* 每段行数：h 的大小不随行数增长，权重的打包仍被摊薄 */
-  DOT_BLOCK_BYTES = 1 << 18,
-  DOT_UNIT = 24, /* 6 与 8 的公倍数：两种寄存器块都没有零头 */
-  DOT_BLOCK_MAX = 240
-};
+enum { SEGMENT = 8 * DSO_MB }; /* 每段行数：h 的大小不随行数增长，权重的打包仍被摊薄 */
 
-static int is_small(const dso_swiglu_mlp_params *p) { return p->m <= SMALL_M; }
+static int is_small(const dso_swiglu_mlp_params *p) { return p->m <= DSO_DOT_MAX_M; }
 static int64_t segments(const dso_swiglu_mlp_params *p) { return dso_ceil_div(p->m, SEGMENT); }
-
-static int64_t dot_block(int64_t k, dso_dtype dtype) {
-  int64_t row_bytes = dso_max(1, k * dso_size_of(dtype));
-  return dso_min(DOT_BLOCK_MAX, dso_max(DOT_UNIT, DOT_BLOCK_BYTES / row_bytes / DOT_UNIT * DOT_UNIT));
-}
 
 static dso_dtype format(const dso_isa *isa, const dso_swiglu_mlp_params *p) {
   return dso_compute_format(isa, p->x.dtype == DSO_BF16 && p->gate.dtype == DSO_BF16);
@@ -34,7 +23,8 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   size_t h = h_bytes(p) / 4 * (size_t)dso_size_of(format(isa, p));
   h = (h + 63) / 64 * 64;
   if (is_small(p))
-    return (dso_plan){3, h_bytes(p) + (size_t)(p->m * p->k) * 4, 2 * (size_t)SMALL_M * DOT_BLOCK_MAX * 4};
+    return (dso_plan){3, h_bytes(p) + (size_t)(p->m * p->k) * 4,
+                      2 * (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4};
   return (dso_plan){1 + 2 * segments(p), h, dso_gemm_scratch() + 2 * (size_t)DSO_MB * DSO_NB * 4};
 }
 
@@ -48,8 +38,9 @@ static int64_t tasks(const void *params, int64_t stage) {
   int second = (stage - 1) % 2;
   int64_t width = second ? p->n : p->inner;
   if (p->m == 0) return 0;
-  if (is_small(p)) return dso_ceil_div(width, dot_block(second ? p->inner : p->k, p->gate.dtype));
-  return dso_row_blocks(segment_rows(p, (stage - 1) / 2)) * dso_ceil_div(width, DSO_NB);
+  if (is_small(p))
+    return dso_ceil_div(width, dso_dot_columns(second ? p->inner : p->k, p->gate.dtype));
+  return dso_block_count(segment_rows(p, (stage - 1) / 2), width);
 }
 
 static void small_hidden(const dso_ctx *ctx, int64_t task) {
@@ -58,12 +49,13 @@ static void small_hidden(const dso_ctx *ctx, int64_t task) {
   int in_place = p->x.dtype == fmt;
   const void *x = in_place ? p->x.data : (const char *)ctx->shared + h_bytes(p);
   int64_t ldx = in_place ? p->x.rs : p->k;
-  int64_t block = dot_block(p->k, p->gate.dtype), n0 = task * block, nc = dso_min(block, p->inner - n0);
-  float *g = ctx->worker, *u = g + SMALL_M * DOT_BLOCK_MAX;
+  int64_t block = dso_dot_columns(p->k, p->gate.dtype), n0 = task * block,
+          nc = dso_min(block, p->inner - n0);
+  float *g = ctx->worker, *u = g + DSO_DOT_MAX_M * DSO_DOT_MAX_N;
   ctx->isa->dot(fmt, p->m, nc, p->k, x, ldx, dso_at(p->gate.data, p->gate.dtype, n0 * p->gate.rs),
                 p->gate.dtype, p->gate.rs, g, nc);
-  ctx->isa->dot(fmt, p->m, nc, p->k, x, ldx, dso_at(p->up.data, p->up.dtype, n0 * p->up.rs), p->up.dtype,
-                p->up.rs, u, nc);
+  ctx->isa->dot(fmt, p->m, nc, p->k, x, ldx, dso_at(p->up.data, p->up.dtype, n0 * p->up.rs),
+                p->up.dtype, p->up.rs, u, nc);
   ctx->isa->silu_mul(g, u, p->m * nc);
   for (int64_t i = 0; i < p->m; i++)
     ctx->isa->from_f32(dso_at_mut(ctx->shared, fmt, i * p->inner + n0), fmt, g + i * nc, nc);
@@ -72,51 +64,50 @@ static void small_hidden(const dso_ctx *ctx, int64_t task) {
 static void small_output(const dso_ctx *ctx, int64_t task) {
   const dso_swiglu_mlp_params *p = ctx->params;
   dso_dtype fmt = format(ctx->isa, p);
-  int64_t block = dot_block(p->inner, p->down.dtype), n0 = task * block, nc = dso_min(block, p->n - n0);
+  int64_t block = dso_dot_columns(p->inner, p->down.dtype), n0 = task * block,
+          nc = dso_min(block, p->n - n0);
   float *c = ctx->worker;
   ctx->isa->dot(fmt, p->m, nc, p->inner, ctx->shared, p->inner,
-                dso_at(p->down.data, p->down.dtype, n0 * p->down.rs), p->down.dtype, p->down.rs, c, nc);
+                dso_at(p->down.data, p->down.dtype, n0 * p->down.rs), p->down.dtype, p->down.rs, c,
+                nc);
   for (int64_t i = 0; i < p->m; i++)
     ctx->isa->from_f32(dso_at_mut(p->y, p->x.dtype, i * p->n + n0), p->x.dtype, c + i * nc, nc);
-}
-
-typedef struct {
-  int64_t m0, mc, n0, nc;
-} block;
-
-static block block_of(int64_t m, int64_t n, int64_t task) {
-  int64_t rows = dso_row_block_size(m), blocks = dso_row_blocks(m);
-  int64_t m0 = task % blocks * rows, n0 = task / blocks * DSO_NB;
-  return (block){m0, dso_min(rows, m - m0), n0, dso_min(DSO_NB, n - n0)};
 }
 
 static void block_hidden(const dso_ctx *ctx, int64_t segment, int64_t task) {
   const dso_swiglu_mlp_params *p = ctx->params;
   dso_dtype fmt = format(ctx->isa, p);
-  block b = block_of(segment_rows(p, segment), p->inner, task);
+  dso_block b = dso_block_at(segment_rows(p, segment), p->inner, task);
   float *g = ctx->worker, *u = g + DSO_MB * DSO_NB;
   void *scratch = u + DSO_MB * DSO_NB;
-  dso_gemm gemm = {.isa = ctx->isa, .fmt = fmt, .k = p->k, .a = p->x, .b = p->gate, .b_transposed = 1};
+  dso_gemm gemm = {
+      .isa = ctx->isa, .fmt = fmt, .k = p->k, .a = p->x, .b = p->gate, .b_transposed = 1};
   dso_gemm_block(&gemm, segment * SEGMENT + b.m0, b.mc, b.n0, b.nc, g, DSO_NB, 0, scratch);
   gemm.b = p->up;
   dso_gemm_block(&gemm, segment * SEGMENT + b.m0, b.mc, b.n0, b.nc, u, DSO_NB, 0, scratch);
   for (int64_t i = 0; i < b.mc; i++) {
     ctx->isa->silu_mul(g + i * DSO_NB, u + i * DSO_NB, b.nc);
-    ctx->isa->from_f32(dso_at_mut(ctx->shared, fmt, (b.m0 + i) * p->inner + b.n0), fmt, g + i * DSO_NB, b.nc);
+    ctx->isa->from_f32(dso_at_mut(ctx->shared, fmt, (b.m0 + i) * p->inner + b.n0), fmt,
+                       g + i * DSO_NB, b.nc);
   }
 }
 
 static void block_output(const dso_ctx *ctx, int64_t segment, int64_t task) {
   const dso_swiglu_mlp_params *p = ctx->params;
   dso_dtype fmt = format(ctx->isa, p);
-  block b = block_of(segment_rows(p, segment), p->n, task);
+  dso_block b = dso_block_at(segment_rows(p, segment), p->n, task);
   float *c = ctx->worker;
-  dso_gemm gemm = {.isa = ctx->isa, .fmt = fmt, .k = p->inner, .a = {ctx->shared, p->inner, fmt},
-                   .b = p->down, .b_transposed = 1};
+  dso_gemm gemm = {.isa = ctx->isa,
+                   .fmt = fmt,
+                   .k = p->inner,
+                   .a = {ctx->shared, p->inner, fmt},
+                   .b = p->down,
+                   .b_transposed = 1};
   dso_gemm_block(&gemm, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 0, c + 2 * DSO_MB * DSO_NB);
   int64_t row0 = segment * SEGMENT + b.m0;
   for (int64_t i = 0; i < b.mc; i++)
-    ctx->isa->from_f32(dso_at_mut(p->y, p->x.dtype, (row0 + i) * p->n + b.n0), p->x.dtype, c + i * DSO_NB, b.nc);
+    ctx->isa->from_f32(dso_at_mut(p->y, p->x.dtype, (row0 + i) * p->n + b.n0), p->x.dtype,
+                       c + i * DSO_NB, b.nc);
 }
 
 static void run(const dso_ctx *ctx, int64_t task) {

@@ -10,7 +10,8 @@ typedef struct {
 } hidden;
 
 static dso_dtype format(const dso_isa *isa, const dso_swiglu_mlp_backward_params *p) {
-  return dso_compute_format(isa, p->x.dtype == DSO_BF16 && p->gate.dtype == DSO_BF16 && p->grad.dtype == DSO_BF16);
+  return dso_compute_format(
+      isa, p->x.dtype == DSO_BF16 && p->gate.dtype == DSO_BF16 && p->grad.dtype == DSO_BF16);
 }
 
 static size_t hidden_bytes(const dso_swiglu_mlp_backward_params *p, dso_dtype fmt) {
@@ -25,7 +26,8 @@ static hidden hidden_of(const dso_ctx *ctx, dso_dtype fmt) {
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_swiglu_mlp_backward_params *p = params;
-  return (dso_plan){2, 3 * hidden_bytes(p, format(isa, p)), dso_gemm_scratch() + 3 * (size_t)DSO_MB * DSO_NB * 4};
+  return (dso_plan){2, 3 * hidden_bytes(p, format(isa, p)),
+                    dso_gemm_scratch() + 3 * (size_t)DSO_MB * DSO_NB * 4};
 }
 
 typedef struct {
@@ -33,14 +35,13 @@ typedef struct {
 } parts;
 
 static parts count(const dso_swiglu_mlp_backward_params *p) {
-  int64_t k_blocks = dso_ceil_div(p->k, DSO_NB);
-  return (parts){dso_row_blocks(p->m) * k_blocks, dso_row_blocks(p->inner) * k_blocks,
-                 dso_row_blocks(p->inner) * k_blocks, dso_row_blocks(p->n) * dso_ceil_div(p->inner, DSO_NB)};
+  return (parts){dso_block_count(p->m, p->k), dso_block_count(p->inner, p->k),
+                 dso_block_count(p->inner, p->k), dso_block_count(p->n, p->inner)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_swiglu_mlp_backward_params *p = params;
-  if (stage == 0) return dso_row_blocks(p->m) * dso_ceil_div(p->inner, DSO_NB);
+  if (stage == 0) return dso_block_count(p->m, p->inner);
   parts n = count(p);
   return n.dx + n.gate + n.up + n.down;
 }
@@ -49,38 +50,35 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   const dso_swiglu_mlp_backward_params *p = ctx->params;
   dso_dtype fmt = format(ctx->isa, p);
   hidden out = hidden_of(ctx, fmt);
-  int64_t rows = dso_row_block_size(p->m), blocks = dso_row_blocks(p->m);
-  int64_t m0 = task % blocks * rows, n0 = task / blocks * DSO_NB;
-  int64_t mc = dso_min(rows, p->m - m0), nc = dso_min(DSO_NB, p->inner - n0);
+  dso_block b = dso_block_at(p->m, p->inner, task);
   float *g = ctx->worker, *u = g + DSO_MB * DSO_NB, *dh = u + DSO_MB * DSO_NB;
   void *scratch = dh + DSO_MB * DSO_NB;
-  dso_gemm gemm = {.isa = ctx->isa, .fmt = fmt, .k = p->k, .a = p->x, .b = p->gate, .b_transposed = 1};
-  dso_gemm_block(&gemm, m0, mc, n0, nc, g, DSO_NB, 0, scratch);
+  dso_gemm gemm = {
+      .isa = ctx->isa, .fmt = fmt, .k = p->k, .a = p->x, .b = p->gate, .b_transposed = 1};
+  dso_gemm_block(&gemm, b.m0, b.mc, b.n0, b.nc, g, DSO_NB, 0, scratch);
   gemm.b = p->up;
-  dso_gemm_block(&gemm, m0, mc, n0, nc, u, DSO_NB, 0, scratch);
+  dso_gemm_block(&gemm, b.m0, b.mc, b.n0, b.nc, u, DSO_NB, 0, scratch);
   dso_gemm back = {.isa = ctx->isa, .fmt = fmt, .k = p->n, .a = p->grad, .b = p->down};
-  dso_gemm_block(&back, m0, mc, n0, nc, dh, DSO_NB, 0, scratch);
-  for (int64_t i = 0; i < mc; i++) {
-    int64_t at = (m0 + i) * p->inner + n0, row = i * DSO_NB;
-    ctx->isa->silu_mul_backward(g + row, u + row, dh + row, nc);
-    ctx->isa->from_f32(dso_at_mut(out.dg, fmt, at), fmt, g + row, nc);
-    ctx->isa->from_f32(dso_at_mut(out.du, fmt, at), fmt, u + row, nc);
-    ctx->isa->from_f32(dso_at_mut(out.h, fmt, at), fmt, dh + row, nc);
+  dso_gemm_block(&back, b.m0, b.mc, b.n0, b.nc, dh, DSO_NB, 0, scratch);
+  for (int64_t i = 0; i < b.mc; i++) {
+    int64_t at = (b.m0 + i) * p->inner + b.n0, row = i * DSO_NB;
+    ctx->isa->silu_mul_backward(g + row, u + row, dh + row, b.nc);
+    ctx->isa->from_f32(dso_at_mut(out.dg, fmt, at), fmt, g + row, b.nc);
+    ctx->isa->from_f32(dso_at_mut(out.du, fmt, at), fmt, u + row, b.nc);
+    ctx->isa->from_f32(dso_at_mut(out.h, fmt, at), fmt, dh + row, b.nc);
   }
 }
 
 /* out 的一块 [m, n] = first (+ second)；两个乘积形状相同。 */
-static void product(const dso_ctx *ctx, const dso_gemm *first, const dso_gemm *second, int64_t m, int64_t n,
-                    int64_t task, void *out, dso_dtype dtype) {
-  int64_t rows = dso_row_block_size(m), blocks = dso_row_blocks(m);
-  int64_t m0 = task % blocks * rows, n0 = task / blocks * DSO_NB;
-  int64_t mc = dso_min(rows, m - m0), nc = dso_min(DSO_NB, n - n0);
+static void product(const dso_ctx *ctx, const dso_gemm *first, const dso_gemm *second, int64_t m,
+                    int64_t n, int64_t task, void *out, dso_dtype dtype) {
+  dso_block b = dso_block_at(m, n, task);
   float *c = ctx->worker;
   void *scratch = c + 3 * DSO_MB * DSO_NB;
-  dso_gemm_block(first, m0, mc, n0, nc, c, DSO_NB, 0, scratch);
-  if (second) dso_gemm_block(second, m0, mc, n0, nc, c, DSO_NB, 1, scratch);
-  for (int64_t i = 0; i < mc; i++)
-    ctx->isa->from_f32(dso_at_mut(out, dtype, (m0 + i) * n + n0), dtype, c + i * DSO_NB, nc);
+  dso_gemm_block(first, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 0, scratch);
+  if (second) dso_gemm_block(second, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 1, scratch);
+  for (int64_t i = 0; i < b.mc; i++)
+    ctx->isa->from_f32(dso_at_mut(out, dtype, (b.m0 + i) * n + b.n0), dtype, c + i * DSO_NB, b.nc);
 }
 
 static void gradients(const dso_ctx *ctx, int64_t task) {
@@ -91,9 +89,9 @@ static void gradients(const dso_ctx *ctx, int64_t task) {
   dso_gemm base = {.isa = ctx->isa, .fmt = fmt};
   dso_mat dg = {h.dg, p->inner, fmt}, du = {h.du, p->inner, fmt}, hh = {h.h, p->inner, fmt};
   if (task < n.dx) {
-    dso_gemm a = base, b = base;
-    a.k = b.k = p->inner, a.a = dg, a.b = p->gate, b.a = du, b.b = p->up;
-    product(ctx, &a, &b, p->m, p->k, task, p->dx, p->x.dtype);
+    dso_gemm a = base, c = base;
+    a.k = c.k = p->inner, a.a = dg, a.b = p->gate, c.a = du, c.b = p->up;
+    product(ctx, &a, &c, p->m, p->k, task, p->dx, p->x.dtype);
     return;
   }
   task -= n.dx;
@@ -101,13 +99,16 @@ static void gradients(const dso_ctx *ctx, int64_t task) {
   if (task < n.gate + n.up) {
     int is_up = task >= n.gate;
     base.a = is_up ? du : dg, base.b = p->x;
-    product(ctx, &base, NULL, p->inner, p->k, is_up ? task - n.gate : task, is_up ? p->dup : p->dgate, p->gate.dtype);
+    product(ctx, &base, NULL, p->inner, p->k, is_up ? task - n.gate : task,
+            is_up ? p->dup : p->dgate, p->gate.dtype);
     return;
   }
   base.a = p->grad, base.b = hh;
   product(ctx, &base, NULL, p->n, p->inner, task - n.gate - n.up, p->ddown, p->down.dtype);
 }
 
-static void run(const dso_ctx *ctx, int64_t task) { (ctx->stage == 0 ? recompute : gradients)(ctx, task); }
+static void run(const dso_ctx *ctx, int64_t task) {
+  (ctx->stage == 0 ? recompute : gradients)(ctx, task);
+}
 
 const dso_op dso_swiglu_mlp_backward = {"swiglu_mlp_backward", plan, tasks, run};

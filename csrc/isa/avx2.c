@@ -25,7 +25,8 @@ static void transpose8(float *dst, int64_t ldd, const float *src, int64_t lds) {
 }
 
 /* dst [n][m] = srcᵀ。 */
-static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n) {
+static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m,
+                      int64_t n) {
   for (int64_t i = 0; i < m; i += 8)
     for (int64_t j = 0; j < n; j += 8) {
       if (i + 8 <= m && j + 8 <= n) {
@@ -49,26 +50,26 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 #define AXPY_MR 2
 #include "simd_gemm.h"
 
-static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
-                   int64_t k) {
+static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
   (void)fmt; /* 本指令集只用 fp32 计算格式 */
   pack_t_f32((float *)dst, ps, src, dtype, ld, n, k);
 }
 
-static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
-                   int64_t k) {
+static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
   (void)fmt;
   pack_n_f32((float *)dst, ps, src, dtype, ld, n, k);
 }
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda, const void *b,
-                 int64_t ps, float *c, int64_t ldc, int accumulate) {
+static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
+                 const void *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
   (void)fmt;
   gemm_f32(m, panels, k, (const float *)a, lda, (const float *)b, ps, c, ldc, accumulate);
 }
 
-static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *w,
-                dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
+static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+                const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
   (void)fmt;
   dot_f32(m, n, k, (const float *)a, lda, w, w_dtype, ldw, c, ldc);
 }

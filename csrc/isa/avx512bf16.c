@@ -16,35 +16,37 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
 }
 
 /* ---- 打包路径：32 个寄存器 = 24 个累加器 + 4 个 B + 1 个广播 ---- */
-#define DEFINE_TILE(MR, NV)                                                                              \
-  static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ps, \
-                               float *c, int64_t ldc, int accumulate) {                                 \
-    __m512 acc[MR][NV];                                                                                 \
-    for (int i = 0; i < MR; i++)                                                                        \
-      for (int j = 0; j < NV; j++)                                                                      \
-        acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();           \
-    for (int64_t x = 0; x < k; x += 2) {                                                                \
-      __m512i w[NV];                                                                                    \
-      for (int j = 0; j < NV; j++) w[j] = _mm512_loadu_si512(b + j * ps + x * 16);                      \
-      _Pragma("GCC unroll 8") for (int i = 0; i < MR; i++) {                                            \
-        __m512i v = pair(a + i * lda + x);                                                              \
-        _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) acc[i][j] = dp(acc[i][j], v, w[j]);        \
-      }                                                                                                 \
-    }                                                                                                   \
-    for (int i = 0; i < MR; i++)                                                                        \
-      for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, acc[i][j]);                   \
+#define DEFINE_TILE(MR, NV)                                                                      \
+  static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b,     \
+                               int64_t ps, float *c, int64_t ldc, int accumulate) {              \
+    __m512 acc[MR][NV];                                                                          \
+    for (int i = 0; i < MR; i++)                                                                 \
+      for (int j = 0; j < NV; j++)                                                               \
+        acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();    \
+    for (int64_t x = 0; x < k; x += 2) {                                                         \
+      __m512i w[NV];                                                                             \
+      for (int j = 0; j < NV; j++) w[j] = _mm512_loadu_si512(b + j * ps + x * 16);               \
+      _Pragma("GCC unroll 8") for (int i = 0; i < MR; i++) {                                     \
+        __m512i v = pair(a + i * lda + x);                                                       \
+        _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) acc[i][j] = dp(acc[i][j], v, w[j]); \
+      }                                                                                          \
+    }                                                                                            \
+    for (int i = 0; i < MR; i++)                                                                 \
+      for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, acc[i][j]);            \
   }
-#define TILES(X)                                                                                                   \
-  X(1, 4) X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)  \
-  X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define TILES(X)                                                                                  \
+  X(1, 4)                                                                                         \
+  X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) \
+      X(8, 2) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
 TILES(DEFINE_TILE)
 
-typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, const uint16_t *, int64_t, float *, int64_t, int);
+typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, const uint16_t *, int64_t, float *,
+                        int64_t, int);
 #define NAME_TILE(MR, NV) [NV][MR] = tile_##MR##x##NV,
 static const tile_fn TILE[5][9] = {TILES(NAME_TILE)};
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda, const void *b,
-                 int64_t ps, float *c, int64_t ldc, int accumulate) {
+static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
+                 const void *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
   if (fmt != DSO_BF16) {
     base.gemm(fmt, m, panels, k, a, lda, b, ps, c, ldc, accumulate);
     return;
@@ -52,8 +54,9 @@ static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void
   for (int64_t p = 0; p < panels;) {
     int64_t left = panels - p, nv = left >= 4 ? 4 : left >= 2 ? 2 : 1, mr = nv == 4 ? 6 : 8;
     for (int64_t i = 0; i < m; i += mr)
-      TILE[nv][dso_min(mr, m - i)](k, (const uint16_t *)a + i * lda, lda, (const uint16_t *)b + p * ps, ps,
-                                   c + i * ldc + p * DSO_PANEL, ldc, accumulate);
+      TILE[nv][dso_min(mr, m - i)](k, (const uint16_t *)a + i * lda, lda,
+                                   (const uint16_t *)b + p * ps, ps, c + i * ldc + p * DSO_PANEL,
+                                   ldc, accumulate);
     p += nv;
   }
 }
@@ -77,16 +80,19 @@ static inline __m128 reduce4(__m512 a, __m512 b, __m512 c, __m512 d) {
 static inline void put(float *c, float sum, int add) { *c = add ? *c + sum : sum; }
 
 /* ahead > 0 时顺带把 next 起 ahead 行权重预取到二级缓存，下一组列就不必等内存。 */
-static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int ahead, int64_t k, const uint16_t *a,
-                                                           int64_t lda, const uint16_t *w, int64_t ldw,
-                                                           const uint16_t *next, float *c, int64_t ldc, int add) {
+static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int ahead, int64_t k,
+                                                           const uint16_t *a, int64_t lda,
+                                                           const uint16_t *w, int64_t ldw,
+                                                           const uint16_t *next, float *c,
+                                                           int64_t ldc, int add) {
   __m512 acc[4][8];
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = _mm512_setzero_ps();
   int64_t x = 0;
   for (; x + 32 <= k; x += 32) {
     __m512i av[4];
-    _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) av[i] = _mm512_loadu_si512(a + i * lda + x);
+    _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) av[i] =
+        _mm512_loadu_si512(a + i * lda + x);
     _Pragma("GCC unroll 8") for (int j = 0; j < ahead; j++)
         _mm_prefetch((const char *)(next + j * ldw + x), _MM_HINT_T1);
     _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
@@ -104,7 +110,8 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int a
     if (mr == 4)
       _mm_storeu_ps(sums, reduce4(acc[0][j], acc[1][j], acc[2][j], acc[3][j]));
     else
-      _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) sums[i] = _mm512_reduce_add_ps(acc[i][j]);
+      _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) sums[i] =
+          _mm512_reduce_add_ps(acc[i][j]);
     _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) put(c + i * ldc + j, sums[i], add);
   }
 }
@@ -113,45 +120,50 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int a
 enum { DOT_MR = 4, DOT_NR = 6, DOT_KC = 2048 };
 
 /* DOT_NR 列、rows 行；ahead 只取 0、1、2、3、6。 */
-static void dot_columns(int64_t rows, int64_t ahead, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *w,
-                        int64_t ldw, const uint16_t *next, float *c, int64_t ldc, int add) {
-#define CASE(MR, AHEAD) \
-  case MR * 8 + AHEAD: dot_tile(MR, DOT_NR, AHEAD, k, a, lda, w, ldw, next, c, ldc, add); break;
+static void dot_columns(int64_t rows, int64_t ahead, int64_t k, const uint16_t *a, int64_t lda,
+                        const uint16_t *w, int64_t ldw, const uint16_t *next, float *c, int64_t ldc,
+                        int add) {
+#define CASE(MR, AHEAD)                                                \
+  case MR * 8 + AHEAD:                                                 \
+    dot_tile(MR, DOT_NR, AHEAD, k, a, lda, w, ldw, next, c, ldc, add); \
+    break;
 #define CASES(MR) CASE(MR, 0) CASE(MR, 1) CASE(MR, 2) CASE(MR, 3) CASE(MR, 6)
-  switch (rows * 8 + ahead) { CASES(1) CASES(2) CASES(3) CASES(4) default: break; }
+  switch (rows * 8 + ahead) { CASES(1) CASES(2) CASES(3) CASES(4) default : break; }
 #undef CASES
 #undef CASE
 }
 
 /* 一组 DOT_NR 列：各行块分摊下一块权重的预取。more 为 0 时后面没有下一组列。 */
-static void dot_group(int64_t m, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *w, int64_t ldw, float *c,
-                      int64_t ldc, int more) {
+static void dot_group(int64_t m, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *w,
+                      int64_t ldw, float *c, int64_t ldc, int more) {
   int64_t blocks = dso_ceil_div(m, DOT_MR), share = dso_ceil_div(DOT_NR, blocks);
   if (share == 4 || share == 5) share = 6;
   for (int64_t x = 0; x < k; x += DOT_KC) {
     int64_t kc = dso_min(DOT_KC, k - x);
     const uint16_t *next = x + kc < k ? w + x + kc : more ? w + DOT_NR * ldw : NULL;
     for (int64_t b = 0; b < blocks; b++) {
-      int64_t i = b * DOT_MR, first = b * share, ahead = next && first + share <= DOT_NR ? share : 0;
-      dot_columns(dso_min(DOT_MR, m - i), ahead, kc, a + i * lda + x, lda, w + x, ldw, ahead ? next + first * ldw : w,
-                  c + i * ldc, ldc, x > 0);
+      int64_t i = b * DOT_MR, first = b * share,
+              ahead = next && first + share <= DOT_NR ? share : 0;
+      dot_columns(dso_min(DOT_MR, m - i), ahead, kc, a + i * lda + x, lda, w + x, ldw,
+                  ahead ? next + first * ldw : w, c + i * ldc, ldc, x > 0);
     }
   }
 }
 
-static void dot_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *w, int64_t ldw,
-                     float *c, int64_t ldc) {
+static void dot_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda,
+                     const uint16_t *w, int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
   if (m == 1)
     for (; j + 8 <= n; j += 8) dot_tile(1, 8, 0, k, a, lda, w + j * ldw, ldw, w, c + j, ldc, 0);
-  for (; j + DOT_NR <= n; j += DOT_NR) dot_group(m, k, a, lda, w + j * ldw, ldw, c + j, ldc, j + 2 * DOT_NR <= n);
+  for (; j + DOT_NR <= n; j += DOT_NR)
+    dot_group(m, k, a, lda, w + j * ldw, ldw, c + j, ldc, j + 2 * DOT_NR <= n);
   for (; j < n; j++) /* 不足一组的尾部，逐列 */
     for (int64_t i = 0; i < m; i++)
       dot_tile(1, 1, 0, k, a + i * lda, lda, w + j * ldw, ldw, w, c + i * ldc + j, ldc, 0);
 }
 
-static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *w,
-                dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
+static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+                const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
   if (fmt == DSO_BF16 && w_dtype == DSO_BF16)
     dot_bf16(m, n, k, (const uint16_t *)a, lda, (const uint16_t *)w, ldw, c, ldc);
   else
@@ -167,8 +179,8 @@ static inline __m512i load_pairs(const void *src, dso_dtype dtype, int64_t index
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(wide + 16), _mm512_load_ps(wide));
 }
 
-static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
-                   int64_t k) {
+static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
   if (fmt != DSO_BF16) {
     base.pack_t(dst, fmt, ps, src, dtype, ld, n, k);
     return;
@@ -179,7 +191,8 @@ static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
     for (int64_t x = 0; x < k; x += 32) {
       __m512i r[16];
       for (int64_t j = 0; j < 16; j++)
-        r[j] = j < width ? load_pairs(src, dtype, (p * DSO_PANEL + j) * ld + x, k - x) : _mm512_setzero_si512();
+        r[j] = j < width ? load_pairs(src, dtype, (p * DSO_PANEL + j) * ld + x, k - x)
+                         : _mm512_setzero_si512();
       v_transpose16(r);
       int64_t pairs = dso_min(16, dso_ceil_div(k - x, 2));
       for (int64_t j = 0; j < pairs; j++) _mm512_storeu_si512(panel + (x / 2 + j) * 32, r[j]);
@@ -189,7 +202,8 @@ static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
 
 /* 16 个元素转 bf16，零扩展到 32 位；n 不足 16 时其余为 0。 */
 static inline __m512i load_halves(const void *src, dso_dtype dtype, int64_t index, int64_t n) {
-  if (dtype == DSO_F32 && n >= 16) return _mm512_cvtepu16_epi32(v_to_bf16(v_load((const float *)src + index)));
+  if (dtype == DSO_F32 && n >= 16)
+    return _mm512_cvtepu16_epi32(v_to_bf16(v_load((const float *)src + index)));
   if (dtype == DSO_BF16) {
     __mmask16 mask = n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1);
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)src + index));
@@ -199,8 +213,8 @@ static inline __m512i load_halves(const void *src, dso_dtype dtype, int64_t inde
   return _mm512_cvtepu16_epi32(v_to_bf16(_mm512_load_ps(wide)));
 }
 
-static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n,
-                   int64_t k) {
+static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
+                   int64_t ld, int64_t n, int64_t k) {
   if (fmt != DSO_BF16) {
     base.pack_n(dst, fmt, ps, src, dtype, ld, n, k);
     return;
@@ -209,8 +223,10 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
     for (int64_t p = 0; p * DSO_PANEL < n; p++) {
       int64_t col = p * DSO_PANEL, width = n - col;
       __m512i even = load_halves(src, dtype, x * ld + col, width);
-      __m512i odd = x + 1 < k ? load_halves(src, dtype, (x + 1) * ld + col, width) : _mm512_setzero_si512();
-      _mm512_storeu_si512((uint16_t *)dst + p * ps + x * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      __m512i odd =
+          x + 1 < k ? load_halves(src, dtype, (x + 1) * ld + col, width) : _mm512_setzero_si512();
+      _mm512_storeu_si512((uint16_t *)dst + p * ps + x * 16,
+                          _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
     }
 }
 

@@ -4,10 +4,14 @@
 
 static float load(const void *src, dso_dtype dtype, int64_t i) {
   switch (dtype) {
-    case DSO_F32: return ((const float *)src)[i];
-    case DSO_BF16: return dso_bf16_to_f32(((const uint16_t *)src)[i]);
-    case DSO_F16: return dso_f16_to_f32(((const uint16_t *)src)[i]);
-    default: return (float)((const int8_t *)src)[i];
+    case DSO_F32:
+      return ((const float *)src)[i];
+    case DSO_BF16:
+      return dso_bf16_to_f32(((const uint16_t *)src)[i]);
+    case DSO_F16:
+      return dso_f16_to_f32(((const uint16_t *)src)[i]);
+    default:
+      return (float)((const int8_t *)src)[i];
   }
 }
 
@@ -18,10 +22,17 @@ static int8_t to_i8(float v) {
 
 static void store(void *dst, dso_dtype dtype, int64_t i, float v) {
   switch (dtype) {
-    case DSO_F32: ((float *)dst)[i] = v; break;
-    case DSO_BF16: ((uint16_t *)dst)[i] = dso_f32_to_bf16(v); break;
-    case DSO_F16: ((uint16_t *)dst)[i] = dso_f32_to_f16(v); break;
-    default: ((int8_t *)dst)[i] = to_i8(v);
+    case DSO_F32:
+      ((float *)dst)[i] = v;
+      break;
+    case DSO_BF16:
+      ((uint16_t *)dst)[i] = dso_f32_to_bf16(v);
+      break;
+    case DSO_F16:
+      ((uint16_t *)dst)[i] = dso_f32_to_f16(v);
+      break;
+    default:
+      ((int8_t *)dst)[i] = to_i8(v);
   }
 }
 
@@ -80,7 +91,8 @@ static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, i
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) {
       float acc = 0.0f;
-      for (int64_t x = 0; x < k; x++) acc += load(a, fmt, i * lda + x) * load(w, w_dtype, j * ldw + x);
+      for (int64_t x = 0; x < k; x++)
+        acc += load(a, fmt, i * lda + x) * load(w, w_dtype, j * ldw + x);
       c[i * ldc + j] = acc;
     }
 }
@@ -95,7 +107,8 @@ static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
     }
 }
 
-static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n) {
+static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m,
+                      int64_t n) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) dst[j * ldd + i] = src[i * lds + j];
 }

@@ -4,47 +4,53 @@
 
 #define PV (DSO_PANEL / VL) /* 一个面板的向量数 */
 
-#define DEFINE_GEMM_TILE(MR, NV)                                                                     \
-  static void gemm_##MR##x##NV(int64_t k, const float *a, int64_t lda, const float *b, int64_t ps,  \
-                               float *c, int64_t ldc, int accumulate) {                             \
-    vf acc[MR][NV * PV];                                                                            \
-    for (int i = 0; i < MR; i++)                                                                    \
-      for (int j = 0; j < NV * PV; j++)                                                             \
-        acc[i][j] = accumulate ? v_load(c + i * ldc + j * VL) : v_set1(0.0f);                       \
-    for (int64_t x = 0; x < k; x++) {                                                               \
-      vf w[NV * PV];                                                                                \
-      for (int j = 0; j < NV * PV; j++)                                                             \
-        w[j] = v_load(b + (j / PV) * ps + x * DSO_PANEL + (j % PV) * VL);                           \
-      _Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) {                                       \
-        vf v = v_set1(a[i * lda + x]);                                                              \
-        _Pragma("GCC unroll 8") for (int j = 0; j < NV * PV; j++) acc[i][j] = v_fma(v, w[j], acc[i][j]); \
-      }                                                                                             \
-    }                                                                                               \
-    for (int i = 0; i < MR; i++)                                                                    \
-      for (int j = 0; j < NV * PV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);                   \
+#define DEFINE_GEMM_TILE(MR, NV)                                                                   \
+  static void gemm_##MR##x##NV(int64_t k, const float *a, int64_t lda, const float *b, int64_t ps, \
+                               float *c, int64_t ldc, int accumulate) {                            \
+    vf acc[MR][NV * PV];                                                                           \
+    for (int i = 0; i < MR; i++)                                                                   \
+      for (int j = 0; j < NV * PV; j++)                                                            \
+        acc[i][j] = accumulate ? v_load(c + i * ldc + j * VL) : v_set1(0.0f);                      \
+    for (int64_t x = 0; x < k; x++) {                                                              \
+      vf w[NV * PV];                                                                               \
+      for (int j = 0; j < NV * PV; j++)                                                            \
+        w[j] = v_load(b + (j / PV) * ps + x * DSO_PANEL + (j % PV) * VL);                          \
+      _Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) {                                      \
+        vf v = v_set1(a[i * lda + x]);                                                             \
+        _Pragma("GCC unroll 8") for (int j = 0; j < NV * PV; j++) acc[i][j] =                      \
+            v_fma(v, w[j], acc[i][j]);                                                             \
+      }                                                                                            \
+    }                                                                                              \
+    for (int i = 0; i < MR; i++)                                                                   \
+      for (int j = 0; j < NV * PV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);                  \
   }
 GEMM_TILES(DEFINE_GEMM_TILE)
 
-typedef void (*gemm_tile_f32)(int64_t, const float *, int64_t, const float *, int64_t, float *, int64_t, int);
+typedef void (*gemm_tile_f32)(int64_t, const float *, int64_t, const float *, int64_t, float *,
+                              int64_t, int);
 #define NAME_GEMM_TILE(MR, NV) [NV][MR] = gemm_##MR##x##NV,
-static const gemm_tile_f32 GEMM_F32[GEMM_MAX_NV + 1][GEMM_MAX_MR + 1] = {GEMM_TILES(NAME_GEMM_TILE)};
+static const gemm_tile_f32 GEMM_F32[GEMM_MAX_NV + 1][GEMM_MAX_MR + 1] = {
+    GEMM_TILES(NAME_GEMM_TILE)};
 
-static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64_t lda, const float *b, int64_t ps,
-                     float *c, int64_t ldc, int accumulate) {
+static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64_t lda,
+                     const float *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
   for (int64_t p = 0; p < panels;) {
     int nv = GEMM_NV(panels - p), mr = GEMM_MR(nv);
     for (int64_t i = 0; i < m; i += mr) {
       int64_t rows = dso_min(mr, m - i);
-      GEMM_F32[nv][rows](k, a + i * lda, lda, b + p * ps, ps, c + i * ldc + p * DSO_PANEL, ldc, accumulate);
+      GEMM_F32[nv][rows](k, a + i * lda, lda, b + p * ps, ps, c + i * ldc + p * DSO_PANEL, ldc,
+                         accumulate);
     }
     p += nv;
   }
 }
 
 /* ---- 点积路径：A、W 都沿 k 连续，W 在读入时转 fp32；add 为 1 时累加到 c ---- */
-static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64_t k, const float *a, int64_t lda,
-                                                           const void *w, dso_dtype dtype, int64_t ldw, float *c,
-                                                           int64_t ldc, int add) {
+static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64_t k,
+                                                           const float *a, int64_t lda,
+                                                           const void *w, dso_dtype dtype,
+                                                           int64_t ldw, float *c, int64_t ldc,
+                                                           int add) {
   vf acc[DOT_MR][DOT_NR_WIDE];
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = v_set1(0.0f);
@@ -60,7 +66,8 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64
   if (x < k)
     for (int j = 0; j < nr; j++) {
       vf wv = load_part(dso_at(w, dtype, j * ldw + x), dtype, k - x);
-      for (int i = 0; i < mr; i++) acc[i][j] = v_fma(load_part(a + i * lda + x, DSO_F32, k - x), wv, acc[i][j]);
+      for (int i = 0; i < mr; i++)
+        acc[i][j] = v_fma(load_part(a + i * lda + x, DSO_F32, k - x), wv, acc[i][j]);
     }
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
@@ -72,45 +79,58 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64
 /* 一组列沿 k 分段：这一段权重留在一级缓存里，依次服务全部行块。 */
 #define DOT_KC 1024
 
-static inline __attribute__((always_inline)) void dot_group(int nr, int64_t m, int64_t k, const float *a, int64_t lda,
-                                                            const void *w, dso_dtype dtype, int64_t ldw, float *c,
-                                                            int64_t ldc) {
+static inline
+    __attribute__((always_inline)) void dot_group(int nr, int64_t m, int64_t k, const float *a,
+                                                  int64_t lda, const void *w, dso_dtype dtype,
+                                                  int64_t ldw, float *c, int64_t ldc) {
   for (int64_t x = 0; x < k; x += DOT_KC) {
     int64_t kc = dso_min(DOT_KC, k - x), i = 0;
     const void *wx = dso_at(w, dtype, x);
     for (; i + DOT_MR <= m; i += DOT_MR)
       dot_tile(DOT_MR, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
-    for (; i < m; i++) dot_tile(1, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
+    for (; i < m; i++)
+      dot_tile(1, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
   }
 }
 
-static inline __attribute__((always_inline)) void dot_f32_as(int64_t m, int64_t n, int64_t k, const float *a,
-                                                             int64_t lda, const void *w, dso_dtype dtype, int64_t ldw,
-                                                             float *c, int64_t ldc) {
+static inline __attribute__((always_inline)) void dot_f32_as(int64_t m, int64_t n, int64_t k,
+                                                             const float *a, int64_t lda,
+                                                             const void *w, dso_dtype dtype,
+                                                             int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
   if (m == 1)
     for (; j + DOT_NR_WIDE <= n; j += DOT_NR_WIDE)
       dot_tile(1, DOT_NR_WIDE, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc, 0);
-  for (; j + DOT_NR <= n; j += DOT_NR) dot_group(DOT_NR, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
+  for (; j + DOT_NR <= n; j += DOT_NR)
+    dot_group(DOT_NR, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
   for (; j < n; j++) dot_group(1, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
 }
 
-static void dot_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w, dso_dtype dtype,
-                    int64_t ldw, float *c, int64_t ldc) {
+static void dot_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                    dso_dtype dtype, int64_t ldw, float *c, int64_t ldc) {
   switch (dtype) {
-    case DSO_F32: dot_f32_as(m, n, k, a, lda, w, DSO_F32, ldw, c, ldc); break;
-    case DSO_BF16: dot_f32_as(m, n, k, a, lda, w, DSO_BF16, ldw, c, ldc); break;
-    case DSO_F16: dot_f32_as(m, n, k, a, lda, w, DSO_F16, ldw, c, ldc); break;
-    default: dot_f32_as(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc); break;
+    case DSO_F32:
+      dot_f32_as(m, n, k, a, lda, w, DSO_F32, ldw, c, ldc);
+      break;
+    case DSO_BF16:
+      dot_f32_as(m, n, k, a, lda, w, DSO_BF16, ldw, c, ldc);
+      break;
+    case DSO_F16:
+      dot_f32_as(m, n, k, a, lda, w, DSO_F16, ldw, c, ldc);
+      break;
+    default:
+      dot_f32_as(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc);
+      break;
   }
 }
 
 /* ---- C [m, n] = A [m, k] · W [k, n]，W 沿 n 连续，原地读 ---- */
 #define AXPY_NV 4 /* 每次 4 个向量列 */
 
-static inline __attribute__((always_inline)) void axpy_tile(int mr, int64_t k, const float *a, int64_t lda,
-                                                            const void *w, dso_dtype dtype, int64_t ldw, float *c,
-                                                            int64_t ldc) {
+static inline
+    __attribute__((always_inline)) void axpy_tile(int mr, int64_t k, const float *a, int64_t lda,
+                                                  const void *w, dso_dtype dtype, int64_t ldw,
+                                                  float *c, int64_t ldc) {
   vf acc[AXPY_MR][AXPY_NV];
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) acc[i][j] = v_set1(0.0f);
@@ -120,21 +140,25 @@ static inline __attribute__((always_inline)) void axpy_tile(int mr, int64_t k, c
         load_full(dso_at(w, dtype, x * ldw + j * VL), dtype);
     _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) {
       vf v = v_set1(a[i * lda + x]);
-      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) acc[i][j] = v_fma(v, wv[j], acc[i][j]);
+      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) acc[i][j] =
+          v_fma(v, wv[j], acc[i][j]);
     }
   }
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
-      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);
+      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++)
+          v_store(c + i * ldc + j * VL, acc[i][j]);
 }
 
-static inline __attribute__((always_inline)) void axpy_n_as(int64_t m, int64_t n, int64_t k, const float *a,
-                                                            int64_t lda, const void *w, dso_dtype dtype, int64_t ldw,
-                                                            float *c, int64_t ldc) {
+static inline __attribute__((always_inline)) void axpy_n_as(int64_t m, int64_t n, int64_t k,
+                                                            const float *a, int64_t lda,
+                                                            const void *w, dso_dtype dtype,
+                                                            int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
   for (; j + AXPY_NV * VL <= n; j += AXPY_NV * VL) {
     const void *wj = dso_at(w, dtype, j);
     int64_t i = 0;
-    for (; i + AXPY_MR <= m; i += AXPY_MR) axpy_tile(AXPY_MR, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
+    for (; i + AXPY_MR <= m; i += AXPY_MR)
+      axpy_tile(AXPY_MR, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
     for (; i < m; i++) axpy_tile(1, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
   }
   for (; j < n; j += VL) {
@@ -142,24 +166,34 @@ static inline __attribute__((always_inline)) void axpy_n_as(int64_t m, int64_t n
     for (int64_t i = 0; i < m; i++) {
       vf acc = v_set1(0.0f);
       for (int64_t x = 0; x < k; x++)
-        acc = v_fma(v_set1(a[i * lda + x]), load_part(dso_at(w, dtype, x * ldw + j), dtype, width), acc);
+        acc = v_fma(v_set1(a[i * lda + x]), load_part(dso_at(w, dtype, x * ldw + j), dtype, width),
+                    acc);
       store_part(c + i * ldc + j, DSO_F32, acc, width);
     }
   }
 }
 
-static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w, dso_dtype dtype,
-                   int64_t ldw, float *c, int64_t ldc) {
+static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                   dso_dtype dtype, int64_t ldw, float *c, int64_t ldc) {
   switch (dtype) {
-    case DSO_F32: axpy_n_as(m, n, k, a, lda, w, DSO_F32, ldw, c, ldc); break;
-    case DSO_BF16: axpy_n_as(m, n, k, a, lda, w, DSO_BF16, ldw, c, ldc); break;
-    case DSO_F16: axpy_n_as(m, n, k, a, lda, w, DSO_F16, ldw, c, ldc); break;
-    default: axpy_n_as(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc); break;
+    case DSO_F32:
+      axpy_n_as(m, n, k, a, lda, w, DSO_F32, ldw, c, ldc);
+      break;
+    case DSO_BF16:
+      axpy_n_as(m, n, k, a, lda, w, DSO_BF16, ldw, c, ldc);
+      break;
+    case DSO_F16:
+      axpy_n_as(m, n, k, a, lda, w, DSO_F16, ldw, c, ldc);
+      break;
+    default:
+      axpy_n_as(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc);
+      break;
   }
 }
 
 /* ---- fp32 打包 ---- */
-static void pack_n_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n, int64_t k) {
+static void pack_n_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld,
+                       int64_t n, int64_t k) {
   for (int64_t p = 0; p * DSO_PANEL < n; p++) {
     int64_t width = dso_min(DSO_PANEL, n - p * DSO_PANEL);
     for (int64_t x = 0; x < k; x++) {
@@ -172,13 +206,15 @@ static void pack_n_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype,
 
 /* 一次转置 16 列 x PACK_K 行；转换先写到栈上。 */
 #define PACK_K 64
-static void pack_t_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld, int64_t n, int64_t k) {
+static void pack_t_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld,
+                       int64_t n, int64_t k) {
   _Alignas(64) float rows[DSO_PANEL][PACK_K];
   for (int64_t p = 0; p * DSO_PANEL < n; p++) {
     int64_t width = dso_min(DSO_PANEL, n - p * DSO_PANEL);
     for (int64_t x = 0; x < k; x += PACK_K) {
       int64_t depth = dso_min(PACK_K, k - x);
-      for (int64_t j = 0; j < width; j++) to_f32(rows[j], dso_at(src, dtype, (p * DSO_PANEL + j) * ld + x), dtype, depth);
+      for (int64_t j = 0; j < width; j++)
+        to_f32(rows[j], dso_at(src, dtype, (p * DSO_PANEL + j) * ld + x), dtype, depth);
       if (width < DSO_PANEL) memset(rows[width], 0, sizeof(rows[0]) * (size_t)(DSO_PANEL - width));
       transpose(dst + p * ps + x * DSO_PANEL, DSO_PANEL, rows[0], PACK_K, DSO_PANEL, depth);
     }

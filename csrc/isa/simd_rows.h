@@ -3,19 +3,31 @@
 
 static inline __attribute__((always_inline)) vf load_full(const void *src, dso_dtype dtype) {
   switch (dtype) {
-    case DSO_F32: return v_load((const float *)src);
-    case DSO_BF16: return v_load_bf16((const uint16_t *)src);
-    case DSO_F16: return v_load_f16((const uint16_t *)src);
-    default: return v_load_i8((const int8_t *)src);
+    case DSO_F32:
+      return v_load((const float *)src);
+    case DSO_BF16:
+      return v_load_bf16((const uint16_t *)src);
+    case DSO_F16:
+      return v_load_f16((const uint16_t *)src);
+    default:
+      return v_load_i8((const int8_t *)src);
   }
 }
 
 static inline __attribute__((always_inline)) void store_full(void *dst, dso_dtype dtype, vf v) {
   switch (dtype) {
-    case DSO_F32: v_store((float *)dst, v); break;
-    case DSO_BF16: v_store_bf16((uint16_t *)dst, v); break;
-    case DSO_F16: v_store_f16((uint16_t *)dst, v); break;
-    default: v_store_i8((int8_t *)dst, v_max(v_set1(-127.0f), v)); break;
+    case DSO_F32:
+      v_store((float *)dst, v);
+      break;
+    case DSO_BF16:
+      v_store_bf16((uint16_t *)dst, v);
+      break;
+    case DSO_F16:
+      v_store_f16((uint16_t *)dst, v);
+      break;
+    default:
+      v_store_i8((int8_t *)dst, v_max(v_set1(-127.0f), v));
+      break;
   }
 }
 
@@ -32,7 +44,8 @@ static inline void store_part(void *dst, dso_dtype dtype, vf v, int64_t n) {
   memcpy(dst, buffer, (size_t)(n * dso_size_of(dtype)));
 }
 
-static inline __attribute__((always_inline)) void to_f32_as(float *dst, const void *src, dso_dtype dtype, int64_t n) {
+static inline __attribute__((always_inline)) void to_f32_as(float *dst, const void *src,
+                                                            dso_dtype dtype, int64_t n) {
   int64_t i = 0;
   for (; i + VL <= n; i += VL) v_store(dst + i, load_full(dso_at(src, dtype, i), dtype));
   if (i < n) store_part(dst + i, DSO_F32, load_part(dso_at(src, dtype, i), dtype, n - i), n - i);
@@ -40,25 +53,43 @@ static inline __attribute__((always_inline)) void to_f32_as(float *dst, const vo
 
 static void to_f32(float *dst, const void *src, dso_dtype dtype, int64_t n) {
   switch (dtype) {
-    case DSO_F32: memcpy(dst, src, (size_t)n * 4); break;
-    case DSO_BF16: to_f32_as(dst, src, DSO_BF16, n); break;
-    case DSO_F16: to_f32_as(dst, src, DSO_F16, n); break;
-    default: to_f32_as(dst, src, DSO_I8, n); break;
+    case DSO_F32:
+      memcpy(dst, src, (size_t)n * 4);
+      break;
+    case DSO_BF16:
+      to_f32_as(dst, src, DSO_BF16, n);
+      break;
+    case DSO_F16:
+      to_f32_as(dst, src, DSO_F16, n);
+      break;
+    default:
+      to_f32_as(dst, src, DSO_I8, n);
+      break;
   }
 }
 
-static inline __attribute__((always_inline)) void from_f32_as(void *dst, dso_dtype dtype, const float *src, int64_t n) {
+static inline __attribute__((always_inline)) void from_f32_as(void *dst, dso_dtype dtype,
+                                                              const float *src, int64_t n) {
   int64_t i = 0;
   for (; i + VL <= n; i += VL) store_full(dso_at_mut(dst, dtype, i), dtype, v_load(src + i));
-  if (i < n) store_part(dso_at_mut(dst, dtype, i), dtype, load_part(src + i, DSO_F32, n - i), n - i);
+  if (i < n)
+    store_part(dso_at_mut(dst, dtype, i), dtype, load_part(src + i, DSO_F32, n - i), n - i);
 }
 
 static void from_f32(void *dst, dso_dtype dtype, const float *src, int64_t n) {
   switch (dtype) {
-    case DSO_F32: memcpy(dst, src, (size_t)n * 4); break;
-    case DSO_BF16: from_f32_as(dst, DSO_BF16, src, n); break;
-    case DSO_F16: from_f32_as(dst, DSO_F16, src, n); break;
-    default: from_f32_as(dst, DSO_I8, src, n); break;
+    case DSO_F32:
+      memcpy(dst, src, (size_t)n * 4);
+      break;
+    case DSO_BF16:
+      from_f32_as(dst, DSO_BF16, src, n);
+      break;
+    case DSO_F16:
+      from_f32_as(dst, DSO_F16, src, n);
+      break;
+    default:
+      from_f32_as(dst, DSO_I8, src, n);
+      break;
   }
 }
 
@@ -88,8 +119,10 @@ static inline float row_max(const float *s, int64_t n) {
   return best;
 }
 
-static inline __attribute__((always_inline)) float softmax_row_as(const float *s, int64_t n, int64_t n_pad, float scale,
-                                                                  float *m, float *l, void *p, dso_dtype fmt) {
+static inline __attribute__((always_inline)) float softmax_row_as(const float *s, int64_t n,
+                                                                  int64_t n_pad, float scale,
+                                                                  float *m, float *l, void *p,
+                                                                  dso_dtype fmt) {
   float top = n > 0 ? row_max(s, n) * scale : -INFINITY;
   top = *m > top ? *m : top;
   float safe = top == -INFINITY ? 0.0f : top, keep = *m == -INFINITY ? 0.0f : expf(*m - safe);
@@ -108,20 +141,22 @@ static inline __attribute__((always_inline)) float softmax_row_as(const float *s
     for (int64_t j = 0; j < VL; j++) tail[j] = j < rest ? tail[j] : 0.0f;
     for (int64_t j = 0; j < rest; j++) total += tail[j];
     store_part(dso_at_mut(p, fmt, i), fmt, v_load(tail), dso_min(VL, n_pad - i));
-    for (i += VL; i < n_pad; i += VL) store_part(dso_at_mut(p, fmt, i), fmt, v_set1(0.0f), dso_min(VL, n_pad - i));
+    for (i += VL; i < n_pad; i += VL)
+      store_part(dso_at_mut(p, fmt, i), fmt, v_set1(0.0f), dso_min(VL, n_pad - i));
   }
   *l = *l * keep + total;
   *m = top;
   return keep;
 }
 
-static float softmax_row(const float *s, int64_t n, int64_t n_pad, float scale, float *m, float *l, void *p,
-                         dso_dtype fmt) {
+static float softmax_row(const float *s, int64_t n, int64_t n_pad, float scale, float *m, float *l,
+                         void *p, dso_dtype fmt) {
   return fmt == DSO_BF16 ? softmax_row_as(s, n, n_pad, scale, m, l, p, DSO_BF16)
                          : softmax_row_as(s, n, n_pad, scale, m, l, p, DSO_F32);
 }
 
-static void softmax_backward(float *s, float *dp, int64_t n, float scale, const float *lse, const float *delta) {
+static void softmax_backward(float *s, float *dp, int64_t n, float scale, const float *lse,
+                             const float *delta) {
   vf mul = v_set1(scale);
   for (int64_t i = 0; i < n; i += VL) {
     int64_t width = dso_min(VL, n - i);
