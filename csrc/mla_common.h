@@ -13,7 +13,8 @@ typedef struct {
 } dso_mla_place;
 
 static inline dso_mla_place dso_mla_locate(const dso_mla_inputs *in, const dso_span *span) {
-  return (dso_mla_place){span->kv_begin / in->s, span->kv_begin % in->s,
+  int64_t slots = dso_max(1, in->s); /* 没有槽位时键范围只能是空的 */
+  return (dso_mla_place){span->kv_begin / slots, span->kv_begin % slots,
                          span->kv_end - span->kv_begin, span->q_end - span->q_begin};
 }
 

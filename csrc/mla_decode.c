@@ -249,8 +249,8 @@ static void combine(const dso_ctx *ctx, const shared_view *shared, int64_t token
   }
   for (int64_t i = 0; i < splits; i++) {
     int64_t at = (part + i) * GROUP + index;
-    float weight = shared->m[at] == -INFINITY ? 0.0f : expf(shared->m[at] - top);
-    if (weight == 0.0f) continue;
+    if (shared->l[at] == 0.0f) continue;      /* 这一段什么都看不见 */
+    float weight = expf(shared->m[at] - top); /* 得分全是 NaN 时 m 仍是 -inf，weight 为 NaN */
     sum += weight * shared->l[at];
     ctx->isa->vaxpy(o, weight, shared->o + at * in->rank, in->rank);
   }

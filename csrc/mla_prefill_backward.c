@@ -329,20 +329,50 @@ static void reduce_rope(const dso_ctx *ctx, const layout *l, int64_t heads, int6
     ctx->isa->vaxpy(p->drope + row * n, 1.0f, group_rope(ctx, &p->in, l, i) + row * n, n);
 }
 
+/* 槽位 slot 所在的 span 里最远的末尾；不在任何 span 里返回 slot。 */
+static int64_t covered_until(const dso_mla_inputs *in, int64_t row, int64_t slot) {
+  int64_t reach = slot;
+  for (int64_t i = 0; i < in->n_spans; i++) {
+    dso_mla_place at = dso_mla_locate(in, &in->spans[i]);
+    if (at.row == row && at.slot <= slot) reach = dso_max(reach, at.slot + at.kv_len);
+  }
+  return reach;
+}
+
+/* 行 row 从 *begin 起第一段参与过计算的槽位 [*begin, *end)；没有则返回 0。其余槽位的 dK、dV 是 0，
+ * 但那里的潜变量可能从未写过：0 乘 NaN 仍是 NaN，所以不能进乘法。 */
+static int next_used(const dso_mla_inputs *in, int64_t row, int64_t *begin, int64_t *end) {
+  const uint8_t *mask = in->kv_mask ? in->kv_mask + row * in->kv_mask_bs : NULL;
+  int64_t slot = *begin;
+  while (slot < in->s && ((mask && !mask[slot]) || covered_until(in, row, slot) == slot)) slot++;
+  *begin = slot;
+  for (int64_t reach = slot; slot == reach && slot < in->s;) {
+    reach = covered_until(in, row, slot);
+    if (reach == slot) break;
+    while (slot < reach && (!mask || mask[slot])) slot++;
+  }
+  *end = slot;
+  return *begin < *end;
+}
+
 static void reduce_weight(const dso_ctx *ctx, const layout *l, int64_t first_head, int64_t task) {
   const dso_mla_backward_params *p = ctx->params;
   const dso_mla_inputs *in = &p->in;
   int64_t per_head = dso_block_count(l->kv_dim, in->rank), index = task / per_head;
   dso_block b = dso_block_at(l->kv_dim, in->rank, task % per_head);
   float *c = ctx->worker;
-  for (int64_t row = 0; row < in->b; row++) {
-    dso_gemm g = {.isa = ctx->isa, .fmt = l->d.fmt, .k = in->s, .a_transposed = 1};
-    g.a = (dso_mat){group_kv(ctx, in, l, index) + row * in->s * l->kv_dim, l->kv_dim, DSO_F32};
-    g.b = (dso_mat){dso_at(in->latent, in->latent_dtype, row * in->latent_bs), in->latent_ts,
-                    in->latent_dtype};
-    dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, row > 0,
-                   (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
-  }
+  memset(c, 0, (size_t)(b.mc * DSO_NB) * 4);
+  for (int64_t row = 0; row < in->b; row++)
+    for (int64_t begin = 0, end; next_used(in, row, &begin, &end); begin = end) {
+      dso_gemm g = {.isa = ctx->isa, .fmt = l->d.fmt, .k = end - begin, .a_transposed = 1};
+      g.a = (dso_mat){group_kv(ctx, in, l, index) + (row * in->s + begin) * l->kv_dim, l->kv_dim,
+                      DSO_F32};
+      g.b = (dso_mat){
+          dso_at(in->latent, in->latent_dtype, row * in->latent_bs + begin * in->latent_ts),
+          in->latent_ts, in->latent_dtype};
+      dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 1,
+                     (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
+    }
   for (int64_t i = 0; i < b.mc; i++)
     memcpy(p->dkv_b + ((first_head + index) * l->kv_dim + b.m0 + i) * in->rank + b.n0,
            c + i * DSO_NB, (size_t)b.nc * 4);
