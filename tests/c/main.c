@@ -1,0 +1,13 @@
+/* 全部 C 测试。用法：run_tests [随机种子] */
+#include <stdlib.h>
+
+#include "harness.h"
+
+int main(int argc, char **argv) {
+  seed_random(argc > 1 ? strtoull(argv[1], NULL, 10) : 1);
+  test_isa();
+  test_dense();
+  test_rows();
+  test_mla();
+  return report();
+}
