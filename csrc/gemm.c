@@ -23,11 +23,7 @@ dso_block dso_block_at(int64_t m, int64_t n, int64_t index) {
 
 static int64_t depth_of(dso_dtype fmt) { return DSO_KB_BYTES / dso_size_of(fmt); }
 
-enum { TILE = 64 }; /* 转置 A 时的边长：两块 fp32 正好在一级缓存里 */
-
-size_t dso_gemm_scratch(void) {
-  return (size_t)(DSO_NB + DSO_MB) * DSO_KB_BYTES + 2 * TILE * TILE * sizeof(float);
-}
+size_t dso_gemm_scratch(void) { return (size_t)(DSO_NB + DSO_MB + 4) * DSO_KB_BYTES; }
 
 /* A [m0:m0+mc, k0:k0+kc] 转成计算格式的连续行，行距 lda；BF16 的奇数尾补 0。 */
 static void copy_rows(const dso_gemm *g, int64_t m0, int64_t mc, int64_t k0, int64_t kc, void *dst,
@@ -49,26 +45,6 @@ static void copy_rows(const dso_gemm *g, int64_t m0, int64_t mc, int64_t k0, int
   }
 }
 
-/* 同上，但存储是 [k][m]：逐 TILE x TILE 转置。 */
-static void copy_transposed(const dso_gemm *g, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
-                            void *dst, int64_t lda, float *tile) {
-  float *flipped = tile + TILE * TILE;
-  for (int64_t i = 0; i < mc; i += TILE)
-    for (int64_t x = 0; x < kc; x += TILE) {
-      int64_t rows = dso_min(TILE, mc - i), depth = dso_min(TILE, kc - x);
-      for (int64_t y = 0; y < depth; y++)
-        g->isa->to_f32(tile + y * TILE,
-                       dso_at(g->a.data, g->a.dtype, (k0 + x + y) * g->a.rs + m0 + i), g->a.dtype,
-                       rows);
-      g->isa->transpose(flipped, TILE, tile, TILE, depth, rows);
-      for (int64_t y = 0; y < rows; y++)
-        g->isa->from_f32(dso_at_mut(dst, g->fmt, (i + y) * lda + x), g->fmt, flipped + y * TILE,
-                         depth);
-    }
-  if (g->fmt == DSO_BF16 && (kc & 1))
-    for (int64_t i = 0; i < mc; i++) ((uint16_t *)dst)[i * lda + kc] = 0;
-}
-
 static void pack_b(const dso_gemm *g, int64_t n0, int64_t nc, int64_t k0, int64_t kc, void *dst,
                    int64_t panel_stride) {
   if (g->b_transposed)
@@ -83,20 +59,25 @@ void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64
                     int64_t ldc, int accumulate, void *scratch) {
   int64_t depth = depth_of(g->fmt);
   char *packed = scratch, *rows = packed + (size_t)DSO_NB * DSO_KB_BYTES;
-  float *tile = (float *)(rows + (size_t)DSO_MB * DSO_KB_BYTES);
+  float *row = (float *)(rows + (size_t)DSO_MB * DSO_KB_BYTES); /* 一行 fp32，至多 KB 个元素 */
   for (int64_t k0 = 0; k0 < g->k; k0 += depth) {
     int64_t kc = dso_min(depth, g->k - k0), k_pad = g->fmt == DSO_BF16 ? dso_round_up(kc, 2) : kc;
     int64_t panel_stride = dso_panel_elems(g->fmt, kc), lda = g->a.rs;
     const void *a = dso_at(g->a.data, g->a.dtype, m0 * g->a.rs + k0);
     pack_b(g, n0, nc, k0, kc, packed, panel_stride);
+    int add = accumulate || k0 > 0;
+    int64_t panels = dso_ceil_div(nc, DSO_PANEL);
     if (g->a_transposed) {
-      copy_transposed(g, m0, mc, k0, kc, rows, k_pad, tile);
-      a = rows, lda = k_pad;
-    } else if (g->a.dtype != g->fmt || kc != k_pad) {
-      copy_rows(g, m0, mc, k0, kc, rows, k_pad, tile);
+      const void *from = dso_at(g->a.data, g->a.dtype, k0 * g->a.rs + m0);
+      g->isa->pack_n(rows, g->fmt, panel_stride, from, g->a.dtype, g->a.rs, mc, kc);
+      g->isa->gemm_t(g->fmt, mc, panels, k_pad, rows, panel_stride, packed, panel_stride, c, ldc,
+                     add);
+      continue;
+    }
+    if (g->a.dtype != g->fmt || kc != k_pad) {
+      copy_rows(g, m0, mc, k0, kc, rows, k_pad, row);
       a = rows, lda = k_pad;
     }
-    g->isa->gemm(g->fmt, mc, dso_ceil_div(nc, DSO_PANEL), k_pad, a, lda, packed, panel_stride, c,
-                 ldc, accumulate || k0 > 0);
+    g->isa->gemm(g->fmt, mc, panels, k_pad, a, lda, packed, panel_stride, c, ldc, add);
   }
 }

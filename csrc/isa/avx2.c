@@ -62,11 +62,14 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
   pack_n_f32((float *)dst, ps, src, dtype, ld, n, k);
 }
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
-                 const void *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
+static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                         int64_t lda, int64_t ks, const void *b, int64_t ps, float *c, int64_t ldc,
+                         int accumulate) {
   (void)fmt;
-  gemm_f32(m, panels, k, (const float *)a, lda, (const float *)b, ps, c, ldc, accumulate);
+  gemm_f32(m, panels, k, (const float *)a, lda, ks, (const float *)b, ps, c, ldc, accumulate);
 }
+
+#include "gemm_layouts.h"
 
 static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                 const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
@@ -82,6 +85,7 @@ void dso_isa_init_avx2(dso_isa *isa) {
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,
+      .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
       .transpose = transpose,

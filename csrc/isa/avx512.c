@@ -25,8 +25,12 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 #define GEMM_MAX_NV 4
 #define GEMM_TILES(X)                                                                             \
   X(1, 4)                                                                                         \
-  X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) \
-      X(8, 2) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+  X(2, 4)                                                                                         \
+  X(3, 4)                                                                                         \
+  X(4, 4)                                                                                         \
+  X(5, 4)                                                                                         \
+  X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(1, 1) X(2, 1) X(3, 1) \
+      X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
 #define GEMM_NV(left) ((left) >= 4 ? 4 : (left) >= 2 ? 2 : 1)
 #define GEMM_MR(nv) ((nv) == 4 ? 6 : 8)
 #define DOT_MR 4
@@ -47,11 +51,14 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
   pack_n_f32((float *)dst, ps, src, dtype, ld, n, k);
 }
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
-                 const void *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
+static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                         int64_t lda, int64_t ks, const void *b, int64_t ps, float *c, int64_t ldc,
+                         int accumulate) {
   (void)fmt;
-  gemm_f32(m, panels, k, (const float *)a, lda, (const float *)b, ps, c, ldc, accumulate);
+  gemm_f32(m, panels, k, (const float *)a, lda, ks, (const float *)b, ps, c, ldc, accumulate);
 }
+
+#include "gemm_layouts.h"
 
 static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                 const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
@@ -67,6 +74,7 @@ void dso_isa_init_avx512(dso_isa *isa) {
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,
+      .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
       .transpose = transpose,

@@ -17,8 +17,9 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
 
 /* ---- 打包路径：32 个寄存器 = 24 个累加器 + 4 个 B + 1 个广播 ---- */
 #define DEFINE_TILE(MR, NV)                                                                      \
-  static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b,     \
-                               int64_t ps, float *c, int64_t ldc, int accumulate) {              \
+  static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, int64_t ks,            \
+                               const uint16_t *b, int64_t ps, float *c, int64_t ldc,             \
+                               int accumulate) {                                                 \
     __m512 acc[MR][NV];                                                                          \
     for (int i = 0; i < MR; i++)                                                                 \
       for (int j = 0; j < NV; j++)                                                               \
@@ -27,7 +28,7 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
       __m512i w[NV];                                                                             \
       for (int j = 0; j < NV; j++) w[j] = _mm512_loadu_si512(b + j * ps + x * 16);               \
       _Pragma("GCC unroll 8") for (int i = 0; i < MR; i++) {                                     \
-        __m512i v = pair(a + i * lda + x);                                                       \
+        __m512i v = pair(a + i * lda + x / 2 * ks);                                              \
         _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++) acc[i][j] = dp(acc[i][j], v, w[j]); \
       }                                                                                          \
     }                                                                                            \
@@ -36,29 +37,46 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
   }
 #define TILES(X)                                                                                  \
   X(1, 4)                                                                                         \
-  X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) \
-      X(8, 2) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+  X(2, 4)                                                                                         \
+  X(3, 4)                                                                                         \
+  X(4, 4)                                                                                         \
+  X(5, 4)                                                                                         \
+  X(6, 4) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(1, 1) X(2, 1) X(3, 1) \
+      X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
 TILES(DEFINE_TILE)
 
-typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, const uint16_t *, int64_t, float *,
-                        int64_t, int);
+typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, int64_t, const uint16_t *, int64_t,
+                        float *, int64_t, int);
 #define NAME_TILE(MR, NV) [NV][MR] = tile_##MR##x##NV,
 static const tile_fn TILE[5][9] = {TILES(NAME_TILE)};
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
-                 const void *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
-  if (fmt != DSO_BF16) {
-    base.gemm(fmt, m, panels, k, a, lda, b, ps, c, ldc, accumulate);
-    return;
-  }
+static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                         int64_t lda, int64_t ks, const void *b, int64_t ps, float *c, int64_t ldc,
+                         int accumulate) {
+  (void)fmt;
   for (int64_t p = 0; p < panels;) {
     int64_t left = panels - p, nv = left >= 4 ? 4 : left >= 2 ? 2 : 1, mr = nv == 4 ? 6 : 8;
     for (int64_t i = 0; i < m; i += mr)
-      TILE[nv][dso_min(mr, m - i)](k, (const uint16_t *)a + i * lda, lda,
+      TILE[nv][dso_min(mr, m - i)](k, (const uint16_t *)a + i * lda, lda, ks,
                                    (const uint16_t *)b + p * ps, ps, c + i * ldc + p * DSO_PANEL,
                                    ldc, accumulate);
     p += nv;
   }
+}
+
+#include "gemm_layouts.h"
+
+static void gemm_any(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                     int64_t lda, const void *b, int64_t ps, float *c, int64_t ldc,
+                     int accumulate) {
+  (fmt == DSO_BF16 ? gemm : base.gemm)(fmt, m, panels, k, a, lda, b, ps, c, ldc, accumulate);
+}
+
+static void gemm_t_any(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                       int64_t a_stride, const void *b, int64_t ps, float *c, int64_t ldc,
+                       int accumulate) {
+  (fmt == DSO_BF16 ? gemm_t : base.gemm_t)(fmt, m, panels, k, a, a_stride, b, ps, c, ldc,
+                                           accumulate);
 }
 
 /* ---- 点积路径：A、W 都是沿 k 连续的 bf16，原地读 ---- */
@@ -234,7 +252,8 @@ void dso_isa_init_avx512bf16(dso_isa *isa) {
   base = *isa;
   isa->name = "avx512_bf16";
   isa->native_bf16 = 1;
-  isa->gemm = gemm;
+  isa->gemm = gemm_any;
+  isa->gemm_t = gemm_t_any;
   isa->dot = dot;
   isa->pack_t = pack_t;
   isa->pack_n = pack_n;

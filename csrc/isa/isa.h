@@ -28,6 +28,10 @@ typedef struct dso_isa {
   /* C [m, 16 * panels] (+)= A [m, k] · B；A 行主序。BF16 时 k 为偶数。 */
   void (*gemm)(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
                const void *b, int64_t panel_stride, float *c, int64_t ldc, int accumulate);
+  /* 同上，但 A 由 pack_n 从 [k][m] 打包而来（面板间距 a_stride）：求 Aᵀ·B 不必转置 A。 */
+  void (*gemm_t)(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                 int64_t a_stride, const void *b, int64_t panel_stride, float *c, int64_t ldc,
+                 int accumulate);
 
   /* 行数少时不打包，直接读权重：dot 为 C [m, n] = A [m, k] · W [n, k]ᵀ，
    * axpy_n 为 C [m, n] = A [m, k] · W [k, n]（A 为 fp32）。 */

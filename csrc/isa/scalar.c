@@ -71,13 +71,15 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t panel_stride, const void *s
   pack(dst, fmt, panel_stride, src, dtype, 1, ld, n, k);
 }
 
-static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a, int64_t lda,
-                 const void *b, int64_t panel_stride, float *c, int64_t ldc, int accumulate) {
+static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
+                         int64_t lda, int64_t a_ks, const void *b, int64_t panel_stride, float *c,
+                         int64_t ldc, int accumulate) {
+  int64_t pair = fmt == DSO_BF16 ? 2 : 1;
   for (int64_t i = 0; i < m; i++)
     for (int64_t p = 0; p < panels; p++) {
       float acc[DSO_PANEL] = {0};
       for (int64_t x = 0; x < k; x++) {
-        float av = load(a, fmt, i * lda + x);
+        float av = load(a, fmt, i * lda + x / pair * a_ks + x % pair);
         for (int64_t j = 0; j < DSO_PANEL; j++)
           acc[j] += av * load(b, fmt, p * panel_stride + slot(fmt, x, j));
       }
@@ -85,6 +87,8 @@ static void gemm(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void
       for (int64_t j = 0; j < DSO_PANEL; j++) row[j] = accumulate ? row[j] + acc[j] : acc[j];
     }
 }
+
+#include "gemm_layouts.h"
 
 static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                 const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
@@ -182,6 +186,7 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,
+      .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
       .transpose = transpose,

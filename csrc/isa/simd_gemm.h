@@ -5,8 +5,8 @@
 #define PV (DSO_PANEL / VL) /* 一个面板的向量数 */
 
 #define DEFINE_GEMM_TILE(MR, NV)                                                                   \
-  static void gemm_##MR##x##NV(int64_t k, const float *a, int64_t lda, const float *b, int64_t ps, \
-                               float *c, int64_t ldc, int accumulate) {                            \
+  static void gemm_##MR##x##NV(int64_t k, const float *a, int64_t lda, int64_t ks, const float *b, \
+                               int64_t ps, float *c, int64_t ldc, int accumulate) {                \
     vf acc[MR][NV * PV];                                                                           \
     for (int i = 0; i < MR; i++)                                                                   \
       for (int j = 0; j < NV * PV; j++)                                                            \
@@ -16,7 +16,7 @@
       for (int j = 0; j < NV * PV; j++)                                                            \
         w[j] = v_load(b + (j / PV) * ps + x * DSO_PANEL + (j % PV) * VL);                          \
       _Pragma("GCC unroll 16") for (int i = 0; i < MR; i++) {                                      \
-        vf v = v_set1(a[i * lda + x]);                                                             \
+        vf v = v_set1(a[i * lda + x * ks]);                                                        \
         _Pragma("GCC unroll 8") for (int j = 0; j < NV * PV; j++) acc[i][j] =                      \
             v_fma(v, w[j], acc[i][j]);                                                             \
       }                                                                                            \
@@ -26,19 +26,19 @@
   }
 GEMM_TILES(DEFINE_GEMM_TILE)
 
-typedef void (*gemm_tile_f32)(int64_t, const float *, int64_t, const float *, int64_t, float *,
-                              int64_t, int);
+typedef void (*gemm_tile_f32)(int64_t, const float *, int64_t, int64_t, const float *, int64_t,
+                              float *, int64_t, int);
 #define NAME_GEMM_TILE(MR, NV) [NV][MR] = gemm_##MR##x##NV,
 static const gemm_tile_f32 GEMM_F32[GEMM_MAX_NV + 1][GEMM_MAX_MR + 1] = {
     GEMM_TILES(NAME_GEMM_TILE)};
 
-static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64_t lda,
+static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64_t lda, int64_t ks,
                      const float *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
   for (int64_t p = 0; p < panels;) {
     int nv = GEMM_NV(panels - p), mr = GEMM_MR(nv);
     for (int64_t i = 0; i < m; i += mr) {
       int64_t rows = dso_min(mr, m - i);
-      GEMM_F32[nv][rows](k, a + i * lda, lda, b + p * ps, ps, c + i * ldc + p * DSO_PANEL, ldc,
+      GEMM_F32[nv][rows](k, a + i * lda, lda, ks, b + p * ps, ps, c + i * ldc + p * DSO_PANEL, ldc,
                          accumulate);
     }
     p += nv;
@@ -192,15 +192,39 @@ static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
 }
 
 /* ---- fp32 打包 ---- */
-static void pack_n_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld,
-                       int64_t n, int64_t k) {
+static inline __attribute__((always_inline)) void pack_n_as(float *dst, int64_t ps, const void *src,
+                                                            dso_dtype dtype, int64_t ld, int64_t n,
+                                                            int64_t k) {
   for (int64_t p = 0; p * DSO_PANEL < n; p++) {
     int64_t width = dso_min(DSO_PANEL, n - p * DSO_PANEL);
     for (int64_t x = 0; x < k; x++) {
       float *row = dst + p * ps + x * DSO_PANEL;
-      to_f32(row, dso_at(src, dtype, x * ld + p * DSO_PANEL), dtype, width);
-      for (int64_t j = width; j < DSO_PANEL; j++) row[j] = 0.0f;
+      const void *from = dso_at(src, dtype, x * ld + p * DSO_PANEL);
+      for (int64_t j = 0; j < DSO_PANEL; j += VL) {
+        int64_t rest = width - j;
+        v_store(row + j, rest >= VL ? load_full(dso_at(from, dtype, j), dtype)
+                         : rest > 0 ? load_part(dso_at(from, dtype, j), dtype, rest)
+                                    : v_set1(0.0f));
+      }
     }
+  }
+}
+
+static void pack_n_f32(float *dst, int64_t ps, const void *src, dso_dtype dtype, int64_t ld,
+                       int64_t n, int64_t k) {
+  switch (dtype) {
+    case DSO_F32:
+      pack_n_as(dst, ps, src, DSO_F32, ld, n, k);
+      break;
+    case DSO_BF16:
+      pack_n_as(dst, ps, src, DSO_BF16, ld, n, k);
+      break;
+    case DSO_F16:
+      pack_n_as(dst, ps, src, DSO_F16, ld, n, k);
+      break;
+    default:
+      pack_n_as(dst, ps, src, DSO_I8, ld, n, k);
+      break;
   }
 }
 
