@@ -86,8 +86,12 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """达到要求没有；没有要求或没有读数为 None。"""
-        if self.target is None or self.ratio is None:
+        """达到要求没有；没有要求、或对照没能运行为 None；本库没能运行为 False。"""
+        if self.target is None:
+            return None
+        if self.ours is None:
+            return False
+        if self.ratio is None:
             return None
         return self.ratio >= self.target
 
@@ -161,8 +165,7 @@ class SpeedCase(Case):
         ]
 
     def _missing(self, note: str) -> Row:
-        name = self.peer_name
-        return Row(self.key, self.title, "speed", "ms", name, None, None, self.target, note=note)
+        return Row(self.key, self.title, "speed", "ms", self.peer_name, None, None, note=note)
 
 
 def _details(peer: Any, ours: Any, case: SpeedCase, roofline: timing.Roofline) -> dict[str, Any]:

@@ -270,7 +270,8 @@ def cache_bytes(cache: Any) -> int:
     for layer in cache.layers:
         own = getattr(layer, "nbytes", None)
         if own is None:
-            own = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            stored = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            own = sum(t.numel() * t.element_size() for t in stored if t is not None)
         total += own
     return total
 

@@ -99,7 +99,7 @@ def _run_case(case: Case, env: Env) -> list[Row]:
     try:
         return case.run(env)
     except ProbeError as error:
-        return [Row(case.key, case.title, "info", "", "", None, None, note=str(error))]
+        return [Row(case.key, case.title, "saving", "", "", None, None, 0.0, note=str(error))]
 
 
 def _require_transformers() -> None:
@@ -184,9 +184,10 @@ def _ratio(row: Row, value: float | None) -> str:
 
 
 def _verdict(row: Row) -> str:
-    if row.met is None:
-        return row.note
-    return "[green]✓[/]" if row.met else "[bold red]✗[/]"
+    from rich.markup import escape
+
+    mark = {None: "", True: "[green]✓[/]", False: "[bold red]✗[/]"}[row.met]
+    return f"{mark} {escape(row.note)}".strip()
 
 
 def print_result(result: SuiteResult, console: Any) -> None:
