@@ -95,7 +95,10 @@ Tensor swiglu_mlp(const Tensor &x, const Tensor &gate, const Tensor &up, const T
   dso_swiglu_mlp_params p{rows_of(x),          d.n,          d.k,          d.inner,
                           mat_of(rows, type),  mat_of(g, w), mat_of(u, w), mat_of(o, w),
                           y.mutable_data_ptr()};
-  if (p.m > 0) execute(dso_swiglu_mlp, &p);
+  if (d.k == 0 || d.inner == 0)  // 空的求和
+    torch::stable::zero_(y);
+  else if (p.m > 0)
+    execute(dso_swiglu_mlp, &p);
   return y;
 }
 
@@ -115,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_mlp_backward(const Tensor &gra
          du = torch::stable::new_empty(up, {d.inner, d.k});
   Tensor dd = torch::stable::new_empty(down, {d.n, d.inner});
   const int64_t m = rows_of(x);
-  if (m == 0) {
-    for (Tensor *t : {&dg, &du, &dd}) torch::stable::zero_(*t);
+  if (m == 0 || d.k == 0 || d.inner == 0 || d.n == 0) {  // 空的求和
+    for (Tensor *t : {&dx, &dg, &du, &dd}) torch::stable::zero_(*t);
     return {dx, dg, du, dd};
   }
   dso_swiglu_mlp_backward_params p{m,

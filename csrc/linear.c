@@ -46,6 +46,7 @@ static void run_small(const dso_ctx *ctx, int64_t task) {
   int in_place = p->x.dtype == fmt;
   const void *x = in_place ? p->x.data : ctx->shared;
   float *c = ctx->worker, bias[DSO_DOT_MAX_N];
+  if (p->k == 0) memset(c, 0, (size_t)(p->m * nc) * 4);
   ctx->isa->dot(fmt, p->m, nc, p->k, x, in_place ? p->x.rs : p->k,
                 dso_at(p->weight.data, p->weight.dtype, n0 * p->weight.rs), p->weight.dtype,
                 p->weight.rs, c, nc);
@@ -62,6 +63,7 @@ static void run_block(const dso_ctx *ctx, int64_t task) {
                 .b = p->weight,
                 .b_transposed = 1};
   float *c = ctx->worker, bias[DSO_NB];
+  if (p->k == 0) memset(c, 0, (size_t)(b.mc * DSO_NB) * 4);
   dso_gemm_block(&g, b.m0, b.mc, b.n0, b.nc, c, DSO_NB, 0,
                  (char *)ctx->worker + (size_t)DSO_MB * DSO_NB * 4);
   for (int64_t i = 0; i < b.mc; i++)
