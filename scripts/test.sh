@@ -23,7 +23,7 @@ fi
 
 say "[3/4] pytest（覆盖率门槛见 pyproject.toml）"
 status=0
-"$python" -m pytest --cov --cov-report=term "$@" 2>&1 | tee "$log" || status=$?
+"$python" -m pytest --cov --cov-report=term --durations=15 "$@" 2>&1 | tee "$log" || status=$?
 
 say "[4/4] C 行覆盖率"
 scripts/coverage.sh || status=$?
