@@ -93,14 +93,13 @@ class DemoResult:
     def headline(self) -> list[tuple[str, str]]:
         """(大字, 说明)：最醒目的几个数，都出自读数。"""
         found = []
-        measured = [
-            n for n in self.table.lengths if self.table.saving("standard_sdpa", n) is not None
-        ]
-        length = 8192 if 8192 in measured else max(measured, default=None)
+        saved_at = {n: self.table.saving("standard_sdpa", n) for n in self.table.lengths}
+        measured = [n for n, saved in saved_at.items() if saved is not None]
+        judged = lengths.JUDGED
+        length = judged if judged in measured else max(measured, default=None)
         if length is not None:
-            found.append(
-                (f"-{saved_at[length]:.0%}", f"{length} 词元的内存，对标准多头注意力（SDPA）")
-            )
+            label = f"{length} 词元的内存，对标准多头注意力（SDPA）"
+            found.append((f"-{saved_at[length]:.0%}", label))
         found += self._speedups()
         worst = max((abs(a.drop) for a in self.accuracies), default=None)
         if worst is not None:
