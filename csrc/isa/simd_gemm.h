@@ -9,8 +9,7 @@
                                int64_t ps, float *c, int64_t ldc, int accumulate) {                \
     vf acc[MR][NV * PV];                                                                           \
     for (int i = 0; i < MR; i++)                                                                   \
-      for (int j = 0; j < NV * PV; j++)                                                            \
-        acc[i][j] = accumulate ? v_load(c + i * ldc + j * VL) : v_set1(0.0f);                      \
+      for (int j = 0; j < NV * PV; j++) acc[i][j] = v_set1(0.0f);                                  \
     for (int64_t x = 0; x < k; x++) {                                                              \
       vf w[NV * PV];                                                                               \
       for (int j = 0; j < NV * PV; j++)                                                            \
@@ -22,7 +21,10 @@
       }                                                                                            \
     }                                                                                              \
     for (int i = 0; i < MR; i++)                                                                   \
-      for (int j = 0; j < NV * PV; j++) v_store(c + i * ldc + j * VL, acc[i][j]);                  \
+      for (int j = 0; j < NV * PV; j++) {                                                          \
+        float *at = c + i * ldc + j * VL;                                                          \
+        v_store(at, (accumulate ? v_load(at) : v_set1(0.0f)) + acc[i][j]);                         \
+      }                                                                                            \
   }
 GEMM_TILES(DEFINE_GEMM_TILE)
 
@@ -32,14 +34,22 @@ typedef void (*gemm_tile_f32)(int64_t, const float *, int64_t, int64_t, const fl
 static const gemm_tile_f32 GEMM_F32[GEMM_MAX_NV + 1][GEMM_MAX_MR + 1] = {
     GEMM_TILES(NAME_GEMM_TILE)};
 
+/* 沿 k 每 GEMM_KC 步另起一个部分和：一路累加到底，误差随 k 增长，会大于通行的 BLAS。 */
+#define GEMM_KC 128
+
 static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64_t lda, int64_t ks,
                      const float *b, int64_t ps, float *c, int64_t ldc, int accumulate) {
   for (int64_t p = 0; p < panels;) {
     int nv = GEMM_NV(panels - p), mr = GEMM_MR(nv);
     for (int64_t i = 0; i < m; i += mr) {
       int64_t rows = dso_min(mr, m - i);
-      GEMM_F32[nv][rows](k, a + i * lda, lda, ks, b + p * ps, ps, c + i * ldc + p * DSO_PANEL, ldc,
-                         accumulate);
+      int64_t x = 0;
+      do {
+        GEMM_F32[nv][rows](dso_min(GEMM_KC, k - x), a + i * lda + x * ks, lda, ks,
+                           b + p * ps + x * DSO_PANEL, ps, c + i * ldc + p * DSO_PANEL, ldc,
+                           accumulate || x > 0);
+        x += GEMM_KC;
+      } while (x < k);
     }
     p += nv;
   }
