@@ -6,14 +6,17 @@
 
 #include "isa/isa.h"
 
-enum { ROWS = 64 };
+enum {
+  ROWS = 64, /* 每任务行数 */
+  PART = 16  /* 每个部分和的行数：一路累加到底，误差随行数增长 */
+};
 
 static int64_t blocks(const dso_rms_norm_backward_params *p) { return dso_ceil_div(p->rows, ROWS); }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_rms_norm_backward_params *p = params;
   (void)isa;
-  return (dso_plan){2, (size_t)(dso_max(1, blocks(p)) * p->dim) * 4, (size_t)p->dim * 4 * 3};
+  return (dso_plan){2, (size_t)(dso_max(1, blocks(p)) * p->dim) * 4, (size_t)p->dim * 4 * 4};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {
@@ -55,12 +58,16 @@ static void run(const dso_ctx *ctx, int64_t task) {
     reduce(ctx);
     return;
   }
-  float *weight = ctx->worker, *x = weight + p->dim, *g = x + p->dim;
+  float *weight = ctx->worker, *x = weight + p->dim, *g = x + p->dim, *part = g + p->dim;
   float *sum = (float *)ctx->shared + task * p->dim;
   ctx->isa->to_f32(weight, p->weight, p->weight_dtype, p->dim);
   memset(sum, 0, (size_t)p->dim * 4);
   int64_t end = dso_min(p->rows, (task + 1) * ROWS);
-  for (int64_t row = task * ROWS; row < end; row++) backward_row(ctx, row, weight, x, g, sum);
+  for (int64_t row = task * ROWS; row < end; row++) {
+    if (row % PART == 0) memset(part, 0, (size_t)p->dim * 4);
+    backward_row(ctx, row, weight, x, g, part);
+    if (row % PART == PART - 1 || row == end - 1) ctx->isa->vaxpy(sum, 1.0f, part, p->dim);
+  }
 }
 
 const dso_op dso_rms_norm_backward = {"rms_norm_backward", plan, tasks, run};

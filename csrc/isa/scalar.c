@@ -156,9 +156,9 @@ static void silu_mul_backward(float *g_dg, float *u_du, float *dh_h, int64_t n) 
 }
 
 static float vdot(const float *a, const float *b, int64_t n) {
-  float acc = 0.0f;
-  for (int64_t i = 0; i < n; i++) acc += a[i] * b[i];
-  return acc;
+  double acc = 0.0; /* 逐个累加，fp32 的误差随长度增长 */
+  for (int64_t i = 0; i < n; i++) acc += (double)a[i] * b[i];
+  return (float)acc;
 }
 
 static void vaxpy(float *y, float a, const float *x, int64_t n) {
