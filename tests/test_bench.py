@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+# pylint: disable=wrong-import-position
 
 from deepseek_opt import _native, cli  # noqa: E402
 from deepseek_opt.benchmarks import (  # noqa: E402
@@ -198,7 +199,7 @@ def test_memory_without_proc(monkeypatch, tmp_path):
 
 
 def _fake_probe(sizes):
-    def probe(env, subject, implementation, length):
+    def probe(_env, _subject, implementation, length):
         if implementation not in sizes:
             raise ProbeError("未运行：约需 9.9 GB")
         size = sizes[implementation] * length

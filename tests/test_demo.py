@@ -13,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+# pylint: disable=wrong-import-position
 
 from deepseek_opt import cli  # noqa: E402
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS, ProbeError, ProbeReading  # noqa: E402
@@ -222,10 +223,13 @@ def test_memory_check(result):
         reading = probe.measure(1, lengths.JUDGED, decode=1, repeats=1)
         readings.append(lengths.Measurement(name, lengths.JUDGED, reading))
     table = lengths.LengthTable("bfloat16", tuple(readings))
-    eager, sdpa = table.checks()
+    checks = table.checks()
+    assert len(checks) == 2
+    eager, sdpa = checks[0], checks[1]
     assert eager.passed and sdpa.passed is False and "少 30.0%" in sdpa.detail
     missing = replace(table, measurements=(replace(readings[1], reading=None, note="未运行"),))
-    (check,) = missing.checks()
+    assert len(missing.checks()) == 1
+    check = missing.checks()[0]
     assert check.passed is None and check.mark == "–"
     assert not replace(result, table=table).passed
     assert replace(result, table=missing).passed

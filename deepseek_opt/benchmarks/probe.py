@@ -82,7 +82,8 @@ class Probe:
     def __init__(self, spec: ProbeSpec):
         self.spec = spec
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
-        self._process = subprocess.Popen(
+        # 句柄留到 close()：子进程要跨多次提问。
+        self._process = subprocess.Popen(  # pylint: disable=consider-using-with
             [sys.executable, "-m", "deepseek_opt.benchmarks.probe", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

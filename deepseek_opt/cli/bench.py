@@ -58,11 +58,11 @@ def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("准备", total=None)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as meter:
+        task = meter.add_task("准备", total=None)
 
         def show(done: int, total: int, title: str) -> None:
-            bar.update(task, completed=done, total=total, description=title)
+            meter.update(task, completed=done, total=total, description=title)
 
         result = runner.run_suite(
             suite,

@@ -45,19 +45,19 @@ def demo(
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("导入 torch 与 transformers", total=None)
+    with Progress(*columns, console=Console(stderr=True)) as meter:
+        task = meter.add_task("导入 torch 与 transformers", total=None)
         from deepseek_opt.demo import DemoOptions, data, run_demo
 
         folder = data.MODEL_FOLDER if model is None else model
         options = DemoOptions(folder=folder, output=output, threads=threads, full=full)
-        bar.update(task, total=options.ticks)
+        meter.update(task, total=options.ticks)
 
         def tick(text: str) -> None:
-            bar.update(task, advance=1, description=text)
+            meter.update(task, advance=1, description=text)
 
         result = run_demo(options, tick)
-        bar.update(task, completed=options.ticks, description="完成")
+        meter.update(task, completed=options.ticks, description="完成")
     print_result(result, console)
     raise typer.Exit(0 if result.passed else 1)
 

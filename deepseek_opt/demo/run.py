@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def _comparisons(
         for context in options.contexts:
             ids = data.prompts(tokenizer, batch, context)
             label = f"{dtype}：{batch} 行，上下文 {context}"
-            yield compare.compare(variants, ids, options.steps, dtype, lambda: tick(label))
+            yield compare.compare(variants, ids, options.steps, dtype, partial(tick, label))
 
 
 def _measure(options: DemoOptions, deadline: float | None, tick: Tick) -> LengthTable:
