@@ -114,6 +114,33 @@ def sample_prompt() -> tuple[str, str]:
     return "textwrap.py", text[max(0, cut - 1500) : cut + len("def fill(self, text):")]
 
 
+def _evaluate(out: Path, limit: int | None) -> dict:
+    """重新载入导出的目录，在 fp32 与 bf16 下评测，fp32 下另测长上下文并续写一段。"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(out, dtype=getattr(torch, name)).eval()
+        for name in ("float32", "bfloat16")
+    }
+    scores = {}
+    for name, model in models.items():
+        score = score_held_out(model, tokenizer, limit)
+        scores[name] = {
+            "tokens": score.tokens,
+            "loss": round(score.mean_loss, 4),
+            "accuracy": round(score.accuracy, 4),
+            "bits_per_byte": round(score.bits_per_byte, 4),
+        }
+    source, prompt = sample_prompt()
+    text = continuation(models["float32"], tokenizer, prompt)
+    return {
+        "scores": scores,
+        "by_position": loss_by_position(models["float32"], tokenizer),
+        "sample": {"source": source, "prompt": prompt[-420:], "text": text},
+    }
+
+
 def export(model: nn.Module, out: Path, progress: dict, limit: int | None = None) -> dict:
     """写出权重与配置，重新载入后评测，写模型卡；返回全部读数。
 
@@ -123,41 +150,22 @@ def export(model: nn.Module, out: Path, progress: dict, limit: int | None = None
         progress: 训练进度（步数、token 数、用时）。
         limit: 评测的 token 数上限；None 表示全部留出文件。
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # 路由的修正偏置留在 fp32：transformers 载入时也这样保持。
-    for name, param in model.named_parameters():
+    # 只转参数：路由的修正偏置是缓冲区，留在 fp32，transformers 载入时也这样保持。
+    for param in model.parameters():
         param.data = param.data.to(torch.bfloat16)
     model.config.dtype = "bfloat16"
     model.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    scores = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval()
-        scores[str(dtype).removeprefix("torch.")] = score_held_out(loaded, tokenizer, limit)
-        if dtype == torch.float32:
-            by_position = loss_by_position(loaded, tokenizer)
-            source, prompt = sample_prompt()
-            sample = continuation(loaded, tokenizer, prompt)
+    (out / "model.safetensors").chmod(0o644)
+    training, held_out = corpus.training_files(), corpus.held_out_files()
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "file_bytes": (out / "model.safetensors").stat().st_size,
         "python": platform.python_version(),
-        "training_files": len(corpus.training_files()),
-        "training_bytes": sum(p.stat().st_size for p in corpus.training_files()),
-        "held_out_files": len(corpus.held_out_files()),
+        "training_files": len(training),
+        "training_bytes": sum(path.stat().st_size for path in training),
+        "held_out_files": len(held_out),
         "progress": progress,
-        "by_position": by_position,
-        "scores": {
-            name: {
-                "tokens": s.tokens,
-                "loss": round(s.mean_loss, 4),
-                "accuracy": round(s.accuracy, 4),
-                "bits_per_byte": round(s.bits_per_byte, 4),
-            }
-            for name, s in scores.items()
-        },
-        "sample": {"source": source, "prompt": prompt[-420:], "text": sample},
+        **_evaluate(out, limit),
     }
     write_card(out / "README.md", figures, model.config)
     return figures

@@ -67,7 +67,7 @@ def experts(
 
 
 @experts.register_fake
-def _(x, index, weight, gate_up, down):
+def _(x, index, weight, gate_up, down):  # pylint: disable=unused-argument
     rows = index.numel()
     return (
         torch.empty_like(x),
@@ -121,7 +121,7 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, x, weight, gate_up, down, hidden, out, order, counts):
+def _(grad, x, weight, gate_up, down, hidden, out, order, counts):  # pylint: disable=unused-argument
     return (
         torch.empty_like(x),
         torch.empty_like(weight),
