@@ -121,7 +121,8 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, x, weight, gate_up, down, hidden, out, order, counts):  # pylint: disable=unused-argument
+def _(grad, x, weight, gate_up, down, hidden, out, order, counts):
+    # pylint: disable=unused-argument
     return (
         torch.empty_like(x),
         torch.empty_like(weight),
