@@ -1,0 +1,33 @@
+"""共用夹具。"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_opt import _native
+
+ISAS = _native.available_isas() if _native.load() else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """依次换成本机可用的每一种指令集，测试后换回。"""
+    before = _native.isa()
+    _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """``threads(n)`` 改线程数，测试后恢复。"""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """失败可以重现。"""
+    torch.manual_seed(0)

@@ -1,0 +1,103 @@
+"""rope、rope_：对照 fp64；逆即转置；可求导。"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_opt import ops, reference
+from tests.op_cases import FLOATS, flipped, randn, strided
+from tests.tolerances import tol
+
+
+def angles(batch, steps, half, scale=1.0):
+    angle = torch.rand(batch, steps, half) * 100
+    return angle.cos() * scale, angle.sin() * scale
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_against_fp64(isa, dtype, interleaved, inverse, shared):
+    for half in (1, 3, 8, 33):
+        x = randn(3, 5, 2, 2 * half, dtype=dtype)
+        cos, sin = angles(1 if shared else 3, 5, half, 1.3)
+        got = ops.rope(x, cos, sin, interleaved, inverse)
+        want = reference.rope(x.double(), cos.double(), sin.double(), interleaved, inverse)
+        torch.testing.assert_close(got.double(), want, **tol(dtype))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_inverse_is_transpose(isa, interleaved):
+    x, y = randn(2, 3, 4, 10), randn(2, 3, 4, 10)
+    cos, sin = angles(2, 3, 5)
+    torch.testing.assert_close(
+        ops.rope(ops.rope(x, cos, sin, interleaved), cos, sin, interleaved, True), x
+    )
+    left = (ops.rope(x, cos, sin, interleaved) * y).sum()
+    torch.testing.assert_close(left, (x * ops.rope(y, cos, sin, interleaved, True)).sum())
+
+
+@pytest.mark.parametrize("interleaved, inverse", list(itertools.product([False, True], repeat=2)))
+def test_gradient(interleaved, inverse):
+    x, (cos, sin) = randn(2, 3, 2, 6), angles(1, 3, 3)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    grad = randn(2, 3, 2, 6)
+    ops.rope(ours, cos, sin, interleaved, inverse).backward(grad)
+    wide = (cos.double(), sin.double())
+    reference.rope(exact, *wide, interleaved, inverse).backward(grad.double())
+    torch.testing.assert_close(ours.grad.double(), exact.grad, **tol(torch.float32))
+    function = lambda v: ops.rope(v, cos, sin, interleaved, inverse)  # noqa: E731
+    leaf = randn(1, 3, 1, 6).requires_grad_()
+    assert torch.autograd.gradcheck(function, (leaf,), eps=1e-2, atol=1e-3, rtol=1e-3)
+
+
+def test_angles_of_any_dtype(isa):
+    x, (cos, sin) = randn(1, 4, 2, 8), angles(1, 4, 4)
+    for dtype in (torch.float64, torch.bfloat16):
+        c, s = cos.to(dtype), sin.to(dtype)
+        torch.testing.assert_close(
+            ops.rope(x, c, s, True), ops.rope(x, c.float(), s.float(), True), rtol=0, atol=0
+        )
+
+
+def test_views_and_empty(isa):
+    x, (cos, sin) = randn(2, 5, 3, 12), angles(2, 5, 6)
+    want = ops.rope(x, cos, sin, True)
+    for view in (strided(x), flipped(x), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        torch.testing.assert_close(ops.rope(view, cos, sin, True), want, rtol=0, atol=0)
+    torch.testing.assert_close(ops.rope(x, flipped(cos), strided(sin), True), want)
+    assert ops.rope(randn(2, 0, 3, 12), cos[:, :0], sin[:, :0], True).shape == (2, 0, 3, 12)
+    assert ops.rope(randn(2, 5, 3, 0), cos[..., :0], sin[..., :0], True).shape == (2, 5, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_place_on_a_slice(isa, dtype, interleaved):
+    """只旋转最后几维，其余不动。"""
+    q, (cos, sin) = randn(2, 5, 3, 14, dtype=dtype), angles(2, 5, 4)
+    before = q.clone()
+    ops.rope_(q[..., 6:], cos, sin, interleaved)
+    torch.testing.assert_close(q[..., :6], before[..., :6], rtol=0, atol=0)
+    want = ops.rope(before[..., 6:], cos, sin, interleaved)
+    torch.testing.assert_close(q[..., 6:], want, rtol=0, atol=0)
+
+
+def test_nan_touches_only_its_pair(isa):
+    x, (cos, sin) = randn(1, 1, 2, 16), angles(1, 1, 8)
+    x[0, 0, 1, 3] = torch.nan
+    assert ops.rope(x, cos, sin, False).isnan().sum() == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.integers(1, 40), st.booleans())
+def test_any_shape(batch, steps, heads, half, interleaved):
+    x, (cos, sin) = randn(batch, steps, heads, 2 * half), angles(batch, steps, half)
+    want = reference.rope(x.double(), cos.double(), sin.double(), interleaved)
+    got = ops.rope(x, cos, sin, interleaved).double()
+    torch.testing.assert_close(got, want, **tol(torch.float32))
