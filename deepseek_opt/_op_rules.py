@@ -111,9 +111,7 @@ def _linear_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = (*ctx.needs_input_grad, False)[:3]
     need_bias = need_bias and ctx.has_bias
-    dx, dw, db = _OPS.linear_backward(
-        grad.contiguous(), x, weight, need_x, need_weight, need_bias
-    )
+    dx, dw, db = _OPS.linear_backward(grad.contiguous(), x, weight, need_x, need_weight, need_bias)
     grads = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
     return _for_given(ctx, grads)
 
@@ -184,6 +182,18 @@ for _name, _backward, _setup in (
     ("mla_prefill", _prefill_backward, _prefill_setup),
 ):
     torch.library.register_autograd(_NS + _name, _backward, setup_context=_setup)
+
+
+def _refuse(name):
+    def backward(_ctx, *_grads):
+        raise RuntimeError(f"deepseek_opt：{name} 没有导数，不能再求导。")
+
+    return backward
+
+
+# 没有登记 autograd 的算子，torch 只警告一次就丢掉梯度；求二阶导数时改成报错。
+for _name in ("linear", "swiglu_mlp", "rms_norm", "mla_prefill"):
+    torch.library.register_autograd(f"{_NS}{_name}_backward", _refuse(f"{_name}_backward"))
 
 
 # ---- autocast：矩阵类算子按 autocast 的 dtype 计算，与 torch 对 F.linear、SDPA 的规则一致 ----
