@@ -356,6 +356,18 @@ class LatentCache:
     memory_budget_bytes : 整个缓存的字节上限，各层平分；放不下时在分配之前报错并给出最大长度。
 
     方法的命名与返回值同 transformers 的 Cache；:meth:`update` 两种写法都接受。
+
+    示例
+    ----
+    >>> import torch
+    >>> from deepseek_opt import LatentCache
+    >>> cache = LatentCache(num_layers=2, max_length=128)
+    >>> latent, rope, scale = cache.update(0, torch.randn(1, 5, 16), torch.randn(1, 5, 8))
+    >>> cache.get_seq_length()
+    5
+    >>> cache.crop(-2)
+    >>> cache.get_seq_length()
+    3
     """
 
     is_compileable = False
@@ -401,14 +413,19 @@ class LatentCache:
 
         found = specs.cache_geometry(model)
         cache = cls(
-            max(found) + 1, max_length=max_length, dtype=dtype, memory_budget_bytes=memory_budget_bytes
+            max(found) + 1,
+            max_length=max_length,
+            dtype=dtype,
+            memory_budget_bytes=memory_budget_bytes,
         )
         if batch_size is None or max_length is None:
             return cache
         for index, (rank, rope_dim, weight) in found.items():
             sample = {"dtype": weight.dtype, "device": weight.device}
             latent = torch.empty(batch_size, 0, rank, **sample)
-            cache.layers[index].reserve(max_length, latent, latent.new_empty(batch_size, 0, rope_dim))
+            cache.layers[index].reserve(
+                max_length, latent, latent.new_empty(batch_size, 0, rope_dim)
+            )
         return cache
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

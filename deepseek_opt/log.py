@@ -4,7 +4,7 @@
 算子、指令集、形状、耗时（毫秒）。
 
 >>> from deepseek_opt import log
->>> log.enable("WARNING")
+>>> _ = log.enable("WARNING")
 """
 
 from __future__ import annotations

@@ -95,13 +95,20 @@ def switch(
     """在已优化的模型上换一份配置；出错时保持原来的优化不变。
 
     strict、filter_fn 不给时沿用上一次的。没有优化过则抛 InputError。
+
+    示例::
+
+        deepseek_opt.optimize(model, OptimizationProfile.preset("fast_decode"))
+        deepseek_opt.switch(model, OptimizationProfile.preset("low_memory"))
     """
     check_model(model)
     _check_profile(profile)
     with lock_of(model):
         state = find_state(model)
         if state is None:
-            raise InputError(f"这个 {type(model).__name__} 没有优化过，请先用 optimize(model, profile)")
+            raise InputError(
+                f"这个 {type(model).__name__} 没有优化过，请先用 optimize(model, profile)"
+            )
         strict = state.options["strict"] if strict is None else strict
         chosen = filter_fn or state.options["filter_fn"]
         saved = detach_all(model)
@@ -242,10 +249,14 @@ def _require_met(report: OptimizationReport) -> None:
 
 def _log(report: OptimizationReport) -> None:
     if report.replaced:
-        logger.info("%s：替换 %d 处，跳过 %d 处", report.model, len(report.replaced), len(report.skipped))
+        logger.info(
+            "%s：替换 %d 处，跳过 %d 处", report.model, len(report.replaced), len(report.skipped)
+        )
     else:
         reasons = sorted({entry.reason for entry in report.skipped if entry.reason})
-        logger.warning("%s 里什么都没有替换：%s", report.model, "；".join(reasons) or "配置各部分都为空")
+        logger.warning(
+            "%s 里什么都没有替换：%s", report.model, "；".join(reasons) or "配置各部分都为空"
+        )
 
 
 def _undo(model: nn.Module) -> None:

@@ -165,6 +165,13 @@ class LayerError:
 class VerificationReport:
     """``verify`` 的结果：原实现与优化后逐项对照。
 
+    示例::
+
+        checked = deepseek_opt.verify(model, inputs)
+        print(checked)             # 表格；笔记本里是 HTML
+        checked.passed             # 是否通过；checked.failures 为原因
+        checked.layers[0].max_error
+
     属性：
         model、dtype、tokens: 模型类名、参数类型、参与比较的位置数。
         max_error、mean_error、scale: logits 的最大、平均绝对误差与均方根。
@@ -204,7 +211,8 @@ class VerificationReport:
         data = asdict(self)
         data["passed"] = self.passed
         data["fallbacks"] = [
-            {"name": name, "reason": reason, "count": n} for (name, reason), n in self.fallbacks.items()
+            {"name": name, "reason": reason, "count": n}
+            for (name, reason), n in self.fallbacks.items()
         ]
         return data
 
@@ -221,7 +229,9 @@ class VerificationReport:
             rows.append(["下一词元准确率（原 → 优化）", accuracy])
         if self.greedy_equal is not None:
             state = "完全一致" if self.greedy_equal else "不一致"
-            rows.append(["贪心生成", f"{state}（{self.greedy_matched}/{self.greedy_total} 个词元）"])
+            rows.append(
+                ["贪心生成", f"{state}（{self.greedy_matched}/{self.greedy_total} 个词元）"]
+            )
         verdict = "通过" if self.passed else "未通过：" + "；".join(self.failures)
         rows.append(["结论", verdict])
         tables = [(f"{self.model}（{self.dtype}）核对", ["项目", "结果"], rows)]

@@ -25,6 +25,7 @@ class LatentMultiheadAttention(LatentProjections):
     kdim : 键值一侧的宽度，默认 embed_dim；MLA 的键和值出自同一潜变量，所以 vdim 必须等于它。
     batch_first : True 时为 (N, L, E)，否则为 (L, N, E)。
     rope : 是否旋转位置编码；自注意力默认 True，交叉注意力应为 False。
+
     其余参数见 :class:`~deepseek_opt.layers.projections.LatentProjections`。
 
     与 nn.MultiheadAttention 的不同：need_weights 默认 False，传 True 会被拒绝（权重矩阵从不成形）；

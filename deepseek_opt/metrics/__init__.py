@@ -25,7 +25,25 @@ from deepseek_opt.metrics.sinks import JSONLSink, PrometheusSink, TensorBoardSin
 
 
 def metrics(model: nn.Module) -> PerformanceMetrics:
-    """model 的性能指标；还没有开始收集时，从这次调用起收集。"""
+    """model 的性能指标；还没有开始收集时，从这次调用起收集。
+
+    参数
+    ----
+    model : 任何 nn.Module，优化过与否都可以。
+
+    返回 :class:`PerformanceMetrics`。抛出 InputError：不是 nn.Module。停止用 :func:`stop_metrics`。
+
+    示例
+    ----
+    >>> import torch
+    >>> from deepseek_opt import metrics
+    >>> model = torch.nn.Linear(4, 4)
+    >>> print(metrics(model))
+    性能指标：还没有前向调用，从现在开始收集
+    >>> _ = model(torch.randn(2, 4))
+    >>> metrics(model).calls
+    1
+    """
     return start_metrics(model).metrics(model)
 
 

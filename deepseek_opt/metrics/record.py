@@ -67,20 +67,30 @@ class RingBuffer:
 class PerformanceMetrics:
     """一个模型的性能指标；除 calls 外都只统计最近的窗口。不适用或还没有数据的为 None。
 
-    calls : 收集以来的前向次数。window_calls : 窗口内的次数。
-    prefill_calls、decode_calls、train_calls : 窗口内各类次数。
-    prefill_tokens、decode_tokens : 窗口内处理的词元数。
-    forward_seconds_mean、forward_seconds_p50、forward_seconds_p95 : 每次前向的用时，秒。
-    time_to_first_token_seconds : 最近一条序列的预填充（分块时为各块之和）用时，秒。
-    time_per_output_token_seconds : 解码一步（每行一个或几个词元）的平均用时，秒。
-    throughput_tokens_per_second : 窗口内词元数 / 前向用时之和。
-    decode_tokens_per_second : 同上，只算解码。
-    cache_bytes : 最近一次带缓存的前向之后，缓存的字节数。
-    memory_reserved_bytes、memory_max_reserved_bytes : CUDA 为 torch 的保留量及其峰值；
-        CPU 为进程的常驻内存及其峰值。
-    spec_decode_num_drafts、spec_decode_num_draft_tokens、spec_decode_num_accepted_tokens :
-        多词元预测的起草次数、起草与接受的词元数；模型没有起草时为 None。
-    expert_utilization : 各专家分到的词元比例；没有收集路由的模型为 None。
+    示例::
+
+        deepseek_opt.metrics(model)              # 开始收集
+        model.generate(**inputs)
+        found = deepseek_opt.metrics(model)
+        print(found)                             # 笔记本里是表格
+        found.time_per_output_token_seconds      # 各字段；to_dict() 可写成 JSON
+
+    属性：
+        calls: 收集以来的前向次数。
+        window_calls: 窗口内的次数。
+        prefill_calls、decode_calls、train_calls: 窗口内各类次数。
+        prefill_tokens、decode_tokens: 窗口内处理的词元数。
+        forward_seconds_mean、forward_seconds_p50、forward_seconds_p95: 每次前向的用时，秒。
+        time_to_first_token_seconds: 最近一条序列的预填充（分块时为各块之和）用时，秒。
+        time_per_output_token_seconds: 解码一步（每行一个或几个词元）的平均用时，秒。
+        throughput_tokens_per_second: 窗口内词元数 / 前向用时之和。
+        decode_tokens_per_second: 同上，只算解码。
+        cache_bytes: 最近一次带缓存的前向之后，缓存的字节数。
+        memory_reserved_bytes、memory_max_reserved_bytes: CUDA 为 torch 的保留量及其峰值；
+            CPU 为进程的常驻内存及其峰值。
+        spec_decode_num_drafts、spec_decode_num_draft_tokens、spec_decode_num_accepted_tokens:
+            多词元预测的起草次数、起草与接受的词元数；模型没有起草时为 None。
+        expert_utilization: 各专家分到的词元比例；没有收集路由的模型为 None。
     """
 
     calls: int = 0

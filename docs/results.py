@@ -1,0 +1,138 @@
+"""把 benchmarks/results/*.json 的读数写进文档里有标记的区块；数字从不手写。
+
+    python docs/results.py            改写 README.md 与 docs/性能与内存.md
+    python docs/results.py --check    只检查区块是否与读数一致，不一致时退出码为 1
+
+README 只列有要求的各项，性能页列全部。同一套件有多份读数时用最新的一份（先取完整的，再取 quick）。
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTICE = "<!-- 由 docs/results.py 从 benchmarks/results/*.json 生成，不要手改 -->"
+NONE_YET = "尚无读数：运行 `deepseek-opt bench mla --json benchmarks/results/mla.json` 得到。"
+# 文档 -> 是否列出全部读数
+TARGETS = {ROOT / "README.md": False, ROOT / "docs" / "性能与内存.md": True}
+_SMALL = 10
+
+Document = dict[str, Any]
+
+
+def load(folder: Path = RESULTS) -> list[Document]:
+    """每个基准套件的最新读数；别的 JSON（例如 GPU 脚本的）不在这里。"""
+    newest: dict[str, Document] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or "suite" not in document or "rows" not in document:
+            continue
+        old = newest.get(document["suite"])
+        if old is None or _age(document) > _age(old):
+            newest[document["suite"]] = document
+    return [newest[name] for name in sorted(newest)]
+
+
+def _age(document: Document) -> tuple[bool, str]:
+    return not document["quick"], document["date"]
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return "—"
+    digits = 2 if abs(value) < _SMALL else 1
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def _ratio(row: Document, value: float | None) -> str:
+    if value is None:
+        return "—"
+    if row["kind"] == "saving":
+        return f"省 {value:.1%}"
+    return f"{value:.2f}x" if value < _SMALL else f"{value:.1f}x"
+
+
+def _target(row: Document) -> str:
+    if row["target"] is None:
+        return ""
+    mark = {True: "达到", False: "**未达到**", None: "未判定"}[row["met"]]
+    return f"≥ {_ratio(row, row['target'])}，{mark}"
+
+
+def _row(row: Document) -> list[str]:
+    roofline = "—" if row["roofline"] is None else f"{row['roofline']:.0%}"
+    title = row["title"] + (f"（{row['note']}）" if row["note"] else "")
+    peer = f"{row['peer_name']}：{_number(row['peer'], row['unit'])}" if row["peer_name"] else "—"
+    ours, ratio = _number(row["ours"], row["unit"]), _ratio(row, row["ratio"])
+    return [title, peer, ours, ratio, _target(row), roofline]
+
+
+def table(document: Document, everything: bool) -> str:
+    """一个套件的 Markdown：机器、版本、屋顶线、表格。"""
+    machine, versions = document["machine"], document["versions"]
+    lines = [
+        f"套件 `{document['suite']}`，形状 {document['shape']}，{document['date'][:10]}；"
+        f"{machine['cpu']}，{machine['cores']} 核，{machine['memory_gib']} GiB，"
+        f"指令集 {machine['isa']}，{document['threads']} 线程；"
+        + "，".join(f"{name} {version}" for name, version in versions.items())
+        + ("。**quick 模式，轮数少，仅供参考**" if document["quick"] else "")
+        + "。",
+        "",
+    ]
+    for roof in document["roofline"]:
+        peaks = "，".join(f"{name} {value:,.0f}" for name, value in roof["gflops"].items())
+        lines.append(
+            f"- 同一次运行的硬件上限（{roof['threads']} 线程）：读带宽 {roof['read_gbps']:.1f} GB/s；"
+            f"矩阵乘法 GFLOP/s：{peaks}。"
+        )
+    rows = [row for row in document["rows"] if everything or row["target"] is not None]
+    heads = ["工作", "对照", "本库", "倍数 / 节省", "要求", "占硬件上限"]
+    lines += ["", "| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _row(r)) + " |" for r in rows]
+    judged = [row for row in document["rows"] if row["met"] is not None]
+    met = sum(row["met"] for row in judged)
+    return "\n".join([*lines, "", f"有要求的各项达到 {met} / {len(judged)}。"])
+
+
+def block(documents: list[Document], everything: bool) -> str:
+    """标记之间的全部内容。"""
+    body = "\n\n".join(table(d, everything) for d in documents) if documents else NONE_YET
+    return f"{BEGIN}\n{NOTICE}\n\n{body}\n\n{END}"
+
+
+def updated(text: str, documents: list[Document], everything: bool) -> str:
+    """换掉区块后的全文；没有恰好一个区块时抛出 ValueError。"""
+    pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"应恰好有一个 {BEGIN} … {END} 区块")
+    return pattern.sub(lambda _: block(documents, everything), text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """命令行。"""
+    parser = argparse.ArgumentParser(description="用基准读数更新文档")
+    parser.add_argument("--check", action="store_true", help="只检查，不改文件")
+    check = parser.parse_args(arguments).check
+    documents, stale = load(), []
+    for path, everything in TARGETS.items():
+        text = path.read_text(encoding="utf-8")
+        wanted = updated(text, documents, everything)
+        if wanted == text:
+            continue
+        stale.append(path.name)
+        if not check:
+            path.write_text(wanted, encoding="utf-8")
+    verb = "需要更新" if check else "已更新"
+    print(f"{verb}：{'、'.join(stale)}" if stale else "文档与读数一致。")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
