@@ -131,6 +131,7 @@ Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interlea
   p.cos = static_cast<const float *>(c.const_data_ptr());
   p.sin = static_cast<const float *>(s.const_data_ptr());
   p.cs_bs = c.size(0) == 1 ? 0 : t * (d / 2), p.cs_ts = d / 2;
+  p.y_bs = y.stride(0), p.y_ts = y.stride(1), p.y_hs = y.stride(2);
   p.y = y.mutable_data_ptr(), p.interleaved = interleaved, p.inverse = inverse;
   check("rope", dso_cuda_rope(&p, Launch(x).stream()));
   return y;

@@ -16,7 +16,8 @@ __global__ void rope_kernel(dso_rope_params p) {
   if (index >= p.b * p.t * p.h * groups) return;
   int64_t i = index % groups * V, head = index / groups, token = head / p.h;
   int64_t b = token / p.t, t = token % p.t;
-  int64_t from = b * p.x_bs + t * p.x_ts + head % p.h * p.x_hs, to = head * p.d;
+  int64_t from = b * p.x_bs + t * p.x_ts + head % p.h * p.x_hs,
+          to = b * p.y_bs + t * p.y_ts + head % p.h * p.y_hs;
   Vec<V> c = load<V>(p.cos, DSO_F32, b * p.cs_bs + t * p.cs_ts + i);
   Vec<V> s = load<V>(p.sin, DSO_F32, b * p.cs_bs + t * p.cs_ts + i);
   Vec<V> first, second;
@@ -49,8 +50,9 @@ __global__ void rope_kernel(dso_rope_params p) {
 bool can_widen(const dso_rope_params *p) {
   constexpr int WIDE = 8;  // 成对时一次读 2V = 8 个元素
   return p->d % WIDE == 0 && wide_ok(p->x, p->dtype, p->x_bs, WIDE) && p->x_ts % WIDE == 0 &&
-         p->x_hs % WIDE == 0 && wide_ok(p->y, p->dtype, p->d, WIDE) &&
-         wide_ok(p->cos, DSO_F32, p->cs_bs, 4) && wide_ok(p->sin, DSO_F32, p->cs_ts, 4);
+         p->x_hs % WIDE == 0 && wide_ok(p->y, p->dtype, p->y_bs, WIDE) && p->y_ts % WIDE == 0 &&
+         p->y_hs % WIDE == 0 && wide_ok(p->cos, DSO_F32, p->cs_bs, 4) &&
+         wide_ok(p->sin, DSO_F32, p->cs_ts, 4);
 }
 
 }  // namespace

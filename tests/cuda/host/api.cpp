@@ -48,6 +48,7 @@ int host_rope(const int64_t *sizes, const int64_t *strides, const void *x, int d
   p.cs_bs = strides[3], p.cs_ts = strides[4];
   p.x = x, p.dtype = as_dtype(dtype), p.cos = cos, p.sin = sin, p.y = y;
   p.interleaved = interleaved, p.inverse = inverse;
+  p.y_hs = p.d, p.y_ts = p.h * p.d, p.y_bs = p.t * p.h * p.d;
   return dso_cuda_rope(&p, nullptr);
 }
 
