@@ -421,6 +421,37 @@ def make_spans(
     return torch.stack((*queries, rows * slots + low, rows * slots + high), 1)
 
 
+def slice_spans(spans: Tensor, q_len: int, start: int, stop: int, causal: bool = True) -> Tensor:
+    """只取每行第 [start, stop) 个查询的 spans，供查询分块：键的张量不变，查询张量换成切片。
+
+    Args:
+        spans: [n, 4] int64；q_len: 原来每行的查询数 T。
+        start, stop: 0 <= start < stop <= q_len。
+        causal: 与注意力的 causal 一致；True 时每段的键截到该段最后一个查询为止。
+
+    Returns:
+        [m, 4] int64，m <= n（不含被切空的）。
+
+    Raises:
+        ValueError: start、stop 不合法。
+
+    Example:
+        >>> from deepseek_opt import ops
+        >>> ops.slice_spans(ops.make_spans(1, 8, 8), 8, 2, 5).tolist()
+        [[0, 3, 0, 5]]
+    """
+    if not 0 <= start < stop <= q_len:
+        raise ValueError(
+            f"slice_spans：应满足 0 <= start < stop <= {q_len}，实际是 {start}、{stop}。"
+        )
+    rows = spans[:, 0].div(q_len, rounding_mode="floor")
+    low = spans[:, 0].maximum(rows * q_len + start)
+    high = spans[:, 1].minimum(rows * q_len + stop)
+    keys = spans[:, 3] - (spans[:, 1] - high) if causal else spans[:, 3]
+    shift = rows * (stop - start) - rows * q_len - start
+    return torch.stack((low + shift, high + shift, spans[:, 2], keys), 1)[low < high]
+
+
 def _per_row(value: Tensor | list[int] | None, default: int, batch: int, name: str) -> Tensor:
     if value is None:
         return torch.full((batch,), default, dtype=torch.int64)

@@ -31,6 +31,8 @@ from deepseek_opt.integrations.specs import AttentionSpec
 
 # 行数至多这么多时用融合投影：再多则每行的归一化不如分开并行，且权重读取已被摊薄。
 FUSED_ROWS = 32
+# 长输入按这么多查询（各行之和）分块：矩阵乘在此长度已到峰值，再长只增加内存。
+QUERY_TOKENS = 2048
 FORWARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,16 +66,55 @@ class AttentionPatch(Patch):
         reason = reason or self._refusal(hidden_states, kwargs)
         if reason is not None:
             return self._fallback(reason, hidden_states, kwargs)
-        projected = self._project_fused(hidden_states, kwargs) if self.fusable else None
-        q, latent, rope = projected or self._project(hidden_states, kwargs)
-        cache = kwargs.get("past_key_values")
-        out, reason = self._attend(q, latent, rope, weight, cache, kwargs.get("attention_mask"))
-        if reason is not None:
-            return self._fallback(reason, hidden_states, kwargs)
-        if self.spec.gate is not None:
-            out = out * self._gate(hidden_states, out.dtype)
-        out = project(self.module._modules[self.spec.o_proj], out.flatten(2))
+        chunk = self._chunk(hidden_states)
+        if chunk:
+            q, (latent, rope) = None, self._keys(hidden_states, kwargs)
+        else:
+            projected = self._project_fused(hidden_states, kwargs) if self.fusable else None
+            q, latent, rope = projected or self._project(hidden_states, kwargs)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        plan, *keys = self._store(latent, rope, cache, mask)
+        if plan.reason is not None:
+            return self._fallback(plan.reason, hidden_states, kwargs)
+        if chunk:
+            out = self._in_chunks(hidden_states, kwargs, plan, (*keys, weight), chunk)
+        else:
+            out = self._output(hidden_states, q, plan, plan.spans, (*keys, weight))
         return (out, None) if self.spec.returns_tuple else out
+
+    def _chunk(self, hidden: Tensor) -> int:
+        """查询分块时每行每块的词元数；0 为不分块。
+
+        不求导的长输入分块：查询、注意力输出只存在一块，峰值不随输入长度按比例增长；
+        每个查询的计算与不分块时逐位相同。
+        """
+        batch, steps = hidden.shape[:2]
+        if torch.is_grad_enabled() or batch * steps < 2 * QUERY_TOKENS:
+            return 0
+        return max(1, QUERY_TOKENS // batch)
+
+    def _in_chunks(
+        self, hidden: Tensor, kwargs: dict[str, Any], plan: Any, keys: tuple, chunk: int
+    ) -> Tensor:
+        steps, out = hidden.shape[1], None
+        for start in range(0, steps, chunk):
+            stop = min(start + chunk, steps)
+            part = hidden[:, start:stop]
+            spans = ops.slice_spans(plan.spans, steps, start, stop)
+            q = self._query(part, kwargs, slice(start, stop))
+            part = self._output(part, q, plan, spans, keys)
+            if out is None:
+                out = part.new_empty(*hidden.shape[:2], part.shape[-1])
+            out[:, start:stop] = part
+        return out
+
+    def _output(self, hidden: Tensor, q: Tensor, plan: Any, spans: Tensor, keys: tuple) -> Tensor:
+        """注意力、输出门与输出投影；keys 为 (latent, rope, scale, kv_b 权重)。"""
+        softmax_scale = float(getattr(self.module, self.spec.scaling))
+        out = ops.mla_attention(q, *keys, spans, plan.kv_mask, softmax_scale, self.value_dim)
+        if self.spec.gate is not None:
+            out = out * self._gate(hidden, out.dtype)
+        return project(self.module._modules[self.spec.o_proj], out.flatten(2))
 
     def _positional(self) -> tuple[str, ...]:
         """原 forward 在 hidden_states 之后的位置参数名。"""
@@ -126,7 +167,7 @@ class AttentionPatch(Patch):
             norms.append(modules[spec.q_a_layernorm])
         if not plain or any(has_hooks(m) for m in norms):
             return None
-        cos, sin = self.runtime.ropes.halves(kwargs["position_embeddings"], self.rope_dim // 2)
+        cos, sin = self._angles(kwargs)
         if cos.shape[0] != hidden.shape[0] and hidden.shape[1] > 1:
             return None
         interleaved = self.rope == "interleaved"
@@ -142,24 +183,40 @@ class AttentionPatch(Patch):
 
     def _project(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, dn + dr]（已旋转）、latent [B, T, r]（已归一化）、rope [B, T, dr]（已旋转）。"""
+        return (self._query(hidden, kwargs), *self._keys(hidden, kwargs))
+
+    def _keys(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         module, spec = self.module, self.spec
-        q, own = self._queries(hidden)
-        q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
         joint = project(module._modules[spec.kv_a_proj], hidden)
         latent, rope = joint.split((self.rank, self.rope_dim), -1)
         latent = self._norm(spec.kv_a_layernorm, latent)
         if spec.kv_scale is not None:
             latent = latent * getattr(module, spec.kv_scale)
-        if spec.q_scale is not None:
-            q, own = q * getattr(module, spec.q_scale), True
         if spec.k_rope_layernorm is not None:
             rope = self._norm(spec.k_rope_layernorm, rope)
         if self.rope is not None:
-            embeddings = kwargs["position_embeddings"]
-            q, rope = self._rotate(q, rope, embeddings, own)
+            cos, sin = self._angles(kwargs)
+            rope = self._turn(rope.unsqueeze(2), cos, sin).squeeze(2)
+        return latent, rope
+
+    def _query(self, hidden: Tensor, kwargs: dict[str, Any], steps: slice = slice(None)) -> Tensor:
+        """steps 是 hidden 在整个输入里的位置（分块时）。"""
+        module, spec = self.module, self.spec
+        q, own = self._queries(hidden)
+        q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
+        if spec.q_scale is not None:
+            q, own = q * getattr(module, spec.q_scale), True
+        if self.rope is not None:
+            cos, sin = (t[:, steps] for t in self._angles(kwargs))
+            if own and not torch.is_grad_enabled() and not spec.rope_complex:
+                # 不求导时原地旋转，省一份 q
+                ops.rope_(q[..., self.nope_dim :], cos, sin, self.rope == "interleaved")
+            else:
+                turned = self._turn(q[..., self.nope_dim :], cos, sin).to(q.dtype)
+                q = torch.cat((q[..., : self.nope_dim], turned), -1)
         if spec.q_position_scale is not None:
-            q = q * self._position_scale(kwargs["position_ids"]).to(q.dtype)
-        return q, latent, rope
+            q = q * self._position_scale(kwargs["position_ids"][:, steps]).to(q.dtype)
+        return q
 
     def _queries(self, hidden: Tensor) -> tuple[Tensor, bool]:
         """(查询, 是否是可以原地改写的新张量)。"""
@@ -177,17 +234,12 @@ class AttentionPatch(Patch):
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return norm(self.module._modules[name], x, name in self.known_norms)
 
-    def _rotate(self, q: Tensor, rope: Tensor, embeddings: Any, own: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = self.runtime.ropes.halves(embeddings, self.rope_dim // 2)
-        interleaved = self.rope == "interleaved"
-        rope = ops.rope(rope.unsqueeze(2), cos, sin, interleaved).squeeze(2)
-        if own and not torch.is_grad_enabled() and not self.spec.rope_complex:
-            ops.rope_(q[..., self.nope_dim :], cos, sin, interleaved)  # 不求导时原地，省一份 q
-            return q, rope
-        turned = ops.rope(q[..., self.nope_dim :], cos, sin, interleaved)
-        if self.spec.rope_complex:
-            turned, rope = _interleave(turned), _interleave(rope)
-        return torch.cat((q[..., : self.nope_dim], turned.to(q.dtype)), -1), rope
+    def _angles(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self.runtime.ropes.halves(kwargs["position_embeddings"], self.rope_dim // 2)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = ops.rope(x, cos, sin, self.rope == "interleaved")
+        return _interleave(x) if self.spec.rope_complex else x
 
     def _position_scale(self, position_ids: Tensor) -> Tensor:
         """llama4 式的长文温度，[1 或 B, T, 1, 1]。"""
@@ -207,38 +259,19 @@ class AttentionPatch(Patch):
 
     # ---- 缓存与注意力 ----
 
-    def _attend(
-        self, q: Tensor, latent: Tensor, rope: Tensor, weight: Tensor, cache: Any, mask: Any
-    ) -> tuple[Tensor | None, str | None]:
+    def _store(
+        self, latent: Tensor, rope: Tensor, cache: Any, mask: Any
+    ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """换算掩码、写缓存；返回 (plan, latent, rope, scale)，有 plan.reason 时缓存未动。"""
         batch, steps = latent.shape[:2]
-        scale = None
         if cache is None:
-            plan = self.runtime.masks.plan(mask, batch, steps, steps, steps)
-            if plan.reason is not None:
-                return None, plan.reason
-        else:
-            index = getattr(self.module, self.spec.layer_idx)
-            tracked = is_tracing_grad(latent, rope)
-            layer = bridge.resolve_layer(cache, index, self.runtime, tracked)
-            if layer is None or (tracked and not isinstance(cache, LatentCache)):
-                found = self._through_update(cache, index, latent, rope, mask)
-            else:
-                found = self._through_layer(layer, latent, rope, mask, tracked)
-            plan, latent, rope, scale = found
-            if plan.reason is not None:
-                return None, plan.reason
-        out = ops.mla_attention(
-            q,
-            latent,
-            rope,
-            scale,
-            weight,
-            plan.spans,
-            plan.kv_mask,
-            float(getattr(self.module, self.spec.scaling)),
-            self.value_dim,
-        )
-        return out, None
+            return self.runtime.masks.plan(mask, batch, steps, steps, steps), latent, rope, None
+        index = getattr(self.module, self.spec.layer_idx)
+        tracked = is_tracing_grad(latent, rope)
+        layer = bridge.resolve_layer(cache, index, self.runtime, tracked)
+        if layer is None or (tracked and not isinstance(cache, LatentCache)):
+            return self._through_update(cache, index, latent, rope, mask)
+        return self._through_layer(layer, latent, rope, mask, tracked)
 
     def _through_layer(
         self, layer: LatentLayer, latent: Tensor, rope: Tensor, mask: Any, tracked: bool
@@ -290,7 +323,7 @@ class AttentionPatch(Patch):
 
 
 def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
-    """ "interleaved"、"half"，或 None（不旋转）。"""
+    """旋转约定：interleaved、half，或 None（不旋转）。"""
     if spec.rope == "none" or not getattr(module, spec.qk_rope_head_dim):
         return None
     if spec.rope == "config":
