@@ -60,13 +60,19 @@ def verify(
         assert report.passed
     """
     inputs = _as_inputs(inputs)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 0
+    ):
         raise InputError.expected("max_new_tokens", "非负整数", max_new_tokens)
     check_model(model)
     with lock_of(model), _evaluating(model):
         already = is_optimized(model)
         if already and profile is not None:
-            raise InputError("模型已经优化过，verify 用它现在的配置；要换配置请先用 switch(model, profile)")
+            raise InputError(
+                "模型已经优化过，verify 用它现在的配置；要换配置请先用 switch(model, profile)"
+            )
         if already:
             return _compare_optimized(model, inputs, max_new_tokens)
         if profile is None:
@@ -131,7 +137,9 @@ def _run(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, names: l
         captured = [(f"第 {i} 层", h.detach().clone()) for i, h in enumerate(out.hidden_states)]
     generated = None
     if max_new_tokens and hasattr(model, "generate") and "input_ids" in inputs:
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        generated = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        )
     return _Run(logits.detach().clone(), captured, generated)
 
 

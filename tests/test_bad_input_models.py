@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
 
-from transformers import DynamicCache, StaticCache  # noqa: E402
-
-from deepseek_opt import (  # noqa: E402
+from deepseek_opt import (
     AttentionOptimizer,
     DenseConfig,
     LatentCache,
@@ -22,15 +19,15 @@ from deepseek_opt import (  # noqa: E402
     restore,
     switch,
 )
-from deepseek_opt.errors import (  # noqa: E402
+from deepseek_opt.errors import (
     ConfigError,
     InputError,
     MemoryBudgetError,
     UnsupportedError,
 )
-from deepseek_opt.integrations import register_spec  # noqa: E402
-from deepseek_opt.optimize import is_optimized  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
+from deepseek_opt.integrations import register_spec
+from deepseek_opt.optimize import is_optimized
+from tests.tiny_models import DynamicCache, StaticCache, make_inputs, make_model
 
 PROFILE = OptimizationProfile(mla=MLAConfig())
 
@@ -67,7 +64,11 @@ def test_restore_and_switch_without_optimize(model):
 
 @pytest.mark.parametrize("bad", [None, "model", 3])
 def test_not_a_model(bad):
-    for action in (lambda: optimize(bad, PROFILE), lambda: restore(bad), lambda: switch(bad, PROFILE)):
+    for action in (
+        lambda: optimize(bad, PROFILE),
+        lambda: restore(bad),
+        lambda: switch(bad, PROFILE),
+    ):
         with pytest.raises(InputError, match="torch.nn.Module"):
             action()
 
@@ -93,7 +94,7 @@ def test_config_that_contradicts_the_model(model):
     assert not is_optimized(model)
 
 
-def test_strict_lists_everything_that_is_missing(model):
+def test_strict_lists_everything_that_is_missing():
     profile = OptimizationProfile(mla=MLAConfig(), dense=DenseConfig(lm_head=True))
     headless = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnsupportedError) as caught:
@@ -116,7 +117,9 @@ def test_cache_from_another_model(model):
             before = (cache.layers[0].keys.clone(), cache.get_seq_length())
             with pytest.raises(InputError, match="另一个模型"):
                 model(ids, past_key_values=cache)
-            assert torch.equal(cache.layers[0].keys, before[0]) and cache.get_seq_length() == before[1]
+            assert (
+                torch.equal(cache.layers[0].keys, before[0]) and cache.get_seq_length() == before[1]
+            )
         with pytest.raises(InputError, match="另一个模型"):
             model(ids, past_key_values=short)
         assert deep(ids).logits.shape == model(ids).logits.shape

@@ -36,8 +36,12 @@ def contents(cache):
 
 
 def unchanged(cache, before):
-    for (a, b, lengths, length), (c, d, lengths2, length2) in zip(before, contents(cache), strict=True):
-        assert torch.equal(a[:, :length], c[:, :length]) and torch.equal(b[:, :length], d[:, :length])
+    for (a, b, lengths, length), (c, d, lengths2, length2) in zip(
+        before, contents(cache), strict=True
+    ):
+        assert torch.equal(a[:, :length], c[:, :length]) and torch.equal(
+            b[:, :length], d[:, :length]
+        )
         assert (lengths, length) == (lengths2, length2)
 
 
@@ -88,7 +92,9 @@ def test_row_operations_match_a_list_of_rows(data):
     layer, rows, seed = LatentLayer(), [torch.empty(0, RANK)] * batch, 0
     layer.append(*tokens(batch, 0))
     for _ in range(data.draw(st.integers(1, 7))):
-        action = data.draw(st.sampled_from(["append", "crop", "crop_rows", "reorder", "select", "repeat"]))
+        action = data.draw(
+            st.sampled_from(["append", "crop", "crop_rows", "reorder", "select", "repeat"])
+        )
         if action == "append":
             seed += 1
             latent, rope = tokens(len(rows), data.draw(st.integers(1, 70)), seed)
@@ -157,7 +163,10 @@ BAD_WRITES = [
     (lambda: (0, *tokens(3, 1)), "2 行.*3 行"),
     (lambda: (0, torch.zeros(2, 1, 7), torch.zeros(2, 1, ROPE)), "另一个模型"),
     (lambda: (0, torch.zeros(2, 1, RANK), torch.zeros(2, 1, 4)), "另一个模型"),
-    (lambda: (0, torch.zeros(2, 1, RANK, device="meta"), torch.zeros(2, 1, ROPE, device="meta")), "设备"),
+    (
+        lambda: (0, torch.zeros(2, 1, RANK, device="meta"), torch.zeros(2, 1, ROPE, device="meta")),
+        "设备",
+    ),
     (lambda: (0, torch.zeros(2, 1, RANK, dtype=torch.int64), torch.zeros(2, 1, ROPE)), "浮点"),
     (lambda: (9, *tokens(2, 1)), "另一个模型"),
     (lambda: (0, *tokens(2, 60)), "max_length=64"),
@@ -182,7 +191,10 @@ def test_bad_writes_change_nothing(arguments, message):
         (lambda c: c.crop_rows([-1, 2]), "之间"),
         (lambda c: c.reorder(torch.tensor([0, 5])), "行下标"),
         (lambda c: c.select(torch.tensor([], dtype=torch.int64)), "行下标"),
-        (lambda c: c.update(torch.zeros(2, 4, 1, RANK), torch.zeros(2, 4, 1, ROPE), 0), "key_states"),
+        (
+            lambda c: c.update(torch.zeros(2, 4, 1, RANK), torch.zeros(2, 4, 1, ROPE), 0),
+            "key_states",
+        ),
     ],
 )
 def test_bad_operations_change_nothing(action, message):

@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
-
-from deepseek_opt import (  # noqa: E402
+from deepseek_opt import (
     AttentionOptimizer,
     DenseConfig,
     LatentCache,
@@ -24,11 +22,11 @@ from deepseek_opt import (  # noqa: E402
     restore,
     switch,
 )
-from deepseek_opt.errors import ConfigError, UnsupportedError  # noqa: E402
-from deepseek_opt.integrations import AttentionSpec, register_spec, specs  # noqa: E402
-from deepseek_opt.optimize import is_optimized  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
-from tests.tolerances import tol  # noqa: E402
+from deepseek_opt.errors import ConfigError, UnsupportedError
+from deepseek_opt.integrations import AttentionSpec, register_spec, specs
+from deepseek_opt.optimize import is_optimized
+from tests.tiny_models import make_inputs, make_model
+from tests.tolerances import tol
 
 
 def profile(**fields):
@@ -89,7 +87,9 @@ def test_state_dict_and_save_pretrained_unchanged(model, tmp_path):
         files = sorted(p.name for p in (tmp_path / old).iterdir())
         assert files == sorted(p.name for p in (tmp_path / new).iterdir())
         for name in files:
-            assert (tmp_path / old / name).read_bytes() == (tmp_path / new / name).read_bytes(), name
+            assert (tmp_path / old / name).read_bytes() == (tmp_path / new / name).read_bytes(), (
+                name
+            )
 
 
 def test_base_model_as_root(tmp_path):
@@ -176,7 +176,7 @@ def test_optimized_restores_even_on_error(model):
 def test_error_in_the_middle_rolls_back(model):
     before, seen = snapshot(model), []
 
-    def explode(name, module):
+    def explode(name, _module):
         seen.append(name)
         if len(seen) == 4:
             raise RuntimeError("中途出错")
@@ -284,7 +284,9 @@ def test_dense_refuses_what_it_does_not_know():
         def forward(self, x):
             return super().forward(x) * 2
 
-    modules = nn.ModuleDict({"gelu": Odd(nn.GELU()), "bias": Odd(bias=True), "scaled": Scaled(), "ok": Odd()})
+    modules = nn.ModuleDict(
+        {"gelu": Odd(nn.GELU()), "bias": Odd(bias=True), "scaled": Scaled(), "ok": Odd()}
+    )
     report = optimize(modules, OptimizationProfile(dense=DenseConfig(projections=False)))
     reasons = {e.name: e.reason for e in report.skipped}
     assert set(reasons) == {"gelu", "bias", "scaled"}
@@ -344,10 +346,13 @@ def test_two_models_in_two_threads():
                 optimize(model, profile())
                 torch.testing.assert_close(logits(model), want, **tol(torch.float32))
                 restore(model)
-        except Exception as error:  # 线程里的错误要带回主线程
+        except BaseException as error:  # 线程里的错误要带回主线程
             errors.append(error)
+            raise
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(models, expected, strict=True)]
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(models, expected, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -388,7 +393,10 @@ class OwnAttention(nn.Module):
         self.out = nn.Linear(16, 32, bias=False)
         self.temperature = 0.25
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None):
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None
+    ):
+        assert attention_mask is None and past_key_values is None
         batch, steps, _ = hidden_states.shape
         cos, sin = (t[..., :4].unsqueeze(2) for t in position_embeddings)
 
@@ -452,8 +460,9 @@ def test_subclass_with_its_own_forward_is_left_alone(model):
     cls = type(model.model.layers[0].self_attn)
 
     class Custom(cls):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+        def forward(self, hidden_states, **kwargs):
+            out, weights = super().forward(hidden_states, **kwargs)
+            return out * 2, weights
 
     model.model.layers[0].self_attn.__class__ = Custom
     report = optimize(model, profile())

@@ -7,21 +7,20 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore
+from deepseek_opt.optimize import is_optimized
+from tests.tiny_models import make_inputs, make_model
+from tests.tolerances import tol
+
 peft = pytest.importorskip("peft")
 
-from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore  # noqa: E402
-from deepseek_opt.optimize import is_optimized  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
-from tests.tolerances import tol  # noqa: E402
-
 PROFILE = OptimizationProfile(mla=MLAConfig())
-ALL = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+ALL = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 def wrap(model, targets=ALL, **options):
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
+    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
     return peft.get_peft_model(model, config)
 
 

@@ -28,7 +28,14 @@ def test_lists():
 def test_render_groups_rows_and_keeps_brackets():
     text = report().render(width=160)
     assert str(report())
-    for word in ("layers.0.attn … layers.1.attn", "已替换", "未替换", "不认识 [x] <b>", "双向注意力", "3"):
+    for word in (
+        "layers.0.attn … layers.1.attn",
+        "已替换",
+        "未替换",
+        "不认识 [x] <b>",
+        "双向注意力",
+        "3",
+    ):
         assert word in text, word
     assert "由原实现计算" not in str(OptimizationReport("空"))
 

@@ -7,14 +7,11 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 
-from transformers import DynamicCache, StaticCache  # noqa: E402
-
-from deepseek_opt import LatentCache, MLAConfig, OptimizationProfile, optimize, restore  # noqa: E402
-from deepseek_opt.cache import LatentLayer  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
-from tests.tolerances import tol  # noqa: E402
+from deepseek_opt import LatentCache, MLAConfig, OptimizationProfile, optimize, restore
+from deepseek_opt.cache import LatentLayer
+from tests.tiny_models import DynamicCache, StaticCache, make_inputs, make_model
+from tests.tolerances import tol
 
 PROFILE = OptimizationProfile(mla=MLAConfig())
 MODES = {
@@ -67,7 +64,9 @@ def test_prompt_lookup(models):
     plain, fast = models
     ids, mask = make_inputs(batch=1)
     expected = generate(plain, ids, mask, do_sample=False)
-    assert torch.equal(generate(fast, ids, mask, do_sample=False, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(
+        generate(fast, ids, mask, do_sample=False, prompt_lookup_num_tokens=3), expected
+    )
 
 
 def _caches(model, kind):
@@ -190,7 +189,9 @@ def test_chunked_prefill_matches_whole():
         out = model(ids, attention_mask=mask, **options)
         assert calls == [64, 64, 64, 8]
         assert (out.past_key_values is None) == ("use_cache" in options)
-        torch.testing.assert_close(out.logits[mask.bool()], plain.logits[mask.bool()], **tol(torch.float32))
+        torch.testing.assert_close(
+            out.logits[mask.bool()], plain.logits[mask.bool()], **tol(torch.float32)
+        )
     calls.clear()
     assert len(model(ids, attention_mask=mask, output_hidden_states=True).hidden_states) == 3
     assert calls == [200]

@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 
 from deepseek_opt.integrations.masks import PlanMemo, build_plan
 
-transformers = pytest.importorskip("transformers")
-
-from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
-from tests.tolerances import tol  # noqa: E402
+from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore
+from tests.tiny_models import make_inputs, make_model
+from tests.tolerances import tol
 
 PROFILE = OptimizationProfile(mla=MLAConfig())
 
@@ -73,7 +71,9 @@ def test_any_4d_mask_is_exact_or_refused(data):
 def test_packed_and_refused_masks():
     blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in (3, 1, 4))).bool()
     plan = build_plan(blocks[None, None], 1, 8, 8, 8)
-    assert plan.spans.tolist() == [[0, 3, 0, 3], [3, 4, 3, 4], [4, 8, 4, 8]] and plan.kv_mask is None
+    assert (
+        plan.spans.tolist() == [[0, 3, 0, 3], [3, 4, 3, 4], [4, 8, 4, 8]] and plan.kv_mask is None
+    )
     full = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     wide = torch.ones(1, 1, 40, 40, dtype=torch.bool)
     assert "滑动窗口" in build_plan(wide.tril() & wide.triu(-4), 1, 40, 40, 40).reason
@@ -98,7 +98,9 @@ def test_memo_follows_identity_and_version():
     second = memo.plan(mask, 1, 4, 4, 4)
     assert second.spans.tolist() == [[1, 4, 1, 4]]
     assert memo.plan(None, 1, 4, 4, 4).spans.tolist() == [[0, 4, 0, 4]]
-    assert memo.plan(torch.ones(1, 4, dtype=torch.bool), 1, 4, 4, 4).spans.tolist() == [[0, 4, 0, 4]]
+    assert memo.plan(torch.ones(1, 4, dtype=torch.bool), 1, 4, 4, 4).spans.tolist() == [
+        [0, 4, 0, 4]
+    ]
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])

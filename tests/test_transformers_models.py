@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -9,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
-from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore  # noqa: E402
-from deepseek_opt.integrations import specs  # noqa: E402
-from tests.tiny_models import MODELS, available, make_inputs, make_model  # noqa: E402
-from tests.tolerances import tol  # noqa: E402
+from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore
+from deepseek_opt.integrations import specs
+from tests.tiny_models import MODELS, available, make_inputs, make_model, transformers
+from tests.tolerances import tol
 
 SUPPORTED = [name for name in MODELS if available(name)]
 VARIANTS = [
@@ -67,7 +66,9 @@ def steps(model):
     with torch.no_grad():
         first = model(ids, attention_mask=mask, use_cache=True)
         cache = first.past_key_values
-        second = model(more[:, :1], attention_mask=full[:, :13], past_key_values=cache, use_cache=True)
+        second = model(
+            more[:, :1], attention_mask=full[:, :13], past_key_values=cache, use_cache=True
+        )
         third = model(more[:, 1:], attention_mask=full, past_key_values=cache, use_cache=True)
         alone = model(ids, use_cache=False)
     return first.logits[mask.bool()], second.logits, third.logits, alone.logits
@@ -153,23 +154,23 @@ def test_skipped_classes_have_reasons():
     importlib.util.find_spec("transformers.models.deepseek_v32") is None, reason="这个版本没有"
 )
 def test_sparse_attention_is_reported():
-    from transformers.models.deepseek_v32 import DeepseekV32Config
+    package = importlib.import_module("transformers.models.deepseek_v32")
     from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 
-    config = DeepseekV32Config(
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        index_head_dim=16,
-        index_n_heads=2,
-        index_topk=4,
-    )
-    layer = torch.nn.ModuleList([DeepseekV32Attention(config, 0)])
+    fields = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "index_topk": 4,
+    }
+    layer = torch.nn.ModuleList([DeepseekV32Attention(package.DeepseekV32Config(**fields), 0)])
     report = optimize(layer, profile())
     assert not report.replaced
     assert "DSA" in report.skipped[0].reason

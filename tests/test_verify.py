@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
-
-from deepseek_opt import (  # noqa: E402
+from deepseek_opt import (
     DenseConfig,
     MLAConfig,
     OptimizationProfile,
@@ -18,9 +16,9 @@ from deepseek_opt import (  # noqa: E402
     restore,
     verify,
 )
-from deepseek_opt.errors import InputError  # noqa: E402
-from deepseek_opt.optimize import find_state, is_optimized  # noqa: E402
-from tests.tiny_models import make_inputs, make_model  # noqa: E402
+from deepseek_opt.errors import InputError
+from deepseek_opt.optimize import find_state, is_optimized
+from tests.tiny_models import make_inputs, make_model
 
 
 def inputs(**kwargs):
@@ -49,7 +47,10 @@ def test_uses_the_current_optimization():
     report = verify(model, inputs()["input_ids"], max_new_tokens=0)
     assert report.passed and report.greedy_equal is None
     assert report.replaced == len(optimized.replaced)
-    assert find_state(model) is state and model.model.layers[0].self_attn.forward.runtime is state.runtime
+    assert (
+        find_state(model) is state
+        and model.model.layers[0].self_attn.forward.runtime is state.runtime
+    )
     with pytest.raises(InputError, match="switch"):
         verify(model, inputs(), profile=OptimizationProfile(mla=MLAConfig()))
     restore(model)
@@ -57,7 +58,9 @@ def test_uses_the_current_optimization():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    report = verify(make_model(dtype=dtype, num_hidden_layers=1), inputs(length=24), max_new_tokens=4)
+    report = verify(
+        make_model(dtype=dtype, num_hidden_layers=1), inputs(length=24), max_new_tokens=4
+    )
     assert report.passed, str(report)
     assert report.dtype == str(dtype)[6:]
 
@@ -69,7 +72,9 @@ def test_a_wrong_replacement_fails():
     assert patch.rope == "interleaved"
     patch.rope = "half"  # 故意装错旋转约定
     report = verify(model, inputs(), max_new_tokens=3)
-    assert not report.passed and "未通过" in str(report) and any("误差" in f for f in report.failures)
+    assert (
+        not report.passed and "未通过" in str(report) and any("误差" in f for f in report.failures)
+    )
 
 
 def test_nothing_replaced_is_not_a_pass():

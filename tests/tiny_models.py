@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
+import pytest
 import torch
+
+# 没有安装 transformers 时，凡是用到这里的测试文件整体跳过
+transformers = pytest.importorskip("transformers")
+DynamicCache, StaticCache = transformers.DynamicCache, transformers.StaticCache
 
 _BASE = {
     "vocab_size": 96,
@@ -53,7 +59,11 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     ),
     "glm4_moe_lite": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", _MOE),
     "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", {**_MOE, **_HYBRID}),
-    "longcat_flash": ("LongcatFlashConfig", "LongcatFlashForCausalLM", {"num_layers": 1, "head_dim": 16}),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        {"num_layers": 1, "head_dim": 16},
+    ),
     "minicpm3": ("MiniCPM3Config", "MiniCPM3ForCausalLM", {}),
     "mistral4": ("Mistral4Config", "Mistral4ForCausalLM", _MOE),
     "youtu": ("YoutuConfig", "YoutuForCausalLM", {}),
@@ -88,7 +98,9 @@ def make_model(model_type: str = "deepseek_v3", dtype=torch.float32, seed: int =
     return model.to(dtype).eval()
 
 
-def make_inputs(batch: int = 2, length: int = 12, left_pad: int = 0, right_pad: int = 0, seed: int = 1):
+def make_inputs(
+    batch: int = 2, length: int = 12, left_pad: int = 0, right_pad: int = 0, seed: int = 1
+):
     """(input_ids, attention_mask)；第 0 行按给定的个数填充。"""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 96, (batch, length), generator=generator)

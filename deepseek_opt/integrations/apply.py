@@ -90,7 +90,9 @@ def replace_dense(
         if reason is None:
             make(module, runtime, name).install()
         entries.append(
-            ReportEntry(name, "dense", kind, reason is None, reason or "", required and reason is not None)
+            ReportEntry(
+                name, "dense", kind, reason is None, reason or "", required and reason is not None
+            )
         )
     return entries
 

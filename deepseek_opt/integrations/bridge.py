@@ -40,7 +40,9 @@ def resolve_layer(cache: Any, index: int, runtime: Any, tracked: bool) -> Latent
     return hf_cache.resolve_layer(cache, index, runtime, tracked)
 
 
-def original_mask(module: Any, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+def original_mask(
+    module: Any, hidden: Tensor, kwargs: dict[str, Any], index: int
+) -> dict[str, Any]:
     """回退时把 2 维掩码换成原实现要的形式。"""
     from deepseek_opt.integrations import hf_config
 

@@ -23,7 +23,8 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
     外部直接给 keys、values 赋值（或在记录梯度时写入）会退回普通张量；下一次写入再搬进缓冲区。
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    # DynamicLayer.__init__ 只会给 keys、values 赋 None，那在这里是有含义的操作
+    def __init__(self, **kwargs: Any) -> None:  # pylint: disable=super-init-not-called
         LatentLayer.__init__(self, **kwargs)
         self._plain: list[Tensor | None] | None = None
 
@@ -119,7 +120,9 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """写入 [B, 1, T, r]、[B, 1, T, dr]，返回全部；记录梯度时与 DynamicLayer 一样拼接。"""
         del args, kwargs
-        tracked = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        tracked = torch.is_grad_enabled() and (
+            key_states.requires_grad or value_states.requires_grad
+        )
         tracked = tracked or (self._plain is not None and _requires_grad(self._plain))
         if tracked:
             plain = self._detach()
@@ -141,8 +144,8 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
         self._plain = None
         LatentLayer.reset(self)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """负数为去掉的个数；正数为保留的个数（旧写法）。"""
+    def crop(self, tokens_to_remove: int) -> None:  # pylint: disable=arguments-renamed
+        """负数为去掉的个数；正数为保留的个数（旧写法）。参数名随 transformers。"""
         self.absorb()
         LatentLayer.crop(self, tokens_to_remove)
 

@@ -36,7 +36,9 @@ class PlanMemo:
     def __reduce__(self) -> Any:
         return PlanMemo, ()
 
-    def plan(self, mask: Tensor | None, batch: int, q_len: int, kv_len: int, slots: int) -> MaskPlan:
+    def plan(
+        self, mask: Tensor | None, batch: int, q_len: int, kv_len: int, slots: int
+    ) -> MaskPlan:
         """mask 为 None 时是因果掩码；kv_len 含新词元，slots 为缓冲区的第 1 维。"""
         local = self._local
         key = (batch, q_len, kv_len, slots, stamp(mask))
@@ -52,14 +54,14 @@ def _nothing() -> None:
     return None
 
 
-def build_plan(
-    mask: Tensor | None, batch: int, q_len: int, kv_len: int, slots: int
-) -> MaskPlan:
+def build_plan(mask: Tensor | None, batch: int, q_len: int, kv_len: int, slots: int) -> MaskPlan:
     """精确换算；见模块说明。"""
     if mask is None:
         return MaskPlan(_full_spans(batch, q_len, kv_len, slots), None)
     if not isinstance(mask, Tensor):
-        return MaskPlan(None, None, f"掩码类型 {type(mask).__name__}（如 flex_attention 的 BlockMask）")
+        return MaskPlan(
+            None, None, f"掩码类型 {type(mask).__name__}（如 flex_attention 的 BlockMask）"
+        )
     if mask.shape[-1] < kv_len:
         return MaskPlan(None, None, f"掩码宽 {mask.shape[-1]}，少于键的个数 {kv_len}")
     if mask.dim() == 2:

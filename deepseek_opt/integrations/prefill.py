@@ -69,7 +69,9 @@ class PrefillPatch(Patch):
 
             budget, profile = runtime.memory_budget, runtime.profile
             dtype = source.dtype if source.is_floating_point() else None
-            fits = plan_prefill(self.module, batch, past + steps, budget, dtype=dtype, profile=profile)
+            fits = plan_prefill(
+                self.module, batch, past + steps, budget, dtype=dtype, profile=profile
+            )
             chunk = min(chunk, fits)
         return chunk
 
@@ -84,7 +86,9 @@ class PrefillPatch(Patch):
         if getattr(config, "is_causal", True) is False:
             return False
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, past + steps)):
+        if mask is not None and (
+            not isinstance(mask, Tensor) or mask.shape != (batch, past + steps)
+        ):
             return False
         if positions is None:
             return True
