@@ -3,7 +3,7 @@
 import logging
 import re
 
-import jieba
+import jieba  # pylint: disable=import-error  # 只在文档环境里
 
 import deepseek_opt
 
