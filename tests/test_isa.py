@@ -34,8 +34,9 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
     return [turned.detach(), out.detach(), lse, decoded, *grads]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_agrees_with_scalar(isa, dtype):
+def test_agrees_with_scalar(dtype):
     ours = everything(dtype)
     _native.set_isa("scalar")
     for got, want in zip(ours, everything(dtype), strict=True):
@@ -43,7 +44,8 @@ def test_agrees_with_scalar(isa, dtype):
         torch.testing.assert_close(got.double() / size, want.double() / size, **tol(dtype))
 
 
-def test_same_isa_gives_the_same_bits(isa):
+@pytest.mark.usefixtures("isa")
+def test_same_isa_gives_the_same_bits():
     for first, second in zip(everything(torch.bfloat16), everything(torch.bfloat16), strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 

@@ -34,33 +34,37 @@ def check(x, weight, bias=None):
         torch.testing.assert_close(ours.grad.double() / size, theirs.grad / size, **tol(x.dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_fp64(isa, dtype, shape):
+def test_against_fp64(dtype, shape):
     m, n, k = shape
     weight = randn(n, k, dtype=dtype, scale=k**-0.5)
     check(randn(m, k, dtype=dtype), weight)
     check(randn(m, k, dtype=dtype), weight, randn(n, dtype=dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("types", [(FLOATS[0], FLOATS[1]), (FLOATS[1], FLOATS[0])])
 @pytest.mark.parametrize("m", [2, 100])
-def test_mixed_dtypes(isa, types, m):
+def test_mixed_dtypes(types, m):
     x, weight = randn(m, 37, dtype=types[0]), randn(19, 37, dtype=types[1], scale=0.2)
     got = ops.linear(x, weight, randn(19, dtype=types[1]) * 0)
     want = F.linear(x.double(), weight.double())
     torch.testing.assert_close(got.double(), want, **tol(types[0]))
 
 
-def test_leading_shapes(isa):
+@pytest.mark.usefixtures("isa")
+def test_leading_shapes():
     weight, bias = randn(5, 8), randn(5)
     for shape in [(8,), (2, 8), (2, 3, 8), (2, 1, 3, 8)]:
         x = randn(*shape)
         torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [3, 120])
-def test_non_contiguous(isa, rows):
+def test_non_contiguous(rows):
     x, weight = randn(rows, 33), randn(20, 33, scale=0.2)
     want = F.linear(x, weight)
     for view in (strided, flipped):
@@ -71,23 +75,26 @@ def test_non_contiguous(isa, rows):
     check(strided(x), strided(weight))
 
 
-def test_empty(isa):
+@pytest.mark.usefixtures("isa")
+def test_empty():
     assert ops.linear(randn(0, 4), randn(3, 4)).shape == (0, 3)
     assert ops.linear(randn(2, 0, 4), randn(3, 4)).shape == (2, 0, 3)
     assert ops.linear(randn(2, 4), randn(0, 4)).shape == (2, 0)
     check(randn(0, 4), randn(3, 4), randn(3))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [2, 120])
-def test_zero_depth(isa, rows):
+def test_zero_depth(rows):
     """K = 0：结果就是偏置。"""
     bias = randn(5)
     torch.testing.assert_close(ops.linear(randn(rows, 0), randn(5, 0), bias), bias.expand(rows, 5))
     assert (ops.linear(randn(rows, 0), randn(5, 0)) == 0).all()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [2, 120])
-def test_nan_stays_in_its_row(isa, rows):
+def test_nan_stays_in_its_row(rows):
     x, weight = randn(rows, 40), randn(30, 40)
     x[1, 17] = torch.nan
     got = ops.linear(x, weight)

@@ -36,16 +36,18 @@ def check(cache_dtype, dtype, offsets, steps=4, slots=12, rank=33, rope_dim=6):
     return ours, latent
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("cache_dtype", [*FLOATS, torch.int8])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_writes_only_its_slots(isa, cache_dtype, dtype):
+def test_writes_only_its_slots(cache_dtype, dtype):
     check(cache_dtype, dtype, [0, 8, 3])
     check(cache_dtype, dtype, [5], steps=1, rank=1, rope_dim=2)
     check(cache_dtype, dtype, [0], steps=12, rank=64, rope_dim=0)
     check(cache_dtype, dtype, [2, 1], steps=0)
 
 
-def test_int8_error_is_half_a_step(isa):
+@pytest.mark.usefixtures("isa")
+def test_int8_error_is_half_a_step():
     (latent, _, scale), exact = check(torch.int8, torch.float32, [1, 0], rank=512)
     for row, start in enumerate([1, 0]):
         back = latent[row, start : start + 4].float() * scale[row, start : start + 4, None]
@@ -53,7 +55,8 @@ def test_int8_error_is_half_a_step(isa):
         assert ((back - exact[row]).abs() <= limit).all()
 
 
-def test_int8_zero_nan_and_inf_tokens(isa):
+@pytest.mark.usefixtures("isa")
+def test_int8_zero_nan_and_inf_tokens():
     """全零的词元尺度为 0；NaN、inf 的词元尺度不是有限数，读出来也不会是看似正常的数。"""
     latent, rope = randn(1, 4, 20), randn(1, 4, 2)
     latent[0, 0], latent[0, 1, 5], latent[0, 2, 19] = 0.0, torch.nan, torch.inf
@@ -75,7 +78,8 @@ def test_int8_zero_nan_and_inf_tokens(isa):
     assert case.isnan().all()
 
 
-def test_views(isa):
+@pytest.mark.usefixtures("isa")
+def test_views():
     """缓存是更大缓冲的切片（批步长大于 S·r），输入任意步长。"""
     store, keys = torch.zeros(3, 20, 8), torch.zeros(3, 20, 5)
     latent, rope = randn(3, 2, 8), randn(3, 2, 4)

@@ -40,16 +40,18 @@ def check(case, dtype=None):
     return got
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_fp64(isa, dtype, causal, shape):
+def test_against_fp64(dtype, causal, shape):
     check(attention(*shape, dtype=dtype, causal=causal))
     check(attention(*shape, dtype=dtype, causal=causal, masked=True))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("heads", [1, 3, 9, 16, 63, 64, 65, 128])
-def test_heads(isa, heads):
+def test_heads(heads):
     check(attention(2, 1, 20, heads, (16, 4, 6, 5)))
 
 
@@ -59,16 +61,18 @@ def test_new_tokens(steps):
         check(attention(2, steps, steps + 9, 3, SMALL, dtype=dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("types", [(FLOATS[0], FLOATS[1]), (FLOATS[1], FLOATS[0]), FLOATS[1:]])
-def test_mixed_dtypes(isa, types):
+def test_mixed_dtypes(types):
     case = attention(2, 2, 70, 3, SMALL, dtype=types[0], cache=types[1])
     check(case)
     check(case.but(kv_b=case.kv_b.to(types[1])))
     check(case.but(rope=case.rope.to(types[0])))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_int8_latents(isa, dtype):
+def test_int8_latents(dtype):
     check(attention(2, 3, 80, 3, SMALL, dtype=dtype, cache=torch.int8, masked=True))
 
 
@@ -86,13 +90,15 @@ def test_split_over_the_cache(splits):
     check(attention(2, 1, splits, 2, (24, 4, 8, 8), masked=True, begin=[splits - 3, 5]))
 
 
-def test_left_padding_and_ragged_rows(isa):
+@pytest.mark.usefixtures("isa")
+def test_left_padding_and_ragged_rows():
     case = attention(4, 3, 40, 2, SMALL, begin=[0, 10, 36, 39], end=[40, 30, 39, 40])
     got = check(case)
     assert (got[3, :2] == 0).all() and (got[3, 2] != 0).any()
 
 
-def test_unused_slots_may_be_nan(isa):
+@pytest.mark.usefixtures("isa")
+def test_unused_slots_may_be_nan():
     """没有 span 看到的、被遮住的槽位都可以是从未写过的内存。"""
     for dtype in (*FLOATS, torch.int8):
         cache = dtype if dtype == torch.int8 else None
@@ -113,7 +119,8 @@ def test_unused_slots_may_be_nan(isa):
         torch.testing.assert_close(ops.mla_decode(*case.args()).double(), want, **tol(q))
 
 
-def test_query_that_sees_nothing_gives_zero(isa):
+@pytest.mark.usefixtures("isa")
+def test_query_that_sees_nothing_gives_zero():
     case = attention(2, 2, 30, 3, SMALL, causal=False)
     hidden = case.but(kv_mask=torch.zeros(2, 30, dtype=torch.bool))
     assert (ops.mla_decode(*hidden.args()) == 0).all()
@@ -123,20 +130,23 @@ def test_query_that_sees_nothing_gives_zero(isa):
     assert (ops.mla_decode(*empty_keys.args()) == 0).all()
 
 
-def test_no_slots_at_all(isa):
+@pytest.mark.usefixtures("isa")
+def test_no_slots_at_all():
     case = attention(2, 1, 0, 3, SMALL, causal=False)
     assert (ops.mla_decode(*case.args()) == 0).all()
     empty = attention(2, 0, 5, 3, SMALL)
     assert ops.mla_decode(*empty.args()).shape == (2, 0, 3, 5)
 
 
-def test_spans_may_share_keys(isa):
+@pytest.mark.usefixtures("isa")
+def test_spans_may_share_keys():
     """几个查询段看同一段键（共享前缀）；次序、长度各异。"""
     spans = torch.tensor([[4, 6, 10, 40], [0, 2, 0, 40], [2, 4, 10, 20], [6, 6, 3, 3]])
     check(attention(1, 7, 40, 3, SMALL).but(spans=spans))
 
 
-def test_packed_rows_equal_separate_rows(isa):
+@pytest.mark.usefixtures("isa")
+def test_packed_rows_equal_separate_rows():
     case = attention(3, 2, 50, 3, SMALL)
     want = ops.mla_decode(*case.args())
     packed = case.but(
@@ -151,7 +161,8 @@ def test_packed_rows_equal_separate_rows(isa):
     torch.testing.assert_close(got, want, **tol(torch.float32))
 
 
-def test_views(isa):
+@pytest.mark.usefixtures("isa")
+def test_views():
     case = attention(2, 3, 40, 4, SMALL)
     want = ops.mla_decode(*case.args())
     store, keys = randn(2, 100, 33), randn(2, 100, 6)
@@ -168,7 +179,8 @@ def test_views(isa):
     torch.testing.assert_close(ops.mla_decode(*flips.args()), want, rtol=0, atol=0)
 
 
-def test_huge_strides(isa):
+@pytest.mark.usefixtures("isa")
+def test_huge_strides():
     """批步长超过 2^31 个元素（稀疏文件映射，不占内存）。"""
     case = attention(2, 1, 9, 2, (16, 4, 6, 5), dtype=torch.bfloat16)
     want = ops.mla_decode(*case.args())
@@ -185,22 +197,25 @@ def test_huge_strides(isa):
         del flat, latent, rope
 
 
-def test_nan_reaches_only_who_sees_it(isa):
+@pytest.mark.usefixtures("isa")
+def test_nan_reaches_only_who_sees_it():
     case = attention(2, 2, 20, 3, SMALL)
     case.latent[0, 19, 4] = torch.nan  # 行 0 的最后一个查询看得见
     got = ops.mla_decode(*case.args())
     assert got[0, 1].isnan().all() and got[1].isfinite().all()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("slots", [1, 5, 600])
-def test_nan_query_gives_nan(isa, slots):
+def test_nan_query_gives_nan(slots):
     case = attention(1, 1, slots, 2, SMALL)
     case.q[0, 0, 1] = torch.nan
     got = ops.mla_decode(*case.args())
     assert got[0, 0, 1].isnan().all() and got[0, 0, 0].isfinite().all()
 
 
-def test_large_scores_do_not_overflow(isa):
+@pytest.mark.usefixtures("isa")
+def test_large_scores_do_not_overflow():
     case = attention(1, 2, 30, 2, SMALL)
     case = case.but(q=case.q * 1e4)
     torch.testing.assert_close(

@@ -50,10 +50,11 @@ def check(case, dtype=None, gradient=True):
     return [leaf.grad for leaf in leaves]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_fp64(isa, dtype, causal, shape):
+def test_against_fp64(dtype, causal, shape):
     check(attention(*shape, dtype=dtype, causal=causal))
     check(attention(*shape, dtype=dtype, causal=causal, masked=True))
 
@@ -69,26 +70,30 @@ def test_tile_edges(length):
     check(attention(1, length, length, 1, (12, 4, 6, 5), dtype=torch.bfloat16))
 
 
-def test_mixed_dtypes(isa):
+@pytest.mark.usefixtures("isa")
+def test_mixed_dtypes():
     case = attention(2, 9, 40, 3, SMALL, dtype=torch.float32, cache=torch.bfloat16)
     out, _ = ops.mla_prefill(*case.args())
     torch.testing.assert_close(out.double(), case.exact()[0], **tol(torch.float32))
     check(case, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_int8_latents(isa, dtype):
+def test_int8_latents(dtype):
     case = attention(2, 9, 80, 3, SMALL, dtype=dtype, cache=torch.int8, masked=True)
     check(case, gradient=False)
 
 
-def test_matches_decode(isa):
+@pytest.mark.usefixtures("isa")
+def test_matches_decode():
     case = attention(2, 4, 90, 3, SMALL)
     out, _ = ops.mla_prefill(*case.args())
     torch.testing.assert_close(out, ops.mla_decode(*case.args()), **tol(torch.float32))
 
 
-def test_left_padding_and_ragged_rows(isa):
+@pytest.mark.usefixtures("isa")
+def test_left_padding_and_ragged_rows():
     case = attention(4, 6, 40, 2, SMALL, begin=[0, 10, 37, 40], end=[40, 30, 39, 40])
     grads = check(case)
     assert all(g.isfinite().all() for g in grads)
@@ -132,13 +137,15 @@ def test_chunked_equals_one_shot(chunk):
         )
 
 
-def test_spans_may_share_keys(isa):
+@pytest.mark.usefixtures("isa")
+def test_spans_may_share_keys():
     spans = torch.tensor([[4, 6, 10, 40], [0, 2, 0, 40], [2, 4, 10, 20], [6, 6, 3, 3]])
     check(attention(1, 7, 40, 3, SMALL).but(spans=spans))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_unused_slots_may_be_nan(isa, dtype):
+def test_unused_slots_may_be_nan(dtype):
     """没有查询看得见的槽位可以是 NaN：结果与全部梯度都不受影响。"""
     case = attention(3, 2, 90, 3, SMALL, dtype=dtype, begin=[0, 70, 3], end=[66, 90, 5])
     case.kv_mask = torch.rand(3, 90) > 0.4
@@ -163,7 +170,8 @@ def test_unused_slots_may_be_nan(isa, dtype):
     assert (results[1][3][hidden] == 0).all() and (results[1][4][hidden] == 0).all()
 
 
-def test_query_that_sees_nothing(isa):
+@pytest.mark.usefixtures("isa")
+def test_query_that_sees_nothing():
     case = attention(2, 2, 30, 3, SMALL, causal=False)
     hidden = case.but(kv_mask=torch.zeros(2, 30, dtype=torch.bool))
     no_spans = case.but(spans=torch.empty(0, 4, dtype=torch.int64))
@@ -187,7 +195,8 @@ def test_no_slots_and_no_tokens():
     assert out.shape == (2, 0, 3, 5) and lse.shape == (2, 0, 3)
 
 
-def test_views(isa):
+@pytest.mark.usefixtures("isa")
+def test_views():
     case = attention(2, 7, 40, 4, SMALL)
     store, keys = randn(2, 100, 33), randn(2, 100, 6)
     store[:, 20:60], keys[:, 20:60] = case.latent, case.rope
@@ -210,7 +219,8 @@ def test_views(isa):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_nan_reaches_only_who_sees_it(isa):
+@pytest.mark.usefixtures("isa")
+def test_nan_reaches_only_who_sees_it():
     case = attention(2, 4, 20, 3, SMALL)
     case.latent[0, 18, 4] = torch.nan  # 行 0 的后两个查询看得见
     out, _ = ops.mla_prefill(*case.args())

@@ -35,9 +35,10 @@ def check(args, interleaved):
         torch.testing.assert_close(got.double(), exact, **tol(got.dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_against_fp64(isa, dtype, interleaved):
+def test_against_fp64(dtype, interleaved):
     check(arguments(1, 1, 40, 0, 9, 4, dtype, shared=True), interleaved)
     check(arguments(3, 1, 64, 50, 33, 8, dtype, bias=True), interleaved)
     check(arguments(2, 3, 33, 7, 20, 6, dtype), interleaved)
@@ -45,7 +46,8 @@ def test_against_fp64(isa, dtype, interleaved):
     check(arguments(4, 1, 17, 5, 12, 2, dtype, shared=True), interleaved)
 
 
-def test_views_and_empty(isa):
+@pytest.mark.usefixtures("isa")
+def test_views_and_empty():
     args = arguments(2, 3, 33, 7, 20, 6, torch.float32)
     want = ops.mla_qkv_a(*args, True)
     views = (strided(args[0]), strided(args[1]), *args[2:])

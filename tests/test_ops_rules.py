@@ -179,7 +179,7 @@ def test_compile_fullgraph_inference():
         cache, keys, q = args[1].clone(), args[2].clone(), args[0].clone()
         out = function(cache, keys, torch.tensor([8, 2]), q, args[4])
         results.append((out, cache, keys, q))
-    assert_same(*results)
+    assert_same(results[0], results[1])
 
 
 def test_compile_dynamic_shapes():
@@ -279,7 +279,7 @@ def test_ddp_averages_gradients(tmp_path):
         port = probe.getsockname()[1]
     mp.spawn(replica, args=(2, port, str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert_same(*results, rtol=0, atol=0)
+    assert_same(results[0], results[1], rtol=0, atol=0)
     model, alone = Tiny(), []
     for rank in range(2):
         model.zero_grad()

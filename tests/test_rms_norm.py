@@ -27,9 +27,10 @@ def gradients(function, tensors, grad):
     return [t.grad for t in leaves]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", DIMS)
-def test_against_fp64(isa, dtype, dim):
+def test_against_fp64(dtype, dim):
     x, weight = randn(67, dim, dtype=dtype, scale=3.0), randn(dim, dtype=dtype)
     got = ops.rms_norm(x, weight, EPS)
     want = reference.rms_norm(x.double(), weight.double(), EPS)
@@ -43,8 +44,9 @@ def test_against_fp64(isa, dtype, dim):
         torch.testing.assert_close(a.double() / size, b / size, **tol(dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_add_rms_norm(isa, dtype):
+def test_add_rms_norm(dtype):
     x, residual, weight = (
         randn(5, 33, dtype=dtype),
         randn(5, 33, dtype=dtype),
@@ -71,13 +73,15 @@ def test_only_one_output_used():
         assert leaves[0].grad.isfinite().all() and torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-def test_weight_dtype_may_differ(isa):
+@pytest.mark.usefixtures("isa")
+def test_weight_dtype_may_differ():
     x, weight = randn(4, 20, dtype=torch.bfloat16), randn(20)
     want = reference.rms_norm(x.double(), weight.double(), EPS)
     torch.testing.assert_close(ops.rms_norm(x, weight, EPS).double(), want, **tol(x.dtype))
 
 
-def test_views_and_empty(isa):
+@pytest.mark.usefixtures("isa")
+def test_views_and_empty():
     x, weight = randn(6, 5, 33), randn(33)
     want = eager(x, weight)
     for view in (strided(x), flipped(x)):
@@ -88,15 +92,17 @@ def test_views_and_empty(isa):
     assert ops.rms_norm(randn(33), weight, EPS).shape == (33,)
 
 
-def test_zeros_and_nan(isa):
+@pytest.mark.usefixtures("isa")
+def test_zeros_and_nan():
     x = randn(3, 40)
     x[0], x[1, 3] = 0.0, torch.nan
     got = ops.rms_norm(x, torch.ones(40), EPS)
     assert (got[0] == 0).all() and got[1].isnan().all() and got[2].isfinite().all()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_no_less_accurate_than_transformers(isa, dtype):
+def test_no_less_accurate_than_transformers(dtype):
     x, weight = randn(64, 512, dtype=dtype), randn(512, dtype=dtype)
     exact = reference.rms_norm(x.double(), weight.double(), EPS)
     assert_no_worse(ops.rms_norm(x, weight, EPS), eager(x, weight), exact)

@@ -19,11 +19,12 @@ def angles(batch, steps, half, scale=1.0):
     return angle.cos() * scale, angle.sin() * scale
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_against_fp64(isa, dtype, interleaved, inverse, shared):
+def test_against_fp64(dtype, interleaved, inverse, shared):
     for half in (1, 3, 8, 33):
         x = randn(3, 5, 2, 2 * half, dtype=dtype)
         cos, sin = angles(1 if shared else 3, 5, half, 1.3)
@@ -32,8 +33,9 @@ def test_against_fp64(isa, dtype, interleaved, inverse, shared):
         torch.testing.assert_close(got.double(), want, **tol(dtype))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_inverse_is_transpose(isa, interleaved):
+def test_inverse_is_transpose(interleaved):
     x, y = randn(2, 3, 4, 10), randn(2, 3, 4, 10)
     cos, sin = angles(2, 3, 5)
     torch.testing.assert_close(
@@ -52,12 +54,16 @@ def test_gradient(interleaved, inverse):
     wide = (cos.double(), sin.double())
     reference.rope(exact, *wide, interleaved, inverse).backward(grad.double())
     torch.testing.assert_close(ours.grad.double(), exact.grad, **tol(torch.float32))
-    function = lambda v: ops.rope(v, cos, sin, interleaved, inverse)  # noqa: E731
+
+    def function(value):
+        return ops.rope(value, cos, sin, interleaved, inverse)
+
     leaf = randn(1, 3, 1, 6).requires_grad_()
     assert torch.autograd.gradcheck(function, (leaf,), eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
-def test_angles_of_any_dtype(isa):
+@pytest.mark.usefixtures("isa")
+def test_angles_of_any_dtype():
     x, (cos, sin) = randn(1, 4, 2, 8), angles(1, 4, 4)
     for dtype in (torch.float64, torch.bfloat16):
         c, s = cos.to(dtype), sin.to(dtype)
@@ -66,7 +72,8 @@ def test_angles_of_any_dtype(isa):
         )
 
 
-def test_views_and_empty(isa):
+@pytest.mark.usefixtures("isa")
+def test_views_and_empty():
     x, (cos, sin) = randn(2, 5, 3, 12), angles(2, 5, 6)
     want = ops.rope(x, cos, sin, True)
     for view in (strided(x), flipped(x), x.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -76,9 +83,10 @@ def test_views_and_empty(isa):
     assert ops.rope(randn(2, 5, 3, 0), cos[..., :0], sin[..., :0], True).shape == (2, 5, 3, 0)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_in_place_on_a_slice(isa, dtype, interleaved):
+def test_in_place_on_a_slice(dtype, interleaved):
     """只旋转最后几维，其余不动。"""
     q, (cos, sin) = randn(2, 5, 3, 14, dtype=dtype), angles(2, 5, 4)
     before = q.clone()
@@ -88,7 +96,8 @@ def test_in_place_on_a_slice(isa, dtype, interleaved):
     torch.testing.assert_close(q[..., 6:], want, rtol=0, atol=0)
 
 
-def test_nan_touches_only_its_pair(isa):
+@pytest.mark.usefixtures("isa")
+def test_nan_touches_only_its_pair():
     x, (cos, sin) = randn(1, 1, 2, 16), angles(1, 1, 8)
     x[0, 0, 1, 3] = torch.nan
     assert ops.rope(x, cos, sin, False).isnan().sum() == 2

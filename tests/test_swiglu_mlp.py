@@ -31,9 +31,10 @@ def gradients(function, tensors, grad):
     return [t.grad for t in leaves]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 5, 7, 3), (6, 33, 50, 31), (101, 16, 131, 18)])
-def test_against_fp64(isa, dtype, shape):
+def test_against_fp64(dtype, shape):
     m, k, inner, n = shape
     tensors = (randn(m, k, dtype=dtype), *weights(k, inner, n, dtype))
     exact = [t.double() for t in tensors]
@@ -47,14 +48,16 @@ def test_against_fp64(isa, dtype, shape):
         torch.testing.assert_close(a.double() / size, b / size, **tol(dtype))
 
 
-def test_mixed_dtypes(isa):
+@pytest.mark.usefixtures("isa")
+def test_mixed_dtypes():
     tensors = (randn(3, 20), *weights(20, 30, 10, torch.bfloat16))
     want = reference.swiglu_mlp(*(t.double() for t in tensors))
     torch.testing.assert_close(ops.swiglu_mlp(*tensors).double(), want, **tol(torch.float32))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [2, 110])
-def test_non_contiguous(isa, rows):
+def test_non_contiguous(rows):
     tensors = (randn(rows, 20), *weights(20, 33, 10, torch.float32))
     want = eager(*tensors)
     for view in (strided, flipped):
@@ -62,7 +65,8 @@ def test_non_contiguous(isa, rows):
         torch.testing.assert_close(got, want, **tol(torch.float32))
 
 
-def test_leading_and_empty_shapes(isa):
+@pytest.mark.usefixtures("isa")
+def test_leading_and_empty_shapes():
     w = weights(6, 8, 5, torch.float32)
     for shape in [(6,), (2, 6), (2, 3, 6), (0, 6), (2, 0, 6)]:
         x = randn(*shape)
@@ -71,8 +75,9 @@ def test_leading_and_empty_shapes(isa):
     assert all((g == 0).all() for g in ours)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [2, 110])
-def test_zero_width(isa, rows):
+def test_zero_width(rows):
     """没有中间维或没有输入维：输出为 0。"""
     assert (ops.swiglu_mlp(randn(rows, 4), randn(0, 4), randn(0, 4), randn(3, 0)) == 0).all()
     assert (ops.swiglu_mlp(randn(rows, 0), randn(5, 0), randn(5, 0), randn(3, 5)) == 0).all()
@@ -84,7 +89,8 @@ def test_more_rows_than_a_segment():
     torch.testing.assert_close(ops.swiglu_mlp(*tensors), eager(*tensors), **tol(torch.float32))
 
 
-def test_nan_and_extreme_gate(isa):
+@pytest.mark.usefixtures("isa")
+def test_nan_and_extreme_gate():
     w = weights(20, 30, 10, torch.float32)
     x = randn(3, 20)
     x[1, 4] = torch.nan
