@@ -45,6 +45,15 @@ _HYBRID = {
     "linear_head_dim": 16,
     "linear_num_heads": 4,
 }
+_LONGCAT = {
+    "num_layers": 1,
+    "head_dim": 16,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+}
 
 # model_type -> (配置类, 模型类, 额外的配置)
 MODELS: dict[str, tuple[str, str, dict]] = {
@@ -59,11 +68,7 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     ),
     "glm4_moe_lite": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", _MOE),
     "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", {**_MOE, **_HYBRID}),
-    "longcat_flash": (
-        "LongcatFlashConfig",
-        "LongcatFlashForCausalLM",
-        {"num_layers": 1, "head_dim": 16},
-    ),
+    "longcat_flash": ("LongcatFlashConfig", "LongcatFlashForCausalLM", _LONGCAT),
     "minicpm3": ("MiniCPM3Config", "MiniCPM3ForCausalLM", {}),
     "mistral4": ("Mistral4Config", "Mistral4ForCausalLM", _MOE),
     "youtu": ("YoutuConfig", "YoutuForCausalLM", {}),
