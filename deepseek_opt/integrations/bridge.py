@@ -56,6 +56,6 @@ def check_version() -> None:
 
     if Version(transformers.__version__).release < Version(MIN_TRANSFORMERS).release:
         raise UnsupportedError(
-            f"transformers {transformers.__version__} 太旧：它缓存的是展开后的 K、V；"
-            f"请升级到 {MIN_TRANSFORMERS} 或更新"
+            f"transformers {transformers.__version__} 太旧：请升级到 {MIN_TRANSFORMERS} 或更新"
+            "（更早的版本没有测试过，5.14 及以前缓存的是展开后的 K、V）"
         )
