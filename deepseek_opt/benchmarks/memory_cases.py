@@ -30,7 +30,7 @@ def probe_once(env: Env, subject: str, implementation: str, length: int) -> Prob
         raise ProbeError(f"未运行：约需 {need / 1e9:.1f} GB，可用 {free / 1e9:.1f} GB")
     spec = ProbeSpec(subject, env.shape.name, implementation, _DTYPE, env.threads, env.isa)
     with Probe(spec) as probe:
-        return probe.measure(1, length)
+        return probe.measure(1, length, repeats=2)
 
 
 def estimated_bytes(env: Env, subject: str, implementation: str, length: int) -> int:

@@ -4,12 +4,17 @@
 实现可以交替测量，也只启动一次。峰值是预填充期间常驻内存的增量（缓存 + 激活，不含权重），量法见
 :mod:`~deepseek_opt.benchmarks.process_memory`。
 
+内存取最后一遍：oneDNN 等库按矩阵形状缓存生成的代码，MoE 每个专家的行数各不相同，同一输入的第一遍会
+多占几十 MiB（每种实现都一样）；第二遍输入相同、形状都见过，量到的才是缓存与激活。``repeats=1`` 时
+读数含有这部分。
+
 子进程由 ``python -m deepseek_opt.benchmarks.probe '{JSON}'`` 启动，一行一问一答。
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +36,8 @@ IMPLEMENTATIONS = {
 }
 SUBJECTS = ("folder", "model", "layer")
 _WARMUP = 16
+# 让 oneDNN 记得住一遍里的全部形状，第二遍才不再生成代码。
+_CACHE_SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
 
 
 class ProbeError(DeepSeekOptError):
@@ -89,6 +96,7 @@ class Probe:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
+            env=_CACHE_SETTINGS | dict(os.environ),
         )
         self._ready = False
 
@@ -107,7 +115,10 @@ class Probe:
     def measure(
         self, batch: int, length: int, *, decode: int = 0, repeats: int = 1
     ) -> ProbeReading:
-        """预填充 batch 行、每行 length 个词元（内存取第一次，时间取最短），再解码 decode 步。"""
+        """预填充 batch 行、每行 length 个词元，再解码 decode 步。
+
+        repeats 遍，内存取最后一遍，时间取最短。
+        """
         self.wait_ready()
         request = {"batch": batch, "length": length, "decode": decode, "repeats": repeats}
         try:
@@ -189,7 +200,8 @@ def _model_subject(spec: ProbeSpec) -> Subject:
 
     def prepare(batch: int, length: int) -> dict[str, Any]:
         if tokens is None:
-            ids = torch.randint(0, vocabulary, (batch, length))
+            generator = torch.Generator().manual_seed(length)  # 每一遍的输入相同
+            ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         else:
             stream = tokens.repeat(-(-batch * length // tokens.numel()))
             ids = stream[: batch * length].view(batch, length).clone()
@@ -278,7 +290,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def measure(subject: Subject, batch: int, length: int, decode: int, repeats: int) -> ProbeReading:
-    """量一个长度：第一次取内存峰值，repeats 次取最短的时间，再解码 decode 步。"""
+    """量一个长度：同样的输入 repeats 遍，内存取最后一遍，时间取最短，再解码 decode 步。"""
     from deepseek_opt.benchmarks.process_memory import measure_peak
 
     best, peak = float("inf"), None
@@ -291,11 +303,8 @@ def measure(subject: Subject, batch: int, length: int, decode: int, repeats: int
             subject.prefill(state)
             return time.perf_counter() - start
 
-        if peak is None:
-            peak = measure_peak(run)
-            best = peak.result
-        else:
-            best = min(best, run())
+        peak = measure_peak(run)
+        best = min(best, peak.result)
     size = cache_bytes(state["cache"])
     times = [_seconds(lambda: subject.decode(state)) for _ in range(decode)]
     middle = sorted(times)[len(times) // 2] if times else None
