@@ -4,7 +4,11 @@
 没有二阶导数（对它再求导时 torch 会报错，而不是给出错误的结果）。
 """
 
+# 规则的参数表必须与算子的模式一致，用不到的也要列出。
+# pylint: disable=unused-argument
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -16,12 +20,30 @@ _NS = "deepseek_opt::"
 # ---- fake：只推导形状与 dtype ----
 
 
-@torch.library.register_fake(_NS + "linear")
+def _fake(name: str):
+    """登记形状推导；设备不一的输入在这里就报错（元张量会抢先决定派发到哪里）。"""
+
+    def register(rule):
+        @functools.wraps(rule)
+        def checked(*args, **kwargs):
+            devices = {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+            if len(devices) > 1 and "meta" in devices:
+                found = "、".join(sorted(devices))
+                raise ValueError(f"deepseek_opt：{name}：全部张量应在同一设备上，实际在 {found}。")
+            return rule(*args, **kwargs)
+
+        torch.library.register_fake(_NS + name)(checked)
+        return rule
+
+    return register
+
+
+@_fake("linear")
 def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake(_NS + "linear_backward")
+@_fake("linear_backward")
 def _(grad, x, weight, need_x, need_weight, need_bias):
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -30,65 +52,65 @@ def _(grad, x, weight, need_x, need_weight, need_bias):
     )
 
 
-@torch.library.register_fake(_NS + "swiglu_mlp")
+@_fake("swiglu_mlp")
 def _(x, gate, up, down):
     return x.new_empty((*x.shape[:-1], down.shape[0]))
 
 
-@torch.library.register_fake(_NS + "swiglu_mlp_backward")
+@_fake("swiglu_mlp_backward")
 def _(grad, x, gate, up, down):
     return tuple(t.new_empty(t.shape) for t in (x, gate, up, down))
 
 
-@torch.library.register_fake(_NS + "rms_norm")
+@_fake("rms_norm")
 def _(x, weight, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake(_NS + "rms_norm_backward")
+@_fake("rms_norm_backward")
 def _(grad, x, weight, eps):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake(_NS + "add_rms_norm")
+@_fake("add_rms_norm")
 def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.register_fake(_NS + "rope")
+@_fake("rope")
 def _(x, cos, sin, interleaved, inverse=False):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake(_NS + "rope_")
+@_fake("rope_")
 def _(x, cos, sin, interleaved):
     return None
 
 
-@torch.library.register_fake(_NS + "mla_qkv_a")
+@_fake("mla_qkv_a")
 def _(x, q_a, q_bias, q_norm, q_eps, kv_a, kv_bias, kv_norm, kv_eps, cos, sin, interleaved):
     rank = kv_norm.shape[0]
     sizes = (0 if q_a is None else q_a.shape[0], rank, kv_a.shape[0] - rank)
     return tuple(x.new_empty((*x.shape[:2], size)) for size in sizes)
 
 
-@torch.library.register_fake(_NS + "mla_cache_write")
+@_fake("mla_cache_write")
 def _(latent_cache, rope_cache, scale_cache, latent, rope, offsets):
     return None
 
 
-@torch.library.register_fake(_NS + "mla_decode")
+@_fake("mla_decode")
 def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
     return q.new_empty((*q.shape[:3], v_head_dim))
 
 
-@torch.library.register_fake(_NS + "mla_prefill")
+@_fake("mla_prefill")
 def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty((*q.shape[:3], v_head_dim)), lse
 
 
-@torch.library.register_fake(_NS + "mla_prefill_backward")
+@_fake("mla_prefill_backward")
 def _(grad, q, latent, rope, kv_b, spans, kv_mask, out, lse, softmax_scale, v_head_dim, causal):
     return tuple(t.new_empty(t.shape) for t in (q, latent, rope, kv_b))
 

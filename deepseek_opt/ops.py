@@ -18,7 +18,8 @@ from deepseek_opt.errors import UnsupportedError
 
 _READY = _native.load()
 if _READY:
-    from deepseek_opt import _op_rules  # noqa: F401  # 登记 fake、autograd、autocast
+    # 导入即登记 fake、autograd、autocast。
+    from deepseek_opt import _op_rules  # noqa: F401  # pylint: disable=unused-import
 
 _OPS = torch.ops.deepseek_opt
 DECODE_MAX_TOKENS = 64
@@ -28,9 +29,16 @@ def _run(name: str, *args):
     if not _READY:
         raise UnsupportedError(f"本地算子库不可用：{_native.load_error()}")
     op = getattr(_OPS, name).default
-    if log.debugging():
-        return log.timed(name, _native.isa(), op, args)
-    return op(*args)
+    try:
+        if log.debugging():
+            return log.timed(name, _native.isa(), op, args)
+        return op(*args)
+    except NotImplementedError as error:
+        devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
+        where = "、".join(devices)
+        raise UnsupportedError(
+            f"{name}：这些张量在 {where} 上，没有对应的核（全部张量应在同一设备上）。"
+        ) from error
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

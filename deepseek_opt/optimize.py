@@ -241,7 +241,7 @@ def _apply(
 
 def _require_met(report: OptimizationReport) -> None:
     lines = [f"{entry.name or entry.part}：{entry.reason}" for entry in report.unmet]
-    if not report.replaced:
+    if not report.replaced and not any(entry.native for entry in report.entries):
         lines.append("模型里没有任何可以替换的模块")
     if lines:
         raise UnsupportedError(f"{report.model} 没有做到配置的全部要求：\n  " + "\n  ".join(lines))

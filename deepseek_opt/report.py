@@ -23,6 +23,7 @@ class ReportEntry:
         replaced: 是否已替换。
         reason: 没有替换的原因（中文）；已替换时为说明，可以为空。
         required: 没有替换时，是否算作没有做到用户的要求（strict=True 时报错）。
+        native: 本来就是本库的层，不必替换。
     """
 
     name: str
@@ -31,6 +32,7 @@ class ReportEntry:
     replaced: bool
     reason: str = ""
     required: bool = False
+    native: bool = False
 
 
 @dataclass

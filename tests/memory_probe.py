@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 from collections.abc import Callable
@@ -27,7 +28,7 @@ LENGTH = 768
 
 
 def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
@@ -37,7 +38,7 @@ def peak(run: Callable[[], object]) -> int:
     """run() 期间常驻内存峰值的增量，字节。"""
     gc.collect()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # 峰值从现在重新计
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 峰值从现在重新计
     kept = run()
     grown = _status("VmHWM") - before
     del kept
@@ -155,7 +156,8 @@ def optimized_cases(cls, config, dtype) -> dict[str, tuple[int, int]]:
         model(torch.zeros(1, 8, dtype=torch.long))
         ids = torch.randint(0, 256, (1, 8 * LENGTH))
         cache = LatentCache.for_model(model)
-        measured = peak(lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+        run = functools.partial(model, ids, past_key_values=cache, logits_to_keep=1)
+        measured = peak(run)
         estimate = estimate_memory(model, 1, 8 * LENGTH, profile=profile)
         results[f"optimized {chunk} {dtype}"] = measured, estimate.working_bytes
     return results
@@ -166,7 +168,7 @@ if __name__ == "__main__":
     with torch.inference_mode():
         found = own_cases()
         try:
-            import transformers  # noqa: F401
+            import transformers  # noqa: F401  # pylint: disable=unused-import
 
             found |= transformers_cases()
         except ImportError:

@@ -388,7 +388,7 @@ def test_errors_leave_the_model_unchanged():
     replace_mha(model, MLAConfig())
     with pytest.raises(DeepSeekOptError, match="已经替换过"):
         replace_mha(model, MLAConfig())
-    assert replace_mha(nn.Linear(2, 2), MLAConfig()) == []
+    assert not replace_mha(nn.Linear(2, 2), MLAConfig())
 
 
 def test_deepcopy_state_dict_and_dtype():

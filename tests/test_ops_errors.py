@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -190,3 +192,22 @@ def test_library_missing(monkeypatch):
     monkeypatch.setattr(_native, "load_error", lambda: "没有找到本地库。")
     with pytest.raises(UnsupportedError, match="本地算子库不可用：没有找到本地库"):
         ops.linear(randn(1, 2), randn(3, 2))
+
+
+def test_mixed_devices_are_refused():
+    with pytest.raises(ValueError, match="linear：全部张量应在同一设备上，实际在 cpu、meta"):
+        ops.linear(torch.ones(2, 3), torch.ones(4, 3, device="meta"))
+    q, latent = torch.ones(1, 1, 2, 12), torch.ones(1, 5, 16, device="meta")
+    rope, weight = torch.ones(1, 5, 4), torch.ones(2 * 14, 16)
+    with pytest.raises(ValueError, match="mla_decode：全部张量应在同一设备上"):
+        ops.mla_decode(q, latent, rope, None, weight, ops.make_spans(1, 1, 5), None, 0.3, 6)
+
+
+def test_missing_kernel_names_the_devices(monkeypatch):
+    def refuse(*_args):
+        raise NotImplementedError("Could not run")
+
+    packet = SimpleNamespace(default=refuse)
+    monkeypatch.setattr(ops, "_OPS", SimpleNamespace(linear=packet))
+    with pytest.raises(UnsupportedError, match="linear：这些张量在 cpu 上，没有对应的核"):
+        ops.linear(torch.ones(2, 3), torch.ones(4, 3))

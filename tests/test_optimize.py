@@ -501,3 +501,18 @@ def test_autocast_is_not_worse():
     report = optimize(model, profile())
     assert error() <= 1.1 * theirs
     assert not report.fallbacks
+
+
+def test_own_layers_need_no_replacement():
+    from deepseek_opt import MLAAttention
+
+    config = MLAConfig(
+        num_attention_heads=2,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+    )
+    model = torch.nn.Sequential(MLAAttention(config, 16))
+    report = optimize(model, OptimizationProfile(mla=MLAConfig()), strict=True)
+    assert "已经是本库的层" in str(report)

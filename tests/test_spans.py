@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_opt import ops
 from tests.op_cases import attention
+from tests.tolerances import tol
 
 
 def test_default_sees_every_slot():
@@ -109,3 +110,24 @@ def test_kernels_reject_bad_spans(name, spans, message):
     case = attention(2, 4, 6, 2, (5, 2, 3, 4)).but(spans=torch.tensor(spans))
     with pytest.raises(ValueError, match=message):
         getattr(ops, name)(*case.args())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_slice_spans_equals_slicing_the_output(causal):
+    torch.manual_seed(0)
+    batch, steps, heads = 2, 11, 3
+    q, latent = torch.randn(batch, steps, heads, 12), torch.randn(batch, steps, 16)
+    rope, weight = torch.randn(batch, steps, 4), torch.randn(heads * (8 + 6), 16)
+    spans = ops.make_spans(batch, steps, steps, begin=[0, 4], causal=causal)
+    whole, _ = ops.mla_prefill(q, latent, rope, None, weight, spans, None, 0.3, 6, causal)
+    for start, stop in ((0, 3), (3, 4), (4, 11)):
+        part = ops.slice_spans(spans, steps, start, stop, causal)
+        args = (latent, rope, None, weight, part, None, 0.3, 6, causal)
+        out, _ = ops.mla_prefill(q[:, start:stop], *args)
+        torch.testing.assert_close(out, whole[:, start:stop], **tol(torch.float32))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 9)])
+def test_slice_spans_rejects_bad_ranges(start, stop):
+    with pytest.raises(ValueError, match="slice_spans：应满足"):
+        ops.slice_spans(ops.make_spans(1, 8, 8), 8, start, stop)

@@ -61,6 +61,8 @@ def replace_attention(
         AttentionPatch(module, specs.find_spec(module), runtime, name).install()
         entries.append(ReportEntry(name, "mla", type(module).__name__, True))
     if not entries:
+        entries.extend(_own_layers(model))
+    if not entries:
         entries.append(ReportEntry("", "mla", "", False, "模型里没有 MLA 注意力层", True))
     return entries
 
@@ -143,3 +145,17 @@ def drop_traces(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             state["config"] = hf_config.original_config(state["config"])
     state.pop("_deepseek_opt_weight", None)
     return removed
+
+
+def _own_layers(model: nn.Module) -> list[ReportEntry]:
+    """用本库的层搭的模型：不必替换，也不算没做到。"""
+    from deepseek_opt.layers import LatentMultiheadAttention, MLAAttention
+
+    kinds = (MLAAttention, LatentMultiheadAttention)
+    return [
+        ReportEntry(
+            name, "mla", type(module).__name__, False, "已经是本库的层，无需替换", native=True
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError, UnsupportedError
 
-MIN_TRANSFORMERS = "5.15"
+MIN_TRANSFORMERS = "5.17"
 _DSA = "DSA 稀疏注意力：索引器为每个查询各选一组键，不是“因果 + 填充”掩码，潜变量核尚不支持"
 
 

@@ -85,13 +85,14 @@ class AttentionPatch(Patch):
     def _chunk(self, hidden: Tensor) -> int:
         """查询分块时每行每块的词元数；0 为不分块。
 
-        不求导的长输入分块：查询、注意力输出只存在一块，峰值不随输入长度按比例增长；
-        每个查询的计算与不分块时逐位相同。
+        不求导的长输入分块：查询、注意力输出只存在一块，峰值不随输入长度按比例增长。
+        各块一样长，免得零头走到解码核（只差舍入，但会与不分块时不同）。
         """
         batch, steps = hidden.shape[:2]
         if torch.is_grad_enabled() or batch * steps < 2 * QUERY_TOKENS:
             return 0
-        return max(1, QUERY_TOKENS // batch)
+        pieces = -(-steps * batch // QUERY_TOKENS)
+        return -(-steps // pieces)
 
     def _in_chunks(
         self, hidden: Tensor, kwargs: dict[str, Any], plan: Any, keys: tuple, chunk: int
