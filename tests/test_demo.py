@@ -260,6 +260,14 @@ def test_planner_skips_what_takes_too_long(monkeypatch):
     assert [m.implementation for m in late] == list(IMPLEMENTATIONS)
 
 
+def test_late_comparisons_are_listed_as_not_checked(folder):
+    options = replace(_options(folder, Path("unused")), contexts=(4, 6))
+    with torch.inference_mode():
+        found = run._compare_all(options, data.load_tokenizer(folder), -1.0, lambda _: None)
+    assert len(found["comparisons"]) == 2  # 每种类型至少一项
+    assert len(found["skipped"]) == 6 and all(c.passed is None for c in found["skipped"])
+
+
 def test_failed_probe_is_reported_not_hidden():
     table = _measure(lengths.Planner(_config(), torch.float32, None), fail_at=32)
     assert all(m.note == "子进程退出了" for m in table.measurements)
