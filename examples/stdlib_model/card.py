@@ -75,22 +75,16 @@ AdamW；计算 bf16，主权重 fp32；后 55% 的时间学习率线性降到零
 
 ## 续写样例
 
-留出的 `{source}`，贪心，fp32。提示的末尾：
+留出文件，贪心，fp32。`# ▼` 一行是添加的标记，之前是提示的末尾，之后是续写；参数这么小的模型
+贪心续写常陷入重复。
 
-```python
-{prompt}
-```
-
-续写：
-
-```python
-{sample}
-```
+{samples}
 
 ## 局限
 
 参数与训练量都很小：语法、缩进与标准库的行文像样，逻辑多半不对；没见过标准库以外的代码与自然语言；
-会复述训练文本里的片段。实际训练的窗口不超过 4096，更长的上下文能用而不走样，但得益有限。
+会复述训练文本里的片段。实际训练的窗口不超过 4096，更长的上下文靠位置空隙
+外推，按位置的读数见上。
 
 ## 重新训练
 
@@ -102,6 +96,13 @@ python examples/train_stdlib_model.py --minutes {minutes:.0f} \\
 断点写在 `--state`，重新执行即续训。别的 Python 版本的标准库不同，结果也会略有不同。
 训练文本与其许可证（PSF License）来自 CPython。
 """
+
+
+def _sample(sample: dict[str, str]) -> str:
+    """一个续写样例：来源、提示的最后 8 行、续写。"""
+    tail = "\n".join(sample["prompt"].splitlines()[-8:]).strip("\n")
+    code = f"{tail}\n# ▼ 续写\n{sample['text'].strip(chr(10))}"
+    return f"`{sample['source']}`：\n\n```python\n{code}\n```"
 
 
 def write_card(path: Path, figures: dict, config) -> None:
@@ -146,9 +147,7 @@ def write_card(path: Path, figures: dict, config) -> None:
             minutes=(progress["deadline"] - progress["started"]) / 60,
             scores=scores,
             by_position=positions,
-            source=figures["sample"]["source"],
-            prompt=figures["sample"]["prompt"].strip("\n"),
-            sample=figures["sample"]["text"].strip("\n"),
+            samples="\n\n".join(_sample(sample) for sample in figures["samples"]),
         ),
         encoding="utf-8",
     )

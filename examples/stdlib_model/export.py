@@ -106,12 +106,21 @@ def continuation(model: nn.Module, tokenizer, prompt: str, new_tokens: int = 96)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def sample_prompt() -> tuple[str, str]:
-    """模型卡里展示的提示：留出的 textwrap 模块里一个函数的开头，返回 (来源, 文本)。"""
-    path = corpus.stdlib_root() / "textwrap.py"
-    text = corpus.read_text(path)
-    cut = text.index("def fill(self, text):")
-    return "textwrap.py", text[max(0, cut - 1500) : cut + len("def fill(self, text):")]
+# 模型卡里展示的续写：(留出文件, 提示截止处)。一段先写文档串，一段直接写代码。
+_SAMPLES = (
+    ("textwrap.py", "def fill(self, text):"),
+    ("json/decoder.py", "def raw_decode("),
+)
+
+
+def sample_prompts() -> list[tuple[str, str]]:
+    """各展示样例的 (来源, 提示)；提示取截止处之前至多 6000 个字符。"""
+    prompts = []
+    for name, mark in _SAMPLES:
+        text = corpus.read_text(corpus.stdlib_root() / name)
+        end = text.index(mark) + len(mark)
+        prompts.append((name, text[max(0, end - 6000) : end]))
+    return prompts
 
 
 def _evaluate(out: Path, limit: int | None) -> dict:
@@ -132,12 +141,18 @@ def _evaluate(out: Path, limit: int | None) -> dict:
             "accuracy": round(score.accuracy, 4),
             "bits_per_byte": round(score.bits_per_byte, 4),
         }
-    source, prompt = sample_prompt()
-    text = continuation(models["float32"], tokenizer, prompt)
+    samples = [
+        {
+            "source": source,
+            "prompt": prompt,
+            "text": continuation(models["float32"], tokenizer, prompt),
+        }
+        for source, prompt in sample_prompts()
+    ]
     return {
         "scores": scores,
         "by_position": loss_by_position(models["float32"], tokenizer),
-        "sample": {"source": source, "prompt": prompt[-420:], "text": text},
+        "samples": samples,
     }
 
 
