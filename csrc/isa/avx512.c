@@ -23,15 +23,12 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 /* 32 个寄存器：6x4 = 24 个累加器 + 4 个 B + 1 个广播。 */
 #define GEMM_MAX_MR 8
 #define GEMM_MAX_NV 4
-#define GEMM_TILES(X)                                                                             \
-  X(1, 4)                                                                                         \
-  X(2, 4)                                                                                         \
-  X(3, 4)                                                                                         \
-  X(4, 4)                                                                                         \
-  X(5, 4)                                                                                         \
-  X(6, 4)                                                                                         \
-  X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(1, 1) X(2, 1) X(3, 1) X(4, 1) \
-      X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+/* clang-format off */
+#define GEMM_TILES(X) \
+  X(1, 4) X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) \
+  X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) \
+  X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+/* clang-format on */
 #define GEMM_NV(left) ((left) >= 4 ? 4 : (left) >= 2 ? 2 : 1)
 #define GEMM_MR(nv) ((nv) == 4 ? 6 : 8)
 #define DOT_MR 4

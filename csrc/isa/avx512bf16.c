@@ -35,15 +35,12 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
     for (int i = 0; i < MR; i++)                                                                 \
       for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, acc[i][j]);            \
   }
-#define TILES(X)                                                                                  \
-  X(1, 4)                                                                                         \
-  X(2, 4)                                                                                         \
-  X(3, 4)                                                                                         \
-  X(4, 4)                                                                                         \
-  X(5, 4)                                                                                         \
-  X(6, 4)                                                                                         \
-  X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) X(1, 1) X(2, 1) X(3, 1) X(4, 1) \
-      X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+/* clang-format off */
+#define TILES(X) \
+  X(1, 4) X(2, 4) X(3, 4) X(4, 4) X(5, 4) X(6, 4) \
+  X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2) \
+  X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+/* clang-format on */
 TILES(DEFINE_TILE)
 
 typedef void (*tile_fn)(int64_t, const uint16_t *, int64_t, int64_t, const uint16_t *, int64_t,
