@@ -15,6 +15,7 @@ from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, Unsup
 from deepseek_opt.integrations import apply, bridge
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.runtime import Runtime
+from deepseek_opt.metrics import is_collecting, start_metrics, stop_metrics
 from deepseek_opt.report import OptimizationReport, ReportEntry
 
 logger = logging.getLogger("deepseek_opt")
@@ -28,12 +29,22 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 
 class ModelState:
-    """放在被优化的模型实例上的私有记录；deepcopy 时随模型复制。"""
+    """放在被优化的模型实例上的私有记录；deepcopy 时随模型复制。
 
-    def __init__(self, runtime: Runtime, report: OptimizationReport, options: dict[str, Any]):
+    owns_metrics : 性能指标是否由 optimize 开始收集，因而由 restore 停止。
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        report: OptimizationReport,
+        options: dict[str, Any],
+        owns_metrics: bool,
+    ):
         self.runtime = runtime
         self.report = report
         self.options = options
+        self.owns_metrics = owns_metrics
 
 
 def optimize(
@@ -50,6 +61,7 @@ def optimize(
 
     参数、缓冲区、类、模块全局都不动；state_dict、save_pretrained、deepcopy 照常。
     中途出错会全部撤销。没有可替换的模块时，报告写明原因并记一条警告（strict 时报错）。
+    从此刻起收集性能指标，随时用 ``deepseek_opt.metrics(model)`` 读出，restore 时停止。
 
     抛出 InputError（参数不对、已经优化过）、ConfigError（配置与模型不符）、UnsupportedError（strict）。
 
@@ -80,7 +92,9 @@ def restore(model: nn.Module) -> nn.Module:
     with lock_of(model):
         if not is_optimized(model):
             raise InputError(f"这个 {type(model).__name__} 没有优化过，无需 restore")
-        _undo(model)
+        for module, name, value in detach_all(model):
+            if name == _STATE and value.owns_metrics:
+                stop_metrics(module)
     logger.info("已恢复 %s", type(model).__name__)
     return model
 
@@ -113,7 +127,7 @@ def switch(
         chosen = filter_fn or state.options["filter_fn"]
         saved = detach_all(model)
         try:
-            return _apply(model, profile, strict, chosen)
+            return _apply(model, profile, strict, chosen, state.owns_metrics)
         except BaseException:
             reattach(saved)
             raise
@@ -213,7 +227,11 @@ def _check_profile(profile: Any) -> None:
 
 
 def _apply(
-    model: nn.Module, profile: Any, strict: bool, filter_fn: FilterFn | None
+    model: nn.Module,
+    profile: Any,
+    strict: bool,
+    filter_fn: FilterFn | None,
+    owns_metrics: bool = False,
 ) -> OptimizationReport:
     if bridge.loaded():
         bridge.check_version()
@@ -231,10 +249,12 @@ def _apply(
             _require_met(report)
         apply.patch_bases(model, runtime)
         options = {"strict": strict, "filter_fn": filter_fn}
-        model.__dict__[_STATE] = ModelState(runtime, report, options)
+        owns_metrics = owns_metrics or not is_collecting(model)
+        model.__dict__[_STATE] = ModelState(runtime, report, options, owns_metrics)
     except BaseException:
-        _undo(model)
+        detach_all(model)
         raise
+    start_metrics(model)
     _log(report)
     return report
 
@@ -257,10 +277,6 @@ def _log(report: OptimizationReport) -> None:
         logger.warning(
             "%s 里什么都没有替换：%s", report.model, "；".join(reasons) or "配置各部分都为空"
         )
-
-
-def _undo(model: nn.Module) -> None:
-    detach_all(model)
 
 
 def detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError
+from deepseek_opt.metrics import paused
 from deepseek_opt.optimize import (
     check_model,
     detach_all,
@@ -84,6 +85,13 @@ def verify(
 
 
 def _compare_optimized(
+    model: nn.Module, inputs: dict[str, Any], max_new_tokens: int
+) -> VerificationReport:
+    with paused(model):
+        return _compare_paused(model, inputs, max_new_tokens)
+
+
+def _compare_paused(
     model: nn.Module, inputs: dict[str, Any], max_new_tokens: int
 ) -> VerificationReport:
     state = find_state(model)

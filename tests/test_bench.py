@@ -310,6 +310,16 @@ def test_suite_registry_and_rows(suite):
         runner.run_suite(suite, only=("zzz",))
 
 
+def test_each_finished_case_is_reported(suite):
+    seen = []
+    result = runner.run_suite(
+        suite, shape=TINY, finished=lambda so_far: seen.append(len(so_far.rows))
+    )
+    assert seen == [1, 2, 3, 4, 5]
+    assert runner.row_line(result.rows[0]).count("5.00x") == 1
+    assert "占屋顶线 50%" in runner.row_line(result.rows[0])
+
+
 def test_json_document(suite, tmp_path, capsys):
     path = tmp_path / "deep" / "reading.json"
     assert cli.run(["bench", suite, "--shape", "tiny", "--json", str(path), "--quick"]) == 0

@@ -21,9 +21,11 @@ from deepseek_opt import (
     optimized,
     restore,
     switch,
+    verify,
 )
 from deepseek_opt.errors import ConfigError, UnsupportedError
 from deepseek_opt.integrations import AttentionSpec, register_spec, specs
+from deepseek_opt.metrics import is_collecting, metrics, start_metrics
 from deepseek_opt.optimize import is_optimized
 from tests.tiny_models import make_inputs, make_model
 from tests.tolerances import tol
@@ -516,3 +518,21 @@ def test_own_layers_need_no_replacement():
     model = torch.nn.Sequential(MLAAttention(config, 16))
     report = optimize(model, OptimizationProfile(mla=MLAConfig()), strict=True)
     assert "已经是本库的层" in str(report)
+
+
+def test_metrics_are_collected_from_optimize_to_restore(model):
+    optimize(model, profile())
+    logits(model)
+    switch(model, profile(cache_dtype="int8"))
+    verify(model, make_inputs()[0])  # 对照用的前向不计入
+    logits(model)
+    assert metrics(model).calls == 2
+    restore(model)
+    assert not is_collecting(model) and not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_metrics_started_by_the_user_outlive_restore(model):
+    start_metrics(model)
+    with optimized(model, profile()):
+        logits(model)
+    assert is_collecting(model) and metrics(model).calls == 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from deepseek_opt.benchmarks import timing
-from deepseek_opt.benchmarks.cases import Case, Env, Row, find_suite
+from deepseek_opt.benchmarks.cases import Case, Env, Row, Suite, find_suite
 from deepseek_opt.benchmarks.probe import ProbeError
 from deepseek_opt.benchmarks.shapes import REFERENCE, Shape
 from deepseek_opt.errors import InputError, UnsupportedError
@@ -26,6 +26,7 @@ _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_f
 _SMALL = 10
 
 Progress = Callable[[int, int, str], None]
+Finished = Callable[["SuiteResult"], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def run_suite(
     isa: str | None = None,
     only: Sequence[str] = (),
     progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> SuiteResult:
     """运行套件 name。
 
@@ -76,6 +78,7 @@ def run_suite(
     threads : 线程数，默认 torch 现在的。isa : 本库限用的指令集，默认自动。
     only : 只跑键名含有其中任一片段的各项；空为全部。
     progress : 每项开始前调用 progress(序号, 总数, 标题)。
+    finished : 每项完成后以到此为止的结果调用，用来边跑边显示、边存盘。
 
     抛出 InputError（没有这个套件、指令集不可用、only 什么也没选中）、UnsupportedError（缺 transformers）。
     """
@@ -91,8 +94,14 @@ def run_suite(
             if progress is not None:
                 progress(index, len(cases), case.title)
             rows += _run_case(case, env)
-        document = _document(suite.name, env, rows)
-    return SuiteResult(suite.name, suite.title, document, tuple(rows))
+            result = _result(suite, env, rows)
+            if finished is not None:
+                finished(result)
+    return result
+
+
+def _result(suite: Suite, env: Env, rows: list[Row]) -> SuiteResult:
+    return SuiteResult(suite.name, suite.title, _document(suite.name, env, rows), tuple(rows))
 
 
 def _run_case(case: Case, env: Env) -> list[Row]:
@@ -181,6 +190,13 @@ def _ratio(row: Row, value: float | None) -> str:
     if row.kind == "saving":
         return f"省 {value:.1%}"
     return f"{value:.2f}x" if value < _SMALL else f"{value:.1f}x"
+
+
+def row_line(row: Row) -> str:
+    """一行读数，边跑边显示用。"""
+    ours, peer = _number(row.ours, row.unit), _number(row.peer, row.unit)
+    roofline = "" if row.roofline is None else f"，占屋顶线 {row.roofline:.0%}"
+    return f"{row.title}：{ours}，{row.peer_name} {peer}，{_ratio(row, row.ratio)}{roofline}"
 
 
 def _verdict(row: Row) -> str:

@@ -64,6 +64,16 @@ def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         def show(done: int, total: int, title: str) -> None:
             meter.update(task, completed=done, total=total, description=title)
 
+        shown = 0
+
+        def keep(so_far: runner.SuiteResult) -> None:
+            nonlocal shown
+            for row in so_far.rows[shown:]:
+                meter.console.print(runner.row_line(row), markup=False, soft_wrap=True)
+            shown = len(so_far.rows)
+            if json_file is not None:
+                so_far.write_json(json_file)
+
         result = runner.run_suite(
             suite,
             shape=shapes.SHAPES[shape],
@@ -72,10 +82,10 @@ def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             isa=isa,
             only=tuple(only or ()),
             progress=show,
+            finished=keep,
         )
     runner.print_result(result, console)
     if json_file is not None:
-        result.write_json(json_file)
         console.print(f"JSON：{json_file}", soft_wrap=True)
     if strict and result.failed:
         raise typer.Exit(1)

@@ -16,6 +16,9 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from deepseek_opt.errors import InputError
@@ -25,7 +28,7 @@ from deepseek_opt.metrics.sinks import JSONLSink, PrometheusSink, TensorBoardSin
 
 
 def metrics(model: nn.Module) -> PerformanceMetrics:
-    """model 的性能指标；还没有开始收集时，从这次调用起收集。
+    """model 的性能指标；优化过的模型从 optimize 起就在收集，其他模型从这次调用起收集。
 
     参数
     ----
@@ -58,6 +61,25 @@ def start_metrics(model: nn.Module, window: int = DEFAULT_WINDOW) -> MetricsColl
     return collector
 
 
+def is_collecting(model: nn.Module) -> bool:
+    """model 是否正在收集性能指标。"""
+    return ATTRIBUTE in model.__dict__
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """块内的前向不计入指标（例如 verify 为对照而做的）；没有在收集时什么也不做。"""
+    collector = model.__dict__.get(ATTRIBUTE)
+    if collector is None:
+        yield
+        return
+    collector.detach(model)
+    try:
+        yield
+    finally:
+        collector.attach(model)
+
+
 def stop_metrics(model: nn.Module) -> bool:
     """停止收集并取下钩子；返回之前是否在收集。"""
     collector = model.__dict__.get(ATTRIBUTE)
@@ -73,7 +95,9 @@ __all__ = [
     "PerformanceMetrics",
     "PrometheusSink",
     "TensorBoardSink",
+    "is_collecting",
     "metrics",
+    "paused",
     "start_metrics",
     "stop_metrics",
 ]

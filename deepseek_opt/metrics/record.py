@@ -69,7 +69,6 @@ class PerformanceMetrics:
 
     示例::
 
-        deepseek_opt.metrics(model)              # 开始收集
         model.generate(**inputs)
         found = deepseek_opt.metrics(model)
         print(found)                             # 笔记本里是表格
