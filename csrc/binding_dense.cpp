@@ -2,9 +2,6 @@
 #include "binding.h"
 
 namespace dso {
-namespace {
-
-Tensor none_like(const Tensor &t) { return torch::stable::new_empty(t, {0}); }
 
 Tensor linear(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
   expect(x.dim() >= 1, "linear：x 至少要有 1 维。");
@@ -32,6 +29,10 @@ Tensor linear(const Tensor &x, const Tensor &weight, const std::optional<Tensor>
   if (p.m > 0 && n > 0) execute(dso_linear, &p);
   return y;
 }
+
+namespace {
+
+Tensor none_like(const Tensor &t) { return torch::stable::new_empty(t, {0}); }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor &grad, const Tensor &x,
                                                    const Tensor &weight, bool need_x,

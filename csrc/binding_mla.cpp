@@ -73,13 +73,13 @@ void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interlea
   rotate("rope_", x, x, cos, sin, interleaved, false);
 }
 
+// q_a、kv_a 投影、两个归一化与键的旋转：返回 (q 的潜变量，潜变量，旋转键)。
 std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(
-    const Tensor &x, const std::optional<Tensor> &q_a, const std::optional<Tensor> &q_bias,
-    const std::optional<Tensor> &q_norm, double q_eps, const Tensor &kv_a,
-    const std::optional<Tensor> &kv_bias, const Tensor &kv_norm, double kv_eps, const Tensor &cos,
-    const Tensor &sin, bool interleaved) {
-  const char *op = "mla_qkv_a";
-  expect_shape(op, "x", x, {-1, -1, -1});
+    const char *op, const Tensor &x, const std::optional<Tensor> &q_a,
+    const std::optional<Tensor> &q_bias, const std::optional<Tensor> &q_norm, double q_eps,
+    const Tensor &kv_a, const std::optional<Tensor> &kv_bias, const Tensor &kv_norm, double kv_eps,
+    const Tensor &cos, const Tensor &sin, bool interleaved) {
+  expect_shape(op, "hidden", x, {-1, -1, -1});
   const int64_t b = x.size(0), t = x.size(1), k = x.size(2), rank = kv_norm.size(0),
                 dr = kv_a.size(0) - rank;
   expect_shape(op, "kv_a_weight", kv_a, {-1, k});
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(
   Tensor rows = as_rows(x), kv = row_major(kv_a), qw, qb, kb, qn,
          kn = torch::stable::contiguous(kv_norm);
   p.m = b * t, p.k = k, p.q_rank = q_rank, p.rank = rank, p.rope_dim = dr;
-  p.x = mat_of(rows, float_dtype(op, "x", x)),
+  p.x = mat_of(rows, float_dtype(op, "hidden", x)),
   p.kv_a = mat_of(kv, float_dtype(op, "kv_a_weight", kv_a));
   p.q_a = p.kv_a;
   p.norm_dtype = float_dtype(op, "kv_norm_weight", kv_norm);
@@ -135,6 +135,16 @@ dso_dtype latent_dtype(const char *op, const char *name, const Tensor &t) {
   return t.scalar_type() == ScalarType::Char ? DSO_I8 : float_dtype(op, name, t);
 }
 
+// offsets [B] int64、连续：每行要写的 t 个槽位都应在缓存之内。
+void check_offsets(const char *op, const Tensor &offsets, int64_t b, int64_t t, int64_t slots) {
+  expect_shape(op, "offsets", offsets, {b});
+  expect_type(op, "offsets", offsets, ScalarType::Long);
+  const auto *start = static_cast<const int64_t *>(offsets.const_data_ptr());
+  for (int64_t i = 0; i < b; i++)
+    expect(start[i] >= 0 && start[i] + t <= slots, op, "：第 ", i, " 行要写槽位 [", start[i], ", ",
+           start[i] + t, ")，超出缓存的 ", slots, " 个槽位。");
+}
+
 void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tensor> scale_cache,
                      const Tensor &latent, const Tensor &rope_keys, const Tensor &offsets) {
   const char *op = "mla_cache_write";
@@ -145,8 +155,8 @@ void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tenso
   expect_shape(op, "latent_cache", latent_cache, {b, -1, rank});
   const int64_t slots = latent_cache.size(1);
   expect_shape(op, "rope_cache", rope_cache, {b, slots, dr});
-  expect_shape(op, "offsets", offsets, {b});
-  expect_type(op, "offsets", offsets, ScalarType::Long);
+  Tensor starts = torch::stable::contiguous(offsets);
+  check_offsets(op, starts, b, t, slots);
   const dso_dtype cache_type = latent_dtype(op, "latent_cache", latent_cache);
   const bool quantized = cache_type == DSO_I8;
   expect(quantized == scale_cache.has_value(), op,
@@ -158,12 +168,7 @@ void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tenso
   }
   expect(rank <= 1 || latent_cache.stride(2) == 1, op, "：latent_cache 的最后一维步长应为 1。");
   expect(dr <= 1 || rope_cache.stride(2) == 1, op, "：rope_cache 的最后一维步长应为 1。");
-  Tensor from = row_major(latent), rope_from = row_major(rope_keys),
-         starts = torch::stable::contiguous(offsets);
-  const auto *start = static_cast<const int64_t *>(starts.const_data_ptr());
-  for (int64_t i = 0; i < b; i++)
-    expect(start[i] >= 0 && start[i] + t <= slots, op, "：第 ", i, " 行要写槽位 [", start[i], ", ",
-           start[i] + t, ")，超出缓存的 ", slots, " 个槽位。");
+  Tensor from = row_major(latent), rope_from = row_major(rope_keys);
   dso_mla_cache_write_params p{
       b,
       t,
@@ -187,7 +192,7 @@ void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tenso
       float_dtype(op, "rope_cache", rope_cache),
       quantized ? static_cast<float *>(scale_cache->mutable_data_ptr()) : nullptr,
       quantized ? scale_cache->stride(0) : 0,
-      start};
+      static_cast<const int64_t *>(starts.const_data_ptr())};
   if (b * t > 0) execute(dso_mla_cache_write, &p);
 }
 
@@ -217,7 +222,7 @@ void check_spans(const char *op, const dso_mla_inputs &in) {
 
 // 张量与由它们得到的结构体；张量要活到执行结束。
 struct MlaInputs {
-  Tensor q, latent, rope, scale, kv_b, mask, spans;
+  Tensor q, latent, rope, scale, kv_b, mask;
   std::vector<dso_span> list;
   dso_mla_inputs in{};
 };
@@ -257,7 +262,7 @@ void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const Tensor
 
 void fill(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
           const Tensor &rope_keys, const std::optional<Tensor> &scale, const Tensor &kv_b,
-          const Tensor &spans, const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
+          const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
   dso_mla_inputs &in = m.in;
   expect_shape(op, "q", q, {-1, -1, -1, -1});
   expect_shape(op, "latent", latent, {q.size(0), -1, -1});
@@ -274,20 +279,75 @@ void fill(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
   expect_shape(op, "kv_b_weight", kv_b, {in.heads * (in.nope_dim + in.v_dim), in.rank});
   expect(std::isfinite(options.softmax_scale) && options.softmax_scale > 0, op,
          "：softmax_scale 应为正的有限数，实际是 ", options.softmax_scale, "。");
-  expect_shape(op, "spans", spans, {-1, 4});
-  expect_type(op, "spans", spans, ScalarType::Long);
-  m.q = row_major(q), m.kv_b = row_major(kv_b), m.spans = torch::stable::contiguous(spans);
+  m.q = row_major(q), m.kv_b = row_major(kv_b);
   in.q = m.q.const_data_ptr(), in.q_bs = m.q.stride(0), in.q_ts = m.q.stride(1),
   in.q_hs = m.q.stride(2);
   in.q_dtype = float_dtype(op, "q", q);
   in.kv_b = mat_of(m.kv_b, float_dtype(op, "kv_b_weight", kv_b));
   fill_cache(op, m, latent, rope_keys, scale, kv_mask);
   in.softmax_scale = static_cast<float>(options.softmax_scale), in.causal = options.causal;
-  in.spans = static_cast<const dso_span *>(m.spans.const_data_ptr()), in.n_spans = spans.size(0);
+}
+
+void use_spans(const char *op, MlaInputs &m, const Tensor &spans) {
+  expect_shape(op, "spans", spans, {-1, 4});
+  expect_type(op, "spans", spans, ScalarType::Long);
+  dso_mla_inputs &in = m.in;
+  Tensor rows = torch::stable::contiguous(spans);
+  in.spans = static_cast<const dso_span *>(rows.const_data_ptr()), in.n_spans = spans.size(0);
   check_spans(op, in);
   for (int64_t i = 0; i < in.n_spans; i++) /* 空的查询范围不参与计算 */
     if (in.spans[i].q_begin < in.spans[i].q_end) m.list.push_back(in.spans[i]);
   in.spans = m.list.data(), in.n_spans = static_cast<int64_t>(m.list.size());
+}
+
+// 每行看见自己的整个缓存：starts[b] 个旧词元与 t 个新词元。
+void use_whole_rows(MlaInputs &m, const int64_t *starts) {
+  dso_mla_inputs &in = m.in;
+  for (int64_t i = 0; i < in.b && in.t > 0; i++)
+    m.list.push_back({i * in.t, (i + 1) * in.t, i * in.s, i * in.s + starts[i] + in.t});
+  in.spans = m.list.data(), in.n_spans = static_cast<int64_t>(m.list.size());
+}
+
+// 解码时的整个注意力层：检查全部在写缓存之前。
+Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
+                        const std::optional<Tensor> &q_a_bias, const std::optional<Tensor> &q_norm,
+                        double q_eps, const Tensor &q_weight, const std::optional<Tensor> &q_bias,
+                        const Tensor &kv_a, const std::optional<Tensor> &kv_a_bias,
+                        const Tensor &kv_norm, double kv_eps, const Tensor &kv_b,
+                        const Tensor &o_weight, const std::optional<Tensor> &o_bias,
+                        const Tensor &cos, const Tensor &sin, bool interleaved, Tensor latent_cache,
+                        Tensor rope_cache, std::optional<Tensor> scale_cache, Tensor offsets,
+                        const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
+                        double softmax_scale, int64_t heads) {
+  const char *op = "mla_layer_decode";
+  auto [low, latent, rope_keys] = mla_qkv_a(op, hidden, q_a, q_a_bias, q_norm, q_eps, kv_a,
+                                            kv_a_bias, kv_norm, kv_eps, cos, sin, interleaved);
+  const int64_t b = hidden.size(0), t = hidden.size(1), dr = rope_keys.size(2);
+  expect(heads > 0 && q_weight.size(0) % heads == 0 && kv_b.size(0) % heads == 0, op,
+         "：q_weight 的行数 ", q_weight.size(0), " 与 kv_b_weight 的行数 ", kv_b.size(0),
+         " 应是头数 ", heads, " 的倍数。");
+  const int64_t head_dim = q_weight.size(0) / heads, v_dim = kv_b.size(0) / heads - (head_dim - dr);
+  expect_shape(op, "o_weight", o_weight, {-1, heads * v_dim});
+  Tensor q =
+      torch::stable::view(linear(q_a ? low : hidden, q_weight, q_bias), {b, t, heads, head_dim});
+  MlaInputs m;
+  fill(op, m, q, latent_cache, rope_cache, scale_cache, kv_b, kv_mask,
+       {softmax_scale, v_dim, true});
+  expect(offsets.is_contiguous(), op, "：offsets 应是连续的。");
+  check_offsets(op, offsets, b, t, m.in.s);
+  auto *starts = static_cast<int64_t *>(offsets.mutable_data_ptr());
+  if (spans)
+    use_spans(op, m, *spans);
+  else
+    use_whole_rows(m, starts);
+  Tensor turned = torch::stable::narrow(q, 3, head_dim - dr, dr);
+  if (dr > 0) rotate(op, turned, turned, cos, sin, interleaved, false);
+  mla_cache_write(latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
+  Tensor out = torch::stable::new_empty(q, {b, t, heads * v_dim});
+  dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
+  if (b * t > 0) execute(dso_mla_decode, &p);
+  for (int64_t i = 0; i < b; i++) starts[i] += t;
+  return linear(out, o_weight, o_bias);
 }
 
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
@@ -295,8 +355,9 @@ Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys
                   const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
                   bool causal) {
   MlaInputs m;
-  fill("mla_decode", m, q, latent, rope_keys, scale, kv_b, spans, kv_mask,
+  fill("mla_decode", m, q, latent, rope_keys, scale, kv_b, kv_mask,
        {softmax_scale, v_head_dim, causal});
+  use_spans("mla_decode", m, spans);
   Tensor out = torch::stable::new_empty(q, {m.in.b, m.in.t, m.in.heads, m.in.v_dim});
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
   if (m.in.b * m.in.t > 0) execute(dso_mla_decode, &p);
@@ -309,8 +370,9 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
                                        const std::optional<Tensor> &kv_mask, double softmax_scale,
                                        int64_t v_head_dim, bool causal) {
   MlaInputs m;
-  fill("mla_prefill", m, q, latent, rope_keys, scale, kv_b, spans, kv_mask,
+  fill("mla_prefill", m, q, latent, rope_keys, scale, kv_b, kv_mask,
        {softmax_scale, v_head_dim, causal});
+  use_spans("mla_prefill", m, spans);
   Tensor out = torch::stable::new_empty(q, {m.in.b, m.in.t, m.in.heads, m.in.v_dim});
   Tensor lse = torch::stable::new_empty(q, {m.in.b, m.in.t, m.in.heads}, ScalarType::Float);
   int64_t covered = 0;
@@ -330,8 +392,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
     const Tensor &out, const Tensor &lse, double softmax_scale, int64_t v_head_dim, bool causal) {
   const char *op = "mla_prefill_backward";
   MlaInputs m;
-  fill(op, m, q, latent, rope_keys, std::nullopt, kv_b, spans, kv_mask,
+  fill(op, m, q, latent, rope_keys, std::nullopt, kv_b, kv_mask,
        {softmax_scale, v_head_dim, causal});
+  use_spans(op, m, spans);
   const dso_mla_inputs &in = m.in;
   expect_shape(op, "grad", grad, {in.b, in.t, in.heads, in.v_dim});
   expect_shape(op, "out", out, {in.b, in.t, in.heads, in.v_dim});
@@ -366,7 +429,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CPU, m) {
   m.impl("rope", TORCH_BOX(&dso::rope));
   m.impl("rope_", TORCH_BOX(&dso::rope_in_place));
-  m.impl("mla_qkv_a", TORCH_BOX(&dso::mla_qkv_a));
+  m.impl("mla_layer_decode", TORCH_BOX(&dso::mla_layer_decode));
   m.impl("mla_cache_write", TORCH_BOX(&dso::mla_cache_write));
   m.impl("mla_decode", TORCH_BOX(&dso::mla_decode));
   m.impl("mla_prefill", TORCH_BOX(&dso::mla_prefill));

@@ -88,7 +88,7 @@ static worker_view worker_of(const dso_mla_inputs *in, dso_arena *arena) {
 }
 
 static size_t edge_bytes(const dso_mla_inputs *in) { /* 阶段 0、2 */
-  return (size_t)(TOKENS * (dso_max(in->nope_dim, in->v_dim) + in->rank)) * 4 + 64;
+  return (size_t)(TOKENS * (dso_max(in->nope_dim, in->v_dim) + 2 * in->rank)) * 4;
 }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
@@ -264,10 +264,14 @@ static void project(const dso_ctx *ctx, int64_t task) {
   shared_view shared = view(in, &arena, count_parts(in));
   int64_t head = task % in->heads, first = task / in->heads * TOKENS,
           n = dso_min(TOKENS, in->b * in->t - first);
+  dso_dtype fmt = dso_mla_format(ctx->isa, in);
   float *o = ctx->worker, *out = o + TOKENS * in->rank;
+  void *narrow = out + TOKENS * in->v_dim; /* o 的半精度副本 */
   for (int64_t i = 0; i < n; i++) combine(ctx, &shared, first + i, head, o + i * in->rank);
   int64_t row = head * (in->nope_dim + in->v_dim) + in->nope_dim;
-  ctx->isa->dot(DSO_F32, n, in->v_dim, in->rank, o, in->rank,
+  const void *left = o;
+  if (fmt != DSO_F32) ctx->isa->from_f32(narrow, fmt, o, n * in->rank), left = narrow;
+  ctx->isa->dot(fmt, n, in->v_dim, in->rank, left, in->rank,
                 dso_at(in->kv_b.data, in->kv_b.dtype, row * in->kv_b.rs), in->kv_b.dtype,
                 in->kv_b.rs, out, in->v_dim);
   for (int64_t i = 0; i < n; i++)

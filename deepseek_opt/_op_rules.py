@@ -87,11 +87,24 @@ def _(x, cos, sin, interleaved):
     return None
 
 
-@_fake("mla_qkv_a")
-def _(x, q_a, q_bias, q_norm, q_eps, kv_a, kv_bias, kv_norm, kv_eps, cos, sin, interleaved):
-    rank = kv_norm.shape[0]
-    sizes = (0 if q_a is None else q_a.shape[0], rank, kv_a.shape[0] - rank)
-    return tuple(x.new_empty((*x.shape[:2], size)) for size in sizes)
+@_fake("mla_layer_decode")
+def _(
+    hidden,
+    q_a,
+    q_a_bias,
+    q_norm,
+    q_eps,
+    q_weight,
+    q_bias,
+    kv_a,
+    kv_a_bias,
+    kv_norm,
+    kv_eps,
+    kv_b,
+    o_weight,
+    *rest,
+):
+    return hidden.new_empty((*hidden.shape[:2], o_weight.shape[0]))
 
 
 @_fake("mla_cache_write")

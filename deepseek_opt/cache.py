@@ -128,6 +128,15 @@ class LatentLayer:
         self.prepare(latent, rope)
         return self.write(latent, rope)
 
+    def has_room(self, hidden: Tensor, rank: int, rope_dim: int) -> bool:
+        """已分配，且不必增长就能再写入 hidden [B, T, ...] 的各词元。"""
+        mine = self.latent
+        if mine is None or self._offsets is None:
+            return False
+        batch, steps = hidden.shape[:2]
+        same = mine.shape[0] == batch and mine.shape[2] == rank and self.rope.shape[2] == rope_dim
+        return same and self._length + steps <= mine.shape[1] and mine.device == hidden.device
+
     def prepare(self, latent: Tensor, rope: Tensor) -> None:
         """检查 latent、rope 能否写入，并保证容量；已有内容不变。"""
         self._check(latent, rope)
@@ -139,9 +148,17 @@ class LatentLayer:
         """:meth:`prepare` 之后的写入；返回写入后的最大长度。"""
         if latent.requires_grad or rope.requires_grad:
             latent, rope = latent.detach(), rope.detach()
-        steps, offsets = latent.shape[1], self._offsets
-        ops.mla_cache_write(self.latent, self.rope, self.scale, latent, rope, offsets)
-        offsets += steps
+        ops.mla_cache_write(self.latent, self.rope, self.scale, latent, rope, self._offsets)
+        self._offsets += latent.shape[1]
+        return self.advance(latent.shape[1])
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """每行下一个要写的槽位 [B] int64；未写入过为 None。"""
+        return self._offsets
+
+    def advance(self, steps: int) -> int:
+        """每行 steps 个新词元已写入缓冲区，:attr:`offsets` 已前移；返回写入后的最大长度。"""
         self._length += steps
         if self._ragged:
             self._clear_tails()

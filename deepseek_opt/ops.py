@@ -173,55 +173,6 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     _run("rope_", x, cos, sin, interleaved)
 
 
-def mla_qkv_a(
-    x: Tensor,
-    q_a_weight: Tensor | None,
-    q_a_bias: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_eps: float,
-    kv_a_weight: Tensor,
-    kv_a_bias: Tensor | None,
-    kv_norm_weight: Tensor,
-    kv_eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """解码用的融合投影：q_a、kv_a 两个投影，两个 RMS 归一化，键的旋转，一次完成；不可求导。
-
-    按行数少（B*T 至多几十）设计；行数多时分开计算更快。中间结果保持 fp32。
-
-    Args:
-        x: [B, T, K]。
-        q_a_weight: [qr, K] 或 None（模型没有 q_lora）；q_a_bias: [qr] 或 None；
-            q_norm_weight: [qr]，与 q_a_weight 同有同无。
-        kv_a_weight: [r + dr, K]；kv_a_bias: [r + dr] 或 None；kv_norm_weight: [r]。
-        q_eps, kv_eps: 两个归一化的 eps。
-        cos, sin: [1 或 B, T, dr/2]（为 1 时要求 B 或 T 是 1）。
-        interleaved: 同 :func:`rope`。
-
-    Returns:
-        (q_latent [B, T, qr]，latent [B, T, r]，rope [B, T, dr])，dtype 随 x；没有 q_a 时 qr = 0。
-
-    Raises:
-        ValueError: 形状或 dtype 不符。
-
-    Example:
-        >>> import torch
-        >>> from deepseek_opt import ops
-        >>> x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 1)
-        >>> q, c, k = ops.mla_qkv_a(
-        ...     x, torch.randn(6, 8), None, torch.ones(6), 1e-6,
-        ...     torch.randn(4 + 2, 8), None, torch.ones(4), 1e-6, angle, angle, True,
-        ... )
-        >>> q.shape, c.shape, k.shape
-        (torch.Size([1, 1, 6]), torch.Size([1, 1, 4]), torch.Size([1, 1, 2]))
-    """
-    queries = (q_a_weight, q_a_bias, q_norm_weight, q_eps)
-    keys = (kv_a_weight, kv_a_bias, kv_norm_weight, kv_eps)
-    return _run("mla_qkv_a", x, *queries, *keys, cos, sin, interleaved)
-
-
 def mla_cache_write(
     latent_cache: Tensor,
     rope_cache: Tensor,
@@ -367,22 +318,103 @@ def mla_attention(
     args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
     tensors = (q, latent, rope, kv_b_weight)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if needs_grad or q.shape[1] > _decode_limit(q, latent, rope, v_head_dim):
+    if needs_grad or q.shape[1] > decode_limit(
+        latent.shape[2], q.shape[3] - rope.shape[2], v_head_dim
+    ):
         return mla_prefill(*args)[0]
     return mla_decode(*args)
 
 
-def _decode_limit(q: Tensor, latent: Tensor, rope: Tensor, v_head_dim: int) -> int:
+def decode_limit(rank: int, nope_dim: int, v_head_dim: int) -> int:
     """吸收式不慢于展开式的最大新词元数。
 
     每个（查询，键，头）吸收式多算 2r - dn - dv 次乘加，展开式则每个（键，头）要先算 r (dn + dv) 次；
     两者相等处的一半作为界（展开式的核更接近峰值）。
+
+    Example:
+        >>> from deepseek_opt import ops
+        >>> ops.decode_limit(512, 128, 128)  # DeepSeek-V3 的维度
+        64
     """
-    rank, expanded = latent.shape[2], q.shape[3] - rope.shape[2] + v_head_dim
+    expanded = nope_dim + v_head_dim
     extra = 2 * rank - expanded
     if extra <= 0:
         return DECODE_MAX_TOKENS
     return max(1, min(DECODE_MAX_TOKENS, rank * expanded // (2 * extra)))
+
+
+def mla_layer_decode(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_a_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    kv_a_weight: Tensor,
+    kv_a_bias: Tensor | None,
+    kv_norm_weight: Tensor,
+    kv_eps: float,
+    kv_b_weight: Tensor,
+    o_weight: Tensor,
+    o_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    scale_cache: Tensor | None,
+    offsets: Tensor,
+    spans: Tensor | None,
+    kv_mask: Tensor | None,
+    softmax_scale: float,
+    num_heads: int,
+) -> Tensor:
+    """解码时的整个 MLA 注意力层，一次调用：投影、归一化、旋转、写缓存、注意力、输出投影；不可求导。
+
+    按行数少（B*T 至多几十）设计；行数多时分开计算更快。两个归一化之前的中间结果保持 fp32。
+
+    Args:
+        hidden: [B, T, K]。
+        q_a_weight: [qr, K] 或 None（模型没有 q_lora）；q_a_bias: [qr] 或 None；
+            q_norm_weight: [qr]，与 q_a_weight 同有同无。
+        q_weight: [H * (dn + dr), qr]，没有 q_a 时为 [H * (dn + dr), K]；q_bias: 它的偏置或 None。
+        kv_a_weight: [r + dr, K]；kv_a_bias: [r + dr] 或 None；kv_norm_weight: [r]。
+        q_eps, kv_eps: 两个归一化的 eps。
+        kv_b_weight: [H * (dn + dv), r]；o_weight: [N, H * dv]；o_bias: [N] 或 None。
+        cos, sin: [1 或 B, T, dr/2]（为 1 时要求 B 或 T 是 1）；interleaved: 同 :func:`rope`。
+        latent_cache, rope_cache, scale_cache, offsets: 同 :func:`mla_cache_write`，原地写入；offsets
+            随后加上 T。
+        spans: 同 :func:`mla_decode`，键的下标指缓存的槽位，含新词元；None 表示每行看见自己的整个缓存，
+            即槽位 [0, offsets[b] + T)。
+        kv_mask, softmax_scale: 同 :func:`mla_decode`。
+        num_heads: H。
+
+    Returns:
+        [B, T, N]，dtype 随 hidden。
+
+    Raises:
+        ValueError: 形状、dtype 不符，写到缓存之外，span 越界；此时缓存不变。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> cache, keys, angle = torch.zeros(1, 8, 4), torch.zeros(1, 8, 2), torch.zeros(1, 1, 1)
+        >>> ops.mla_layer_decode(
+        ...     torch.randn(1, 1, 8), None, None, None, 0.0, torch.randn(2 * 5, 8), None,
+        ...     torch.randn(4 + 2, 8), None, torch.ones(4), 1e-6, torch.randn(2 * (3 + 3), 4),
+        ...     torch.randn(8, 2 * 3), None, angle, angle, True, cache, keys, None,
+        ...     torch.tensor([0]), None, None, 0.5, 2,
+        ... ).shape
+        torch.Size([1, 1, 8])
+    """
+    queries = (q_a_weight, q_a_bias, q_norm_weight, q_eps, q_weight, q_bias)
+    keys = (kv_a_weight, kv_a_bias, kv_norm_weight, kv_eps, kv_b_weight)
+    cache = (latent_cache, rope_cache, scale_cache, offsets, spans, kv_mask)
+    outputs = (o_weight, o_bias, cos, sin, interleaved)
+    return _run(
+        "mla_layer_decode", hidden, *queries, *keys, *outputs, *cache, softmax_scale, num_heads
+    )
 
 
 def make_spans(

@@ -58,31 +58,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
     return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
 
 
-def mla_qkv_a(
-    x: Tensor,
-    q_a_weight: Tensor | None,
-    q_a_bias: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_eps: float,
-    kv_a_weight: Tensor,
-    kv_a_bias: Tensor | None,
-    kv_norm_weight: Tensor,
-    kv_eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q_a、kv_a 投影，两个归一化与键的旋转；逐步调用上面的参考实现。"""
-    if q_a_weight is None:
-        q = x.new_empty((*x.shape[:2], 0))
-    else:
-        q = rms_norm(linear(x, q_a_weight, q_a_bias), q_norm_weight, q_eps)
-    joint = linear(x, kv_a_weight, kv_a_bias)
-    rank = kv_norm_weight.shape[0]
-    latent = rms_norm(joint[..., :rank], kv_norm_weight, kv_eps)
-    return q, latent, rope(joint[..., None, rank:], cos, sin, interleaved).squeeze(2)
-
-
 def mla_cache_write(
     latent_cache: Tensor,
     rope_cache: Tensor,
@@ -181,6 +156,59 @@ def mla_decode(
     """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。"""
     args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
     return mla_prefill(*args)[0]
+
+
+def mla_layer_decode(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_a_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    kv_a_weight: Tensor,
+    kv_a_bias: Tensor | None,
+    kv_norm_weight: Tensor,
+    kv_eps: float,
+    kv_b_weight: Tensor,
+    o_weight: Tensor,
+    o_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    scale_cache: Tensor | None,
+    offsets: Tensor,
+    spans: Tensor | None,
+    kv_mask: Tensor | None,
+    softmax_scale: float,
+    num_heads: int,
+) -> Tensor:
+    """解码时的整个注意力层：逐步调用上面的参考实现，原地写缓存并前移 offsets。"""
+    low = hidden
+    if q_a_weight is not None:
+        low = rms_norm(linear(hidden, q_a_weight, q_a_bias), q_norm_weight, q_eps)
+    q = linear(low, q_weight, q_bias).unflatten(-1, (num_heads, -1))
+    rank, rope_dim = kv_norm_weight.shape[0], kv_a_weight.shape[0] - kv_norm_weight.shape[0]
+    nope_dim = q.shape[-1] - rope_dim
+    turned = rope(q[..., nope_dim:], cos, sin, interleaved)
+    q = torch.cat((q[..., :nope_dim], turned), -1)
+    joint = linear(hidden, kv_a_weight, kv_a_bias)
+    latent = rms_norm(joint[..., :rank], kv_norm_weight, kv_eps)
+    keys = rope(joint[..., None, rank:], cos, sin, interleaved).squeeze(2)
+    mla_cache_write(latent_cache, rope_cache, scale_cache, latent, keys, offsets)
+    batch, steps = hidden.shape[:2]
+    offsets += steps
+    if spans is None:
+        index, slots = torch.arange(batch), latent_cache.shape[1]
+        spans = torch.stack(
+            (index * steps, (index + 1) * steps, index * slots, index * slots + offsets), 1
+        )
+    value_dim = kv_b_weight.shape[0] // num_heads - nope_dim
+    cache = (latent_cache, rope_cache, scale_cache)
+    out = mla_decode(q, *cache, kv_b_weight, spans, kv_mask, softmax_scale, value_dim)
+    return linear(out.flatten(2), o_weight, o_bias)
 
 
 def _visible(q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:

@@ -42,10 +42,14 @@ def write_inputs(dtype):
     return (*caches, scale, randn(2, 3, 6), randn(2, 3, 2), torch.tensor([0, 5]))
 
 
-def qkv_inputs(with_query):
+def layer_inputs(with_query):
     query = (randn(5, 8), randn(5), randn(5)) if with_query else (None, None, None)
-    keys = (randn(6, 8), None, randn(4), 1e-6)
-    return (randn(2, 1, 8), *query, 1e-6, *keys, randn(2, 1, 1), randn(2, 1, 1), True)
+    last, out = randn(2 * 5, 5 if with_query else 8), randn(8, 2 * 3)
+    keys = (randn(6, 8), None, randn(4), 1e-6, randn(2 * 6, 4))
+    cache = (torch.zeros(2, 8, 4), torch.zeros(2, 8, 2), None, torch.tensor([0, 5]))
+    angles = (randn(2, 1, 1), randn(2, 1, 1), True)
+    rest = (None, None, 0.5, 2)
+    return (randn(2, 1, 8), *query, 1e-6, last, None, *keys, out, None, *angles, *cache, *rest)
 
 
 def backward_inputs():
@@ -67,8 +71,8 @@ CASES = {
     "rope": rope_inputs,
     "rope 逆": lambda: (*rope_inputs(), True),
     "rope_": lambda: (randn(2, 3, 4, 6), *rope_inputs()[1:]),
-    "mla_qkv_a": lambda: qkv_inputs(True),
-    "mla_qkv_a 无 q": lambda: qkv_inputs(False),
+    "mla_layer_decode": lambda: layer_inputs(True),
+    "mla_layer_decode 无 q": lambda: layer_inputs(False),
     "mla_cache_write": lambda: write_inputs(torch.float32),
     "mla_cache_write int8": lambda: write_inputs(torch.int8),
     "mla_decode": attention_inputs,

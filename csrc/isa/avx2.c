@@ -48,6 +48,7 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 #define DOT_NR 5
 #define DOT_NR_WIDE 8
 #define AXPY_MR 2
+#define AXPY_MAX 8
 #include "simd_gemm.h"
 
 static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,

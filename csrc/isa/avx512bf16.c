@@ -15,7 +15,8 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
   return _mm512_set1_epi32(bits);
 }
 
-/* ---- 打包路径：32 个寄存器 = 24 个累加器 + 4 个 B + 1 个广播 ---- */
+/* ---- 打包路径：32 个寄存器 = 24 个累加器 + 4 个 B + 1 个广播 ----
+ * 只有一个面板时（解码的得分）A 的每行只用一遍、直接来自内存：把后面第二块的行预取到一级缓存。 */
 #define DEFINE_TILE(MR, NV)                                                                      \
   static void tile_##MR##x##NV(int64_t k, const uint16_t *a, int64_t lda, int64_t ks,            \
                                const uint16_t *b, int64_t ps, float *c, int64_t ldc,             \
@@ -25,6 +26,9 @@ static inline __m512i pair(const uint16_t *p) { /* 广播一对 bf16 */
       for (int j = 0; j < NV; j++)                                                               \
         acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();    \
     for (int64_t x = 0; x < k; x += 2) {                                                         \
+      if (NV == 1 && x % 32 == 0)                                                                \
+        for (int i = 0; i < MR; i++)                                                             \
+          _mm_prefetch((const char *)(a + (2 * MR + i) * lda + x / 2 * ks), _MM_HINT_T0);        \
       __m512i w[NV];                                                                             \
       for (int j = 0; j < NV; j++) w[j] = _mm512_loadu_si512(b + j * ps + x * 16);               \
       _Pragma("GCC unroll 8") for (int i = 0; i < MR; i++) {                                     \

@@ -135,27 +135,28 @@ static void dot_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda
 }
 
 /* ---- C [m, n] = A [m, k] · W [k, n]，W 沿 n 连续，原地读 ---- */
-#define AXPY_NV 4 /* 每次 4 个向量列 */
+#define AXPY_NV 4    /* 每次 4 个向量列 */
+#define AXPY_AHEAD 8 /* 提前这么多行预取：行距大，硬件预取跟不上 */
 
 static inline
-    __attribute__((always_inline)) void axpy_tile(int mr, int64_t k, const float *a, int64_t lda,
-                                                  const void *w, dso_dtype dtype, int64_t ldw,
-                                                  float *c, int64_t ldc) {
-  vf acc[AXPY_MR][AXPY_NV];
+    __attribute__((always_inline)) void axpy_tile(int mr, int nv, int64_t k, const float *a,
+                                                  int64_t lda, const void *w, dso_dtype dtype,
+                                                  int64_t ldw, float *c, int64_t ldc) {
+  vf acc[AXPY_MR][AXPY_MAX];
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
-      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) acc[i][j] = v_set1(0.0f);
+      _Pragma("GCC unroll 16") for (int j = 0; j < nv; j++) acc[i][j] = v_set1(0.0f);
   for (int64_t x = 0; x < k; x++) {
-    vf wv[AXPY_NV];
-    _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) wv[j] =
-        load_full(dso_at(w, dtype, x * ldw + j * VL), dtype);
-    _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) {
-      vf v = v_set1(a[i * lda + x]);
-      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++) acc[i][j] =
-          v_fma(v, wv[j], acc[i][j]);
+    _Pragma("GCC unroll 16") for (int j = 0; j < nv; j++) {
+      const void *at = dso_at(w, dtype, x * ldw + j * VL);
+      if (j * VL * dso_size_of(dtype) % 64 == 0)
+        __builtin_prefetch(dso_at(at, dtype, AXPY_AHEAD * ldw));
+      vf wv = load_full(at, dtype);
+      _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) acc[i][j] =
+          v_fma(v_set1(a[i * lda + x]), wv, acc[i][j]);
     }
   }
   _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
-      _Pragma("GCC unroll 8") for (int j = 0; j < AXPY_NV; j++)
+      _Pragma("GCC unroll 16") for (int j = 0; j < nv; j++)
           v_store(c + i * ldc + j * VL, acc[i][j]);
 }
 
@@ -164,12 +165,16 @@ static inline __attribute__((always_inline)) void axpy_n_as(int64_t m, int64_t n
                                                             const void *w, dso_dtype dtype,
                                                             int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
+  if (m == 1)
+    for (; j + AXPY_MAX * VL <= n; j += AXPY_MAX * VL)
+      axpy_tile(1, AXPY_MAX, k, a, lda, dso_at(w, dtype, j), dtype, ldw, c + j, ldc);
   for (; j + AXPY_NV * VL <= n; j += AXPY_NV * VL) {
     const void *wj = dso_at(w, dtype, j);
     int64_t i = 0;
     for (; i + AXPY_MR <= m; i += AXPY_MR)
-      axpy_tile(AXPY_MR, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
-    for (; i < m; i++) axpy_tile(1, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
+      axpy_tile(AXPY_MR, AXPY_NV, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
+    for (; i < m; i++)
+      axpy_tile(1, AXPY_NV, k, a + i * lda, lda, wj, dtype, ldw, c + i * ldc + j, ldc);
   }
   for (; j < n; j += VL) {
     int64_t width = dso_min(VL, n - j);

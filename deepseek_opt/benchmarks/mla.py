@@ -23,11 +23,13 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 def _optimized_twin(module: Any, *, dense: bool = False, cache_dtype: str = "auto") -> Any:
     """共用权重的副本，优化过。"""
     from deepseek_opt import DenseConfig, MLAConfig, OptimizationProfile, optimize
+    from deepseek_opt.metrics import stop_metrics
 
     mla = MLAConfig(cache_dtype=cache_dtype)
     profile = OptimizationProfile(mla=mla, dense=DenseConfig() if dense else None)
     copied = shapes.twin(module)
     optimize(copied, profile)
+    stop_metrics(copied)  # 指标是整个模型一份，不是每层一份
     return copied
 
 

@@ -147,7 +147,8 @@ class ConfigBase(BaseModel):
     @property
     def revision(self) -> int:
         """修订号；每次成功修改后变大。持有者只需比较它是否变化。"""
-        return self._revision
+        # 每层每次调用都要读：绕开 pydantic 对私有属性的逐级查找
+        return self.__pydantic_private__["_revision"]
 
     def snapshot(self) -> dict[str, Any]:
         """当前各字段的值，供 :meth:`changed_since` 和 :meth:`require_live` 比较。"""

@@ -78,7 +78,7 @@ class Runtime:
 
 
 class RopeMemo:
-    """每个线程记住最近一次的 cos、sin（半宽、连续）：各层收到的是同一个张量对象。"""
+    """每个线程记住最近一次的 cos、sin（半宽、连续、fp32）：各层收到的是同一个张量对象。"""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -96,7 +96,7 @@ class RopeMemo:
             pair = (embeddings.real.contiguous(), embeddings.imag.contiguous())
         else:
             cos, sin = embeddings
-            pair = (cos[..., :half].contiguous(), sin[..., :half].contiguous())
+            pair = (cos[..., :half].float().contiguous(), sin[..., :half].float().contiguous())
         local.ref, local.stamp, local.pair = weakref.ref(key), stamp(key), pair
         return pair
 

@@ -53,6 +53,7 @@ class AttentionPatch(Patch):
         self.known_norms = frozenset(
             key for key in _norm_names(spec) if is_rms_norm(getattr(module, key, None))
         )
+        self.decode_limit = ops.decode_limit(self.rank, self.nope_dim, self.value_dim)
         self.fusable = self.rope is not None and _is_standard(spec, self.known_norms)
         self._parameters: tuple[str, ...] | None = None
 
@@ -66,21 +67,29 @@ class AttentionPatch(Patch):
         reason = reason or self._refusal(hidden_states, kwargs)
         if reason is not None:
             return self._fallback(reason, hidden_states, kwargs)
+        out, reason = self._decode_fused(hidden_states, kwargs, weight)
+        if out is None and reason is None:
+            out, reason = self._compute(hidden_states, kwargs, weight)
+        if reason is not None:
+            return self._fallback(reason, hidden_states, kwargs)
+        return (out, None) if self.spec.returns_tuple else out
+
+    def _compute(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], weight: Tensor
+    ) -> tuple[Tensor | None, str | None]:
+        """逐个算子计算；(输出, 改由原实现计算的原因)。"""
         chunk = self._chunk(hidden_states)
         if chunk:
             q, (latent, rope) = None, self._keys(hidden_states, kwargs)
         else:
-            projected = self._project_fused(hidden_states, kwargs) if self.fusable else None
-            q, latent, rope = projected or self._project(hidden_states, kwargs)
+            q, latent, rope = self._project(hidden_states, kwargs)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         plan, *keys = self._store(latent, rope, cache, mask)
         if plan.reason is not None:
-            return self._fallback(plan.reason, hidden_states, kwargs)
+            return None, plan.reason
         if chunk:
-            out = self._in_chunks(hidden_states, kwargs, plan, (*keys, weight), chunk)
-        else:
-            out = self._output(hidden_states, q, plan, plan.spans, (*keys, weight))
-        return (out, None) if self.spec.returns_tuple else out
+            return self._in_chunks(hidden_states, kwargs, plan, (*keys, weight), chunk), None
+        return self._output(hidden_states, q, plan, plan.spans, (*keys, weight)), None
 
     def _chunk(self, hidden: Tensor) -> int:
         """查询分块时每行每块的词元数；0 为不分块。
@@ -151,36 +160,62 @@ class AttentionPatch(Patch):
 
     # ---- 投影 ----
 
-    def _project_fused(
-        self, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """解码（行数少、不求导）时的融合路径，返回同 :meth:`_project`；用不了则为 None。"""
-        rows = hidden.shape[0] * hidden.shape[1]
-        if rows > FUSED_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    def _fused_projections(
+        self, hidden: Tensor, kwargs: dict[str, Any], kv_b: Tensor
+    ) -> tuple | None:
+        """mla_layer_decode 的投影参数；条件不符则为 None。"""
+        batch, steps = hidden.shape[:2]
+        if batch * steps > FUSED_ROWS or steps > self.decode_limit or torch.is_grad_enabled():
+            return None
+        if not self.fusable or torch.is_autocast_enabled("cpu"):
             return None
         modules, spec = self.module._modules, self.spec
-        down, joint = modules.get(spec.q_a_proj), modules[spec.kv_a_proj]
+        down, joint, out = (modules.get(n) for n in (spec.q_a_proj, spec.kv_a_proj, spec.o_proj))
         last = modules[spec.q_proj if down is None else spec.q_b_proj]
         norms = [modules[spec.kv_a_layernorm]]
-        plain = is_plain(joint) and is_plain(last)
+        plain = is_plain(joint) and is_plain(last) and is_plain(out)
         if down is not None:
             plain = plain and is_plain(down) and spec.q_a_layernorm in self.known_norms
             norms.append(modules[spec.q_a_layernorm])
         if not plain or any(has_hooks(m) for m in norms):
             return None
         cos, sin = self._angles(kwargs)
-        if cos.shape[0] != hidden.shape[0] and hidden.shape[1] > 1:
+        if steps > 1 and cos.shape[0] != batch:
             return None
-        interleaved = self.rope == "interleaved"
-        keys = (joint.weight, joint.bias, norms[0].weight, norm_eps(norms[0]))
         queries = (None, None, None, 0.0)
         if down is not None:
-            queries = (down.weight, down.bias, norms[1].weight, norm_eps(norms[1]))
-        low, latent, rope = ops.mla_qkv_a(hidden, *queries, *keys, cos, sin, interleaved)
-        q = project(last, hidden if down is None else low)
-        q = q.view(*hidden.shape[:2], -1, self.nope_dim + self.rope_dim)
-        ops.rope_(q[..., self.nope_dim :], cos, sin, interleaved)
-        return q, latent, rope
+            queries = (*_weights(down), _weights(norms[1])[0], norm_eps(norms[1]))
+        keys = (*_weights(joint), _weights(norms[0])[0], norm_eps(norms[0]))
+        rotation = (cos, sin, self.rope == "interleaved")
+        return (*queries, *_weights(last), *keys, kv_b, *_weights(out), *rotation)
+
+    def _decode_fused(
+        self, hidden: Tensor, kwargs: dict[str, Any], kv_b: Tensor
+    ) -> tuple[Tensor | None, str | None]:
+        """解码（行数少、不求导）时整层由一个算子计算：(输出, 改由原实现计算的原因)；用不了则都为 None。"""
+        cache = kwargs.get("past_key_values")
+        projections = None if cache is None else self._fused_projections(hidden, kwargs, kv_b)
+        if projections is None:
+            return None, None
+        index = getattr(self.module, self.spec.layer_idx)
+        layer = bridge.resolve_layer(cache, index, self.runtime, False)
+        if layer is None:
+            return None, None
+        batch, steps = hidden.shape[:2]
+        if not layer.has_room(hidden, self.rank, self.rope_dim):  # 张量只用来给出形状与类型
+            layer.prepare(*(hidden.new_empty(batch, steps, n) for n in (self.rank, self.rope_dim)))
+        spans = kv_mask = None
+        if kwargs.get("attention_mask") is not None:
+            plan = self._cached_plan(layer, kwargs["attention_mask"], batch, steps)
+            if plan.reason is not None:
+                return None, plan.reason
+            spans, kv_mask = plan.spans, plan.kv_mask
+        cache = (layer.latent, layer.rope, layer.scale, layer.offsets, spans, kv_mask)
+        scaling = float(getattr(self.module, self.spec.scaling))
+        heads = kv_b.shape[0] // (self.nope_dim + self.value_dim)
+        out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads)
+        layer.advance(steps)
+        return out, None
 
     def _project(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, dn + dr]（已旋转）、latent [B, T, r]（已归一化）、rope [B, T, dr]（已旋转）。"""
@@ -292,15 +327,19 @@ class AttentionPatch(Patch):
                 layer.append(latent, rope)
             return plan, *joined, None
         layer.prepare(latent, rope)
-        if layer.ragged:
-            if mask is not None:
-                raise InputError("缓存各行长度不同（用过 crop_rows），不能再与 attention_mask 同用")
-            plan = ragged_plan(layer.lengths + steps, steps, layer.capacity)
-        else:
-            plan = self.runtime.masks.plan(mask, batch, steps, total, layer.capacity)
+        plan = self._cached_plan(layer, mask, batch, steps)
         if plan.reason is None:
             layer.write(latent, rope)
         return plan, layer.latent, layer.rope, layer.scale
+
+    def _cached_plan(self, layer: LatentLayer, mask: Any, batch: int, steps: int) -> Any:
+        """新词元写入缓冲区之后的可见范围。"""
+        if not layer.ragged:
+            total = layer.length + steps
+            return self.runtime.masks.plan(mask, batch, steps, total, layer.capacity)
+        if mask is not None:
+            raise InputError("缓存各行长度不同（用过 crop_rows），不能再与 attention_mask 同用")
+        return ragged_plan(layer.lengths + steps, steps, layer.capacity)
 
     def _through_update(
         self, cache: Any, index: int, latent: Tensor, rope: Tensor, mask: Any
@@ -323,6 +362,12 @@ class AttentionPatch(Patch):
         return plan, latent, rope, None
 
 
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias)；没有 bias 为 None。"""
+    parameters = module.__dict__["_parameters"]
+    return parameters["weight"], parameters.get("bias")
+
+
 def _rope_kind(module: nn.Module, spec: AttentionSpec) -> str | None:
     """旋转约定：interleaved、half，或 None（不旋转）。"""
     if spec.rope == "none" or not getattr(module, spec.qk_rope_head_dim):
@@ -342,7 +387,7 @@ def _bidirectional(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _is_standard(spec: AttentionSpec, known_norms: frozenset[str]) -> bool:
     """投影部分是否就是 DeepSeek-V3 的样子：没有额外的缩放、门与归一化。"""
-    extras = (spec.q_scale, spec.kv_scale, spec.q_latent_scale, spec.q_position_scale)
+    extras = (spec.q_scale, spec.kv_scale, spec.q_latent_scale, spec.q_position_scale, spec.gate)
     if spec.rope_complex or spec.k_rope_layernorm or any(e is not None for e in extras):
         return False
     return spec.kv_a_layernorm in known_norms
