@@ -228,7 +228,9 @@ PUBLIC = [name for name in deepseek_opt.__all__ if not name.startswith("__")]
 OPS = [
     name
     for name, value in vars(ops).items()
-    if inspect.isfunction(value) and value.__module__ == ops.__name__ and not name.startswith("_")
+    if inspect.isfunction(value)
+    and value.__module__.startswith(ops.__name__)
+    and not name.startswith("_")
 ]
 
 

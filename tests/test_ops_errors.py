@@ -188,7 +188,7 @@ def test_decode_backward_is_not_silent():
 
 
 def test_library_missing(monkeypatch):
-    monkeypatch.setattr(ops, "_READY", False)
+    monkeypatch.setattr(ops._run, "_READY", False)
     monkeypatch.setattr(_native, "load_error", lambda: "没有找到本地库。")
     with pytest.raises(UnsupportedError, match="本地算子库不可用：没有找到本地库"):
         ops.linear(randn(1, 2), randn(3, 2))
@@ -208,6 +208,6 @@ def test_missing_kernel_names_the_devices(monkeypatch):
         raise NotImplementedError("Could not run")
 
     packet = SimpleNamespace(default=refuse)
-    monkeypatch.setattr(ops, "_OPS", SimpleNamespace(linear=packet))
+    monkeypatch.setattr(ops._run, "_OPS", SimpleNamespace(linear=packet))
     with pytest.raises(UnsupportedError, match="linear：这些张量在 cpu 上，没有对应的核"):
         ops.linear(torch.ones(2, 3), torch.ones(4, 3))

@@ -187,6 +187,10 @@ def write_png(table: LengthTable, path: Path) -> bool:
                     axis.plot(x, y, style, color=color, lw=width, marker="o", label=labels[name])
             axis.set(title=panel.title if chinese else panel.english, xscale="log", yscale="log")
             axis.set_xticks(table.lengths, [str(n) for n in table.lengths])
+            values = [y for line in points(table, panel).values() for _, y in line]
+            if values:
+                ticks = _ticks(min(values), max(values))
+                axis.set_yticks(ticks, [_label(t) for t in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)

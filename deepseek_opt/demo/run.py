@@ -26,7 +26,7 @@ from deepseek_opt.errors import UnsupportedError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COMPARE_LIMIT = 140.0  # 秒；此后不再开始新的对照（每种类型至少做一项），列为没有检查
-_TIME_LIMIT = 85.0  # 秒；此后不再开始预计做不完的长度测量，其余约 50 秒留给同一进程的对照
+_TIME_LIMIT = 105.0  # 秒；此后不再开始预计做不完的长度测量，其余约 50 秒留给同一进程的对照
 
 
 @dataclass(frozen=True)

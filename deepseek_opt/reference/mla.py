@@ -1,42 +1,12 @@
-"""每个算子的纯 PyTorch 参考实现：测试的标准答案，写法直白，不求快。
-
-签名与 ``torch.ops.deepseek_opt.*`` 一致；全部可微，可用 fp64 计算，因此也是
-梯度检验的对照。形状记号：B 行（batch），T 新词元数，S 潜变量槽位数，H 头数，
-r = kv_lora_rank，dr = qk_rope_head_dim，dn = qk_nope_head_dim，dv = v_head_dim。
-"""
+"""MLA 算子的参考实现。"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ (+ bias)；x [..., K]，weight [N, K]，返回 [..., N]，dtype 随 x。"""
-    wide = _wide(x, weight)
-    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return y.to(x.dtype)
-
-
-def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x)；gate、up [I, K]，down [N, I]，返回 [..., N]。"""
-    wide = _wide(x, gate)
-    h = F.silu(F.linear(x.to(wide), gate.to(wide))) * F.linear(x.to(wide), up.to(wide))
-    return F.linear(h, down.to(wide)).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """最后一维的 RMS 归一化：fp32 内归一化，转回 x 的 dtype，再乘 weight。"""
-    wide = _wide(x)
-    normed = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
-    return (normed.to(x.dtype) * weight).to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """先加残差再归一化；返回 (归一化结果, x + residual)。"""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+from deepseek_opt.reference.dense import linear, rms_norm
+from deepseek_opt.reference.precision import wide
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
@@ -45,10 +15,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
     interleaved=True：输入成对 (2i, 2i+1)，输出前后两半（DeepSeek 的约定）；False：输入输出都是
     前后两半。inverse=True 为其精确转置（反向传播用）。
     """
-    wide = _wide(x)
+    dtype = wide(x)
     half = x.shape[-1] // 2
-    c, s = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
-    v = x.to(wide)
+    c, s = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+    v = x.to(dtype)
     if inverse:
         a, b = v[..., :half], v[..., half:]
         a, b = a * c + b * s, b * c - a * s
@@ -101,16 +71,16 @@ def mla_prefill(
     spans [n, 4] 的每行为 (q_begin, q_end, kv_begin, kv_end)，是展平到 B*T、B*S 的词元下标；
     causal 时右下对齐。没有被任何 span 覆盖、或什么都看不见的查询输出 0，lse 为 -inf。
     """
-    wide = _wide(q, latent, kv_b_weight)
+    dtype = wide(q, latent, kv_b_weight)
     batch, steps, heads, qk_dim = q.shape
     slots, rank = latent.shape[1], latent.shape[2]
     nope_dim = kv_b_weight.shape[0] // heads - v_head_dim
-    queries = q.reshape(batch * steps, heads, qk_dim).to(wide)
-    latents = latent.reshape(batch * slots, rank).to(wide)
+    queries = q.reshape(batch * steps, heads, qk_dim).to(dtype)
+    latents = latent.reshape(batch * slots, rank).to(dtype)
     if scale is not None:
-        latents = latents * scale.reshape(batch * slots, 1).to(wide)
-    ropes = rope.reshape(batch * slots, -1).to(wide)
-    w_k, w_v = kv_b_weight.to(wide).view(heads, -1, rank).split((nope_dim, v_head_dim), 1)
+        latents = latents * scale.reshape(batch * slots, 1).to(dtype)
+    ropes = rope.reshape(batch * slots, -1).to(dtype)
+    w_k, w_v = kv_b_weight.to(dtype).view(heads, -1, rank).split((nope_dim, v_head_dim), 1)
 
     out = queries.new_zeros(batch * steps, heads, v_head_dim)
     lse = queries.new_full((batch * steps, heads), -torch.inf)
@@ -137,7 +107,7 @@ def mla_prefill(
         out = out.index_copy(0, rows, torch.cat(pieces))
         lse = lse.index_copy(0, rows, torch.cat(sums))
     shape = (batch, steps, heads)
-    lse_dtype = torch.float64 if wide == torch.float64 else torch.float32
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return out.view(*shape, v_head_dim).to(q.dtype), lse.view(shape).to(lse_dtype)
 
 
@@ -217,8 +187,3 @@ def _visible(q_len: int, kv_len: int, causal: bool, device: torch.device) -> Ten
         return torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
     last = torch.arange(kv_len - q_len, kv_len, device=device)
     return torch.arange(kv_len, device=device)[None] <= last[:, None]
-
-
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """计算精度：有 fp64 则 fp64，否则 fp32。"""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,53 @@
+"""算子的 Python 入口；计算在 ``torch.ops.deepseek_opt.*``（C 或 CUDA 核），此处没有计算。
+
+形状记号：B 行（batch），T 新词元数，S 潜变量槽位数，H 头数，r = kv_lora_rank，
+dr = qk_rope_head_dim（可为 0），dn = qk_nope_head_dim，dv = v_head_dim。dtype 为 float32、
+bfloat16 或 float16，半精度一律以 fp32 累加。潜变量是 kv_a_layernorm 之后的，旋转键是旋转之后的，
+与 transformers 缓存的一致。
+
+每个函数对非法输入抛出 ValueError，消息指明参数、期望与实际，且不改动任何张量。
+"""
+
+from __future__ import annotations
+
+from deepseek_opt.ops.dense import (
+    add_rms_norm,
+    linear,
+    rms_norm,
+    swiglu_mlp,
+)
+from deepseek_opt.ops.mla import (
+    DECODE_MAX_TOKENS,
+    decode_limit,
+    mla_attention,
+    mla_cache_write,
+    mla_decode,
+    mla_layer_decode,
+    mla_prefill,
+    rope,
+    rope_,
+)
+from deepseek_opt.ops.spans import (
+    make_spans,
+    slice_spans,
+    spans_from_cu_seqlens,
+)
+
+__all__ = [
+    "DECODE_MAX_TOKENS",
+    "add_rms_norm",
+    "decode_limit",
+    "linear",
+    "make_spans",
+    "mla_attention",
+    "mla_cache_write",
+    "mla_decode",
+    "mla_layer_decode",
+    "mla_prefill",
+    "rms_norm",
+    "rope",
+    "rope_",
+    "slice_spans",
+    "spans_from_cu_seqlens",
+    "swiglu_mlp",
+]
