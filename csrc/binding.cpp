@@ -97,6 +97,16 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "Tensor spans,"
       " Tensor? kv_mask, Tensor out, Tensor lse, float softmax_scale, int v_head_dim, bool causal)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor? gate_up_bias,"
+      " Tensor down, Tensor? down_bias, Tensor[] shared, str activation, float alpha, float limit,"
+      " bool transposed, bool interleaved, bool gated) -> Tensor");
+  m.def(
+      "moe_experts_backward(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor gate_up,"
+      " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str activation,"
+      " float alpha, float limit, bool transposed, bool interleaved, bool gated, bool need_x, bool "
+      "need_experts, bool need_shared)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {

@@ -184,10 +184,72 @@ typedef struct {
   float *dkv_b;           /* [H * (dn + dv), r] fp32，调用者先清零 */
 } dso_mla_backward_params;
 
+/* 激活：h = a(gate) * up；没有 up 时 h = a(gate)。CLIPPED 是 gpt-oss 的：
+ * g = min(gate, limit)，u = clamp(up, -limit, limit)，h = g * sigmoid(alpha g) * (u + 1)。 */
+typedef enum {
+  DSO_SILU = 0,
+  DSO_GELU,
+  DSO_GELU_TANH,
+  DSO_RELU,
+  DSO_RELU2,
+  DSO_CLIPPED
+} dso_act_kind;
+
+typedef struct {
+  dso_act_kind kind;
+  float alpha, limit;
+} dso_act;
+
+/* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
+ * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up.data 为 NULL。 */
+typedef struct {
+  int64_t inner;
+  dso_mat gate, up, down;
+  const void *gate_bias, *up_bias, *down_bias; /* 可为 NULL，dtype 与各自权重相同 */
+  int64_t bias_step;                           /* gate_bias、up_bias 相邻两个的间隔，元素数 */
+} dso_expert;
+
+/* 行按专家排好：专家 e 的行是 [begin[e], begin[e + 1])，行 i 属于词元 token[i]（专家内递增），
+ * 混合权重 weight[i]。 */
+typedef struct {
+  int64_t tokens, k, n, experts;
+  dso_mat x; /* [tokens, K] */
+  const dso_expert *expert;
+  const int64_t *begin, *token;
+  const float *weight;
+  dso_act act;
+  int transposed, paired;
+} dso_moe_inputs;
+
+typedef struct {
+  dso_moe_inputs in;
+  void *y; /* [tokens, N] 连续，与 x 同 dtype */
+} dso_moe_params;
+
+/* 一个专家的梯度，形状与 dtype 同权重；不要的为 NULL。 */
+typedef struct {
+  void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;
+  int64_t gate_rs, up_rs, down_rs;
+} dso_expert_grad;
+
+typedef struct {
+  dso_moe_inputs in;
+  dso_mat dy;                  /* [tokens, N] */
+  void *dx;                    /* [tokens, K] 连续，与 x 同 dtype；可为 NULL */
+  float *dweight;              /* [行]；可为 NULL */
+  const dso_expert_grad *grad; /* [experts] */
+} dso_moe_backward_params;
+
+/* 稳定的计数排序。index [tokens, top_k]；不在 [0, experts) 的（哨兵）舍去。begin [experts + 1]；
+ * token、slot [至多 tokens * top_k]：各行的词元、它在 index 里的位置。 */
+void dso_moe_sort(const int64_t *index, int64_t tokens, int64_t top_k, int64_t experts,
+                  int64_t *begin, int64_t *token, int64_t *slot);
+
 extern const dso_op dso_linear, dso_linear_backward;
 extern const dso_op dso_swiglu_mlp, dso_swiglu_mlp_backward;
 extern const dso_op dso_rms_norm, dso_rms_norm_backward;
 extern const dso_op dso_rope, dso_mla_qkv_a, dso_mla_cache_write;
+extern const dso_op dso_moe_experts, dso_moe_experts_backward;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 
 /* 指令集：名字为 scalar、avx2、avx512、avx512_bf16。 */

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "arena.h"
 #include "gemm.h"
 
 /* span 的键所在的行与槽位。 */
@@ -113,18 +114,6 @@ static inline void dso_mla_hide(const dso_mla_inputs *in, int64_t row, int64_t s
 static inline const void *dso_mla_query(const dso_mla_inputs *in, int64_t token, int64_t head) {
   int64_t b = token / in->t, t = token % in->t;
   return dso_at(in->q, in->q_dtype, b * in->q_bs + t * in->q_ts + head * in->q_hs);
-}
-
-/* 从一大块暂存里依次切出对齐的小块；base 为 NULL 时只累计大小（plan 用同一份代码）。 */
-typedef struct {
-  char *base;
-  size_t used;
-} dso_arena;
-
-static inline void *dso_take(dso_arena *arena, size_t bytes) {
-  void *at = arena->base ? arena->base + arena->used : NULL;
-  arena->used += (bytes + 63) / 64 * 64;
-  return at;
 }
 
 #endif

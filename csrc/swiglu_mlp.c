@@ -4,6 +4,8 @@
  */
 #include "gemm.h"
 
+static const dso_act SILU = {DSO_SILU, 0.0f, 0.0f};
+
 enum { SEGMENT = 8 * DSO_MB }; /* 每段行数：h 的大小不随行数增长，权重的打包仍被摊薄 */
 
 static int is_small(const dso_swiglu_mlp_params *p) { return p->m <= DSO_DOT_MAX_M; }
@@ -56,7 +58,7 @@ static void small_hidden(const dso_ctx *ctx, int64_t task) {
                 p->gate.dtype, p->gate.rs, g, nc);
   ctx->isa->dot(fmt, p->m, nc, p->k, x, ldx, dso_at(p->up.data, p->up.dtype, n0 * p->up.rs),
                 p->up.dtype, p->up.rs, u, nc);
-  ctx->isa->silu_mul(g, u, p->m * nc);
+  ctx->isa->activate(&SILU, g, u, p->m * nc);
   for (int64_t i = 0; i < p->m; i++)
     ctx->isa->from_f32(dso_at_mut(ctx->shared, fmt, i * p->inner + n0), fmt, g + i * nc, nc);
 }
@@ -86,7 +88,7 @@ static void block_hidden(const dso_ctx *ctx, int64_t segment, int64_t task) {
   gemm.b = p->up;
   dso_gemm_block(&gemm, segment * SEGMENT + b.m0, b.mc, b.n0, b.nc, u, DSO_NB, 0, scratch);
   for (int64_t i = 0; i < b.mc; i++) {
-    ctx->isa->silu_mul(g + i * DSO_NB, u + i * DSO_NB, b.nc);
+    ctx->isa->activate(&SILU, g + i * DSO_NB, u + i * DSO_NB, b.nc);
     ctx->isa->from_f32(dso_at_mut(ctx->shared, fmt, (b.m0 + i) * p->inner + b.n0), fmt,
                        g + i * DSO_NB, b.nc);
   }

@@ -5,6 +5,8 @@
  */
 #include "gemm.h"
 
+static const dso_act SILU = {DSO_SILU, 0.0f, 0.0f};
+
 typedef struct {
   void *dg, *du, *h; /* 各 [M, inner] */
 } hidden;
@@ -62,7 +64,7 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   dso_gemm_block(&back, b.m0, b.mc, b.n0, b.nc, dh, DSO_NB, 0, scratch);
   for (int64_t i = 0; i < b.mc; i++) {
     int64_t at = (b.m0 + i) * p->inner + b.n0, row = i * DSO_NB;
-    ctx->isa->silu_mul_backward(g + row, u + row, dh + row, b.nc);
+    ctx->isa->activate_backward(&SILU, g + row, u + row, dh + row, b.nc);
     ctx->isa->from_f32(dso_at_mut(out.dg, fmt, at), fmt, g + row, b.nc);
     ctx->isa->from_f32(dso_at_mut(out.du, fmt, at), fmt, u + row, b.nc);
     ctx->isa->from_f32(dso_at_mut(out.h, fmt, at), fmt, dh + row, b.nc);

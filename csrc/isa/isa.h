@@ -51,9 +51,10 @@ typedef struct dso_isa {
   void (*softmax_backward)(float *s, float *dp, int64_t n, float scale, const float *lse,
                            const float *delta);
 
-  void (*silu_mul)(float *gate, const float *up, int64_t n); /* gate = silu(gate) * up */
-  /* 给定 g、u、dh：dg = dh * u * silu'(g)，du = dh * silu(g)，h = silu(g) * u；原地写回 g、u、dh。 */
-  void (*silu_mul_backward)(float *g_dg, float *u_du, float *dh_h, int64_t n);
+  /* gate = a(gate) * up；up 为 NULL 时 gate = a(gate)。 */
+  void (*activate)(const dso_act *act, float *gate, const float *up, int64_t n);
+  /* 反向：给定 g、u、dh，g、u、dh 依次换成 dg、du、h（前向的结果）；u 可为 NULL。 */
+  void (*activate_backward)(const dso_act *act, float *g_dg, float *u_du, float *dh_h, int64_t n);
   float (*vdot)(const float *a, const float *b, int64_t n);
   void (*vaxpy)(float *y, float a, const float *x, int64_t n);
   void (*vscale)(float *y, float a, int64_t n);

@@ -140,18 +140,68 @@ static void softmax_backward(float *s, float *dp, int64_t n, float scale, const 
   }
 }
 
-static float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-static void silu_mul(float *gate, const float *up, int64_t n) {
-  for (int64_t i = 0; i < n; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
+/* 返回 a(x)，*slope 为 a'(x)。 */
+static float act_of(dso_act_kind kind, float x, float *slope) {
+  switch (kind) {
+    case DSO_GELU: {
+      float cdf = 0.5f * erfcf(-x * 0.70710678f);
+      *slope = cdf + x * 0.39894228f * expf(-0.5f * x * x);
+      return x * cdf;
+    }
+    case DSO_GELU_TANH: {
+      float s = sigmoid(1.5957691f * x * (1.0f + 0.044715f * x * x));
+      *slope = s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 3 * 0.044715f * x * x);
+      return x * s;
+    }
+    case DSO_RELU:
+      *slope = x > 0.0f;
+      return x < 0.0f ? 0.0f : x;
+    case DSO_RELU2: {
+      float r = x < 0.0f ? 0.0f : x;
+      *slope = 2.0f * r;
+      return r * r;
+    }
+    default: {
+      float s = sigmoid(x);
+      *slope = s + x * s * (1.0f - s);
+      return x * s;
+    }
+  }
 }
 
-static void silu_mul_backward(float *g_dg, float *u_du, float *dh_h, int64_t n) {
+static float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+static void activate(const dso_act *act, float *gate, const float *up, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    float g = g_dg[i], u = u_du[i], dh = dh_h[i], sg = sigmoid(g), act = g * sg;
-    g_dg[i] = dh * u * (sg + act * (1.0f - sg));
-    u_du[i] = dh * act;
-    dh_h[i] = act * u;
+    float slope;
+    if (act->kind == DSO_CLIPPED) {
+      float g = gate[i] > act->limit ? act->limit : gate[i];
+      gate[i] = g * sigmoid(act->alpha * g) * (clamp(up[i], -act->limit, act->limit) + 1.0f);
+    } else {
+      gate[i] = act_of(act->kind, gate[i], &slope) * (up ? up[i] : 1.0f);
+    }
+  }
+}
+
+static void activate_backward(const dso_act *act, float *g_dg, float *u_du, float *dh_h,
+                              int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    float grad = dh_h[i], slope, g = g_dg[i], u = u_du ? u_du[i] : 1.0f;
+    int g_free = 1, u_free = 1;
+    float a;
+    if (act->kind == DSO_CLIPPED) {
+      g_free = !(g > act->limit), u_free = !(u > act->limit) && !(u < -act->limit);
+      g = g_free ? g : act->limit, u = clamp(u, -act->limit, act->limit) + 1.0f;
+      float s = sigmoid(act->alpha * g);
+      a = g * s, slope = s + act->alpha * a * (1.0f - s);
+    } else {
+      a = act_of(act->kind, g, &slope);
+    }
+    dh_h[i] = a * u;
+    g_dg[i] = g_free ? grad * u * slope : 0.0f;
+    if (u_du) u_du[i] = u_free ? grad * a : 0.0f;
   }
 }
 
@@ -192,8 +242,8 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .transpose = transpose,
       .softmax_row = softmax_row,
       .softmax_backward = softmax_backward,
-      .silu_mul = silu_mul,
-      .silu_mul_backward = silu_mul_backward,
+      .activate = activate,
+      .activate_backward = activate_backward,
       .vdot = vdot,
       .vaxpy = vaxpy,
       .vscale = vscale,

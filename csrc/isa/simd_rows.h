@@ -175,44 +175,7 @@ static void softmax_backward(float *s, float *dp, int64_t n, float scale, const 
 
 static inline vf v_sigmoid(vf x) { return v_set1(1.0f) / (v_set1(1.0f) + v_exp(v_set1(0.0f) - x)); }
 
-static void silu_mul(float *gate, const float *up, int64_t n) {
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) {
-    vf g = v_load(gate + i);
-    v_store(gate + i, g * v_sigmoid(g) * v_load(up + i));
-  }
-  if (i < n) {
-    vf g = load_part(gate + i, DSO_F32, n - i);
-    store_part(gate + i, DSO_F32, g * v_sigmoid(g) * load_part(up + i, DSO_F32, n - i), n - i);
-  }
-}
-
-static inline void silu_backward_lanes(vf *g, vf *u, vf *dh) {
-  vf sg = v_sigmoid(*g), act = *g * sg, grad = *dh, up = *u;
-  *g = grad * up * (sg + act * (v_set1(1.0f) - sg));
-  *u = grad * act;
-  *dh = act * up;
-}
-
-static void silu_mul_backward(float *g_dg, float *u_du, float *dh_h, int64_t n) {
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) {
-    vf g = v_load(g_dg + i), u = v_load(u_du + i), dh = v_load(dh_h + i);
-    silu_backward_lanes(&g, &u, &dh);
-    v_store(g_dg + i, g);
-    v_store(u_du + i, u);
-    v_store(dh_h + i, dh);
-  }
-  if (i < n) {
-    int64_t rest = n - i;
-    vf g = load_part(g_dg + i, DSO_F32, rest), u = load_part(u_du + i, DSO_F32, rest),
-       dh = load_part(dh_h + i, DSO_F32, rest);
-    silu_backward_lanes(&g, &u, &dh);
-    store_part(g_dg + i, DSO_F32, g, rest);
-    store_part(u_du + i, DSO_F32, u, rest);
-    store_part(dh_h + i, DSO_F32, dh, rest);
-  }
-}
+#include "simd_act.h"
 
 static float vdot(const float *a, const float *b, int64_t n) {
   vf s0 = v_set1(0.0f), s1 = s0;

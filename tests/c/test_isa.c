@@ -208,19 +208,28 @@ static void softmax_gradient(int64_t n) {
   check_near("softmax_backward ds", &dp1, &dp, 4e-6);
 }
 
-static void silu(int64_t n) {
-  buf g = new_random(DSO_F32, n, 6.0), u = new_random(DSO_F32, n, 1.0),
+static void activation(const dso_act *act, int64_t n, int has_up) {
+  buf g = new_random(DSO_F32, n, 6.0), u = new_random(DSO_F32, n, 6.0),
       dh = new_random(DSO_F32, n, 1.0);
   if (n > 2) put(&g, 0, 200.0), put(&g, 1, -200.0);
-  buf g1 = copy_of(&g), g2 = copy_of(&g), g3 = copy_of(&g), u1 = copy_of(&u), dh1 = copy_of(&dh);
-  scalar->silu_mul(g.data, u.data, n);
-  tested->silu_mul(g1.data, u.data, n);
-  check_near("silu_mul", &g1, &g, 4e-6);
-  scalar->silu_mul_backward(g2.data, u.data, dh.data, n);
-  tested->silu_mul_backward(g3.data, u1.data, dh1.data, n);
-  check_near("silu_mul_backward dg", &g3, &g2, 8e-6);
-  check_near("silu_mul_backward du", &u1, &u, 8e-6);
-  check_near("silu_mul_backward h", &dh1, &dh, 8e-6);
+  buf g1 = copy_of(&g), g2 = copy_of(&g), g3 = copy_of(&g), u1 = copy_of(&u), u2 = copy_of(&u),
+      dh1 = copy_of(&dh);
+  scalar->activate(act, g.data, has_up ? u.data : NULL, n);
+  tested->activate(act, g1.data, has_up ? u.data : NULL, n);
+  check_near("activate", &g1, &g, 1e-5);
+  scalar->activate_backward(act, g2.data, has_up ? u1.data : NULL, dh.data, n);
+  tested->activate_backward(act, g3.data, has_up ? u2.data : NULL, dh1.data, n);
+  check_near("activate_backward dg", &g3, &g2, 2e-5);
+  check_near("activate_backward du", &u2, &u1, 1e-5);
+  check_near("activate_backward h", &dh1, &dh, 1e-5);
+}
+
+static void activations(int64_t n) {
+  for (int kind = DSO_SILU; kind <= DSO_CLIPPED; kind++) {
+    dso_act act = {(dso_act_kind)kind, 1.702f, 3.0f};
+    activation(&act, n, 1);
+    if (kind != DSO_CLIPPED) activation(&act, n, 0);
+  }
 }
 
 static void vectors(int64_t n) {
@@ -254,7 +263,7 @@ static void rows(void) {
       for (int f = 0; f <= tested->native_bf16; f++)
         softmax(n, f ? DSO_BF16 : DSO_F32, kind), free_all();
     softmax_gradient(n);
-    silu(n);
+    activations(n);
     vectors(n);
     free_all();
   }

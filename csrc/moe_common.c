@@ -1,0 +1,160 @@
+/* moe_experts 与其反向共用的部分；见 moe_experts.h。 */
+#include <string.h>
+
+#include "moe_experts.h"
+
+dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in) {
+  int all = in->x.dtype == DSO_BF16;
+  for (int64_t e = 0; e < in->experts; e++)
+    all = all && in->expert[e].gate.dtype == DSO_BF16 && in->expert[e].down.dtype == DSO_BF16;
+  return dso_compute_format(isa, all);
+}
+
+int64_t dso_moe_widest(const dso_moe_inputs *in) {
+  int64_t widest = dso_max(in->k, in->n);
+  for (int64_t e = 0; e < in->experts; e++) widest = dso_max(widest, in->expert[e].inner);
+  return widest;
+}
+
+static size_t rows_bytes(const dso_moe_inputs *in) {
+  return in->transposed ? dso_moe_bytes(DSO_MOE_AXPY_ROWS * dso_moe_widest(in), DSO_F32) : 0;
+}
+
+size_t dso_moe_scratch_bytes(const dso_moe_inputs *in) {
+  return rows_bytes(in) + dso_gemm_scratch();
+}
+
+dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base) {
+  return (dso_moe_scratch){base, (char *)base + rows_bytes(in)};
+}
+
+static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, int64_t ldc) {
+  for (int64_t j = 0; p->bias && j < p->nc; j++) {
+    float b;
+    isa->to_f32(&b, dso_at(p->bias, p->w.dtype, (p->n0 + j) * p->bias_step), p->w.dtype, 1);
+    for (int64_t i = 0; i < p->m; i++) out[i * ldc + j] += b;
+  }
+}
+
+void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
+                      const dso_moe_product *p, float *out, int64_t ldc,
+                      const dso_moe_scratch *scratch) {
+  const dso_mat *w = &p->w;
+  if (p->k == 0) {
+    for (int64_t i = 0; i < p->m; i++) memset(out + i * ldc, 0, (size_t)p->nc * 4);
+  } else if (!dso_moe_is_direct(in, p->m)) {
+    dso_gemm g = {.isa = isa,
+                  .fmt = fmt,
+                  .k = p->k,
+                  .a = {p->a, p->k, fmt},
+                  .b = *w,
+                  .b_transposed = !in->transposed};
+    dso_gemm_block(&g, 0, p->m, p->n0, p->nc, out, ldc, 0, scratch->scratch);
+  } else if (in->transposed) {
+    const float *a = p->a;
+    if (fmt != DSO_F32) isa->to_f32(scratch->rows, p->a, fmt, p->m * p->k), a = scratch->rows;
+    isa->axpy_n(p->m, p->nc, p->k, a, p->k, dso_at(w->data, w->dtype, p->n0), w->dtype, w->rs, out,
+                ldc);
+  } else {
+    isa->dot(fmt, p->m, p->nc, p->k, p->a, p->k, dso_at(w->data, w->dtype, p->n0 * w->rs), w->dtype,
+             w->rs, out, ldc);
+  }
+  add_bias(isa, p, out, ldc);
+}
+
+/* 交错：偶数列是 gate，奇数列是 up。原地分开，g 逐行覆盖自己已读过的部分。 */
+static void split_pairs(float *g, float *u, int64_t m, int64_t nc) {
+  for (int64_t i = 0; i < m; i++) {
+    float *both = g + i * DSO_NB, *odd = u + i * DSO_NB;
+    for (int64_t j = 0; j < nc; j++) odd[j] = both[2 * j + 1], both[j] = both[2 * j];
+  }
+}
+
+void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
+                     const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
+                     float *g, float *u, const dso_moe_scratch *scratch) {
+  dso_moe_product p = {m, in->k, n0, nc, x, e->gate, e->gate_bias, e->bias_step};
+  if (in->paired) {
+    p.n0 = 2 * n0, p.nc = 2 * nc;
+    dso_moe_multiply(isa, in, fmt, &p, g, DSO_NB, scratch);
+    split_pairs(g, u, m, nc);
+    return;
+  }
+  dso_moe_multiply(isa, in, fmt, &p, g, DSO_NB, scratch);
+  if (!e->up.data) return;
+  p.w = e->up, p.bias = e->up_bias;
+  dso_moe_multiply(isa, in, fmt, &p, u, DSO_NB, scratch);
+}
+
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e) {
+  if (in->paired) return DSO_NB / 2; /* 两倍的列一次算出 */
+  if (in->transposed || !dso_moe_is_direct(in, dso_moe_rows(in, e))) return DSO_NB;
+  return dso_min(DSO_NB, dso_dot_columns(in->k, in->expert[e].gate.dtype));
+}
+
+static int64_t lower_bound(const int64_t *values, int64_t begin, int64_t end, int64_t want) {
+  while (begin < end) {
+    int64_t middle = begin + (end - begin) / 2;
+    if (values[middle] < want)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t t1,
+                        int64_t *first) {
+  *first = lower_bound(in->token, in->begin[e], in->begin[e + 1], t0);
+  return lower_bound(in->token, *first, in->begin[e + 1], t1);
+}
+
+static int64_t blocks_of(const dso_moe_inputs *in, int64_t e) {
+  return dso_ceil_div(dso_moe_rows(in, e), DSO_MB) *
+         dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e));
+}
+
+int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in) {
+  int64_t total = 0;
+  for (int64_t e = 0; e < in->experts; e++) total += blocks_of(in, e);
+  return total;
+}
+
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task) {
+  int64_t e = 0;
+  for (; task >= blocks_of(in, e); e++) task -= blocks_of(in, e);
+  int64_t rows = dso_moe_rows(in, e), blocks = dso_ceil_div(rows, DSO_MB);
+  int64_t row = task % blocks * DSO_MB, width = dso_moe_hidden_columns(in, e);
+  int64_t n0 = task / blocks * width;
+  return (dso_moe_block){e, row, dso_min(DSO_MB, rows - row), n0,
+                         dso_min(width, in->expert[e].inner - n0)};
+}
+
+void dso_moe_gather(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt, dso_mat src,
+                    int64_t width, int64_t task, void *dst) {
+  int64_t first = task * DSO_MOE_GATHER, last = dso_min(first + DSO_MOE_GATHER, dso_moe_total(in));
+  for (int64_t i = first; i < last; i++) {
+    const void *from = dso_at(src.data, src.dtype, in->token[i] * src.rs);
+    void *to = dso_at_mut(dst, fmt, i * width);
+    if (fmt == src.dtype)
+      memcpy(to, from, (size_t)(width * dso_size_of(fmt)));
+    else
+      isa->to_f32(to, from, src.dtype, width);
+  }
+}
+
+void dso_moe_sort(const int64_t *index, int64_t tokens, int64_t top_k, int64_t experts,
+                  int64_t *begin, int64_t *token, int64_t *slot) {
+  memset(begin, 0, (size_t)(experts + 1) * sizeof *begin);
+  for (int64_t i = 0; i < tokens * top_k; i++)
+    if (index[i] >= 0 && index[i] < experts) begin[index[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
+  /* begin[e] 先当写入位置用，最后整体后移一格恢复 */
+  for (int64_t i = 0; i < tokens * top_k; i++) {
+    if (index[i] < 0 || index[i] >= experts) continue;
+    int64_t at = begin[index[i]]++;
+    token[at] = i / top_k, slot[at] = i;
+  }
+  memmove(begin + 1, begin, (size_t)experts * sizeof *begin);
+  begin[0] = 0;
+}

@@ -1,0 +1,95 @@
+/* moe_experts 与其反向共用：行的划分、中间量的位置、专家权重上的矩阵乘、激活。 */
+#ifndef DSO_MOE_EXPERTS_H
+#define DSO_MOE_EXPERTS_H
+
+#include "gemm.h"
+
+enum {
+  DSO_MOE_GATHER = 16,    /* 收集阶段每任务的行数 */
+  DSO_MOE_SEGMENT = 2048, /* 累加阶段每任务的词元数上限：累加器放得进二级缓存 */
+  DSO_MOE_AXPY_ROWS = 8,  /* 转置的权重：至此直接读，再多则打包 */
+  DSO_MOE_BLOCK = DSO_MB * DSO_NB
+};
+
+static inline int64_t dso_moe_rows(const dso_moe_inputs *in, int64_t e) {
+  return in->begin[e + 1] - in->begin[e];
+}
+
+static inline int64_t dso_moe_total(const dso_moe_inputs *in) { return in->begin[in->experts]; }
+
+static inline int dso_moe_has_up(const dso_moe_inputs *in, const dso_expert *e) {
+  return in->paired || e->up.data != NULL;
+}
+
+/* 第 e 个专家的中间量在 [Σ 行 * inner] 缓冲区里的起点；e = experts 时是总长。 */
+static inline int64_t dso_moe_hidden_at(const dso_moe_inputs *in, int64_t e) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < e; i++) at += dso_moe_rows(in, i) * in->expert[i].inner;
+  return at;
+}
+
+/* 权重都是 bf16 且 x 也是时用 bf16 点积。 */
+dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in);
+
+/* 收集后的一行要多宽才够放任何一个 k（K 或 inner）。 */
+int64_t dso_moe_widest(const dso_moe_inputs *in);
+
+/* 行数少时直接读权重，不打包。 */
+static inline int dso_moe_is_direct(const dso_moe_inputs *in, int64_t m) {
+  return m <= (in->transposed ? DSO_MOE_AXPY_ROWS : DSO_DOT_MAX_M);
+}
+
+/* out [m, nc] = a [m, k] · W 的第 [n0, n0 + nc) 列（再加偏置）；ldc >= nc 按 16 取整。 */
+typedef struct {
+  int64_t m, k, n0, nc;
+  const void *a; /* 计算格式，行距 k */
+  dso_mat w;
+  const void *bias; /* 可为 NULL，dtype 与 w 相同 */
+  int64_t bias_step;
+} dso_moe_product;
+
+typedef struct {
+  float *rows;   /* [DSO_MOE_AXPY_ROWS, widest] */
+  void *scratch; /* dso_gemm_scratch() */
+} dso_moe_scratch;
+
+size_t dso_moe_scratch_bytes(const dso_moe_inputs *in);
+dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base);
+
+void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
+                      const dso_moe_product *p, float *out, int64_t ldc,
+                      const dso_moe_scratch *scratch);
+
+/* 一个专家的 gate、up 的一块，[m, nc]，行距 DSO_NB。g 兼作交错布局的中转。 */
+void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
+                     const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
+                     float *g, float *u, const dso_moe_scratch *scratch);
+
+/* inner 方向每任务的列数。 */
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e);
+
+/* 专家 e 的词元落在 [t0, t1) 的行：[*first, 返回值)，排序后的下标。 */
+int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t t1,
+                        int64_t *first);
+
+/* (专家，行块，列块)。 */
+typedef struct {
+  int64_t expert, row, m, n0, nc;
+} dso_moe_block;
+
+int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in);
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task);
+
+/* src 的若干行（下标 token[i]）排成连续的，转成计算格式；task 为第几组 DSO_MOE_GATHER 行。 */
+void dso_moe_gather(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt, dso_mat src,
+                    int64_t width, int64_t task, void *dst);
+
+static inline int64_t dso_moe_gather_tasks(const dso_moe_inputs *in) {
+  return dso_ceil_div(dso_moe_total(in), DSO_MOE_GATHER);
+}
+
+static inline size_t dso_moe_bytes(int64_t elems, dso_dtype fmt) {
+  return ((size_t)(elems * dso_size_of(fmt)) + 63) / 64 * 64;
+}
+
+#endif
