@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 OPS = torch.ops.deepseek_opt
 _NS = "deepseek_opt::"
@@ -17,7 +18,8 @@ def fake(name: str):
     def register(rule):
         @functools.wraps(rule)
         def checked(*args, **kwargs):
-            devices = {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+            flat = tree_leaves((args, kwargs))
+            devices = {a.device.type for a in flat if isinstance(a, Tensor)}
             if len(devices) > 1 and "meta" in devices:
                 found = "、".join(sorted(devices))
                 raise ValueError(f"deepseek_opt：{name}：全部张量应在同一设备上，实际在 {found}。")
@@ -54,6 +56,8 @@ _LIBRARY = torch.library.Library("deepseek_opt", "IMPL")  # 模块级引用：�
 
 
 def _cast(value, dtype):
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype) for v in value]
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype)
     return value

@@ -27,6 +27,7 @@ from deepseek_opt.ops.mla import (
     rope,
     rope_,
 )
+from deepseek_opt.ops.moe import ACTIVATIONS, moe_experts
 from deepseek_opt.ops.spans import (
     make_spans,
     slice_spans,
@@ -34,6 +35,7 @@ from deepseek_opt.ops.spans import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "DECODE_MAX_TOKENS",
     "add_rms_norm",
     "decode_limit",
@@ -44,6 +46,7 @@ __all__ = [
     "mla_decode",
     "mla_layer_decode",
     "mla_prefill",
+    "moe_experts",
     "rms_norm",
     "rope",
     "rope_",

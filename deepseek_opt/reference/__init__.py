@@ -20,6 +20,7 @@ from deepseek_opt.reference.mla import (
     mla_prefill,
     rope,
 )
+from deepseek_opt.reference.moe import moe_experts
 
 __all__ = [
     "add_rms_norm",
@@ -28,6 +29,7 @@ __all__ = [
     "mla_decode",
     "mla_layer_decode",
     "mla_prefill",
+    "moe_experts",
     "rms_norm",
     "rope",
     "swiglu_mlp",

@@ -1,0 +1,60 @@
+"""MoE 算子的规则。"""
+
+# 规则的参数表必须与算子的模式一致，用不到的也要列出。
+# pylint: disable=unused-argument
+from __future__ import annotations
+
+from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake
+
+# moe_experts 的参数位置。
+_X, _WEIGHTS, _GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS, _SHARED = 0, 2, 3, 4, 5, 6, 7
+
+
+@fake("moe_experts")
+def _(x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
+    transposed = options[3]
+    return x.new_empty((x.shape[0], down.shape[2 if transposed else 1]))
+
+
+@fake("moe_experts_backward")
+def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
+    need_x, need_experts, need_shared = options[6:]
+
+    def like(t, wanted):
+        return x.new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
+
+    experts = (gate_up, down, gate_up_bias, down_bias)
+    return (
+        like(x, need_x),
+        weights.new_empty(weights.shape),
+        *(like(t, need_experts) for t in experts),
+        [like(t, need_shared) for t in shared],
+    )
+
+
+def _experts_setup(ctx, inputs, output):
+    shared = inputs[_SHARED]
+    ctx.options = inputs[_SHARED + 1 :]
+    ctx.shared = len(shared)
+    ctx.save_for_backward(*inputs[:_SHARED], *shared)
+
+
+def _experts_backward(ctx, grad):
+    tensors = ctx.saved_tensors
+    inputs, shared = tensors[:_SHARED], list(tensors[_SHARED:])
+    given = ctx.needs_input_grad
+    experts = (_GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS)
+    wanted = given[_SHARED]
+    need_shared = any(wanted) if isinstance(wanted, (list, tuple)) else bool(wanted)
+    needs = (given[_X], any(given[i] for i in experts), need_shared)
+    dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(
+        grad.contiguous(), *inputs, shared, *ctx.options, *needs
+    )
+    found = {_X: dx, _WEIGHTS: dw, _GATE_UP: dgu, _GATE_UP_BIAS: dgub, _DOWN: dd, _DOWN_BIAS: ddb}
+    grads = [found.get(i) if given[i] else None for i in range(_SHARED)]
+    shared_grads = list(ds) if need_shared else [None] * ctx.shared
+    return (*grads, shared_grads, *(None for _ in ctx.options))
+
+
+autograd("moe_experts", _experts_backward, _experts_setup)
+autocast("moe_experts", keep=(_WEIGHTS,))
