@@ -1,6 +1,10 @@
 // torch.ops.deepseek_opt 的模式（schema）与执行器。各算子的实现在 binding_*.cpp。
 #include "binding.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace dso {
 
 namespace {
@@ -8,6 +12,19 @@ constexpr size_t kAlign = 64;
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 }  // namespace
+
+void advise_huge_pages(Tensor &t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096, large = size_t{1} << 22;
+  const auto bytes = static_cast<uintptr_t>(t.numel() * t.element_size());
+  if (bytes < large) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) / page * page;
+  madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
 
 void execute(const dso_op &op, const void *params) {
   const dso_isa *isa = dso_isa_current();
@@ -22,6 +39,7 @@ void execute(const dso_op &op, const void *params) {
   const size_t shared = aligned(plan.shared_bytes), each = aligned(plan.worker_bytes);
   const auto total = static_cast<int64_t>(shared + each * static_cast<size_t>(workers) + kAlign);
   Tensor scratch = torch::stable::empty({total}, ScalarType::Byte);
+  advise_huge_pages(scratch);
   auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
   char *base = reinterpret_cast<char *>(aligned(address));
   for (int64_t stage = 0; stage < plan.stages; stage++) {

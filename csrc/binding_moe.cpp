@@ -233,9 +233,12 @@ dso_expert_grad grad_at(const dso_expert &e, const Experts &m, const Tensor &gat
 Tensor nothing(const Tensor &like) { return torch::stable::new_empty(like, {0}); }
 
 Tensor grad_like(const Tensor &t, bool wanted) {
+  if (!wanted) return nothing(t);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < t.dim(); i++) sizes.push_back(t.size(i));
-  return wanted ? torch::stable::new_empty(t, sizes) : nothing(t);
+  Tensor out = torch::stable::new_empty(t, sizes);
+  advise_huge_pages(out);
+  return out;
 }
 
 Tensor grad_like(const std::optional<Tensor> &t, const Tensor &other, bool wanted) {
@@ -290,7 +293,8 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                             {dy.const_data_ptr(), dy.stride(0), float_dtype(op, "grad", grad)},
                             need_x && x.size(0) * x.size(1) > 0 ? dx.mutable_data_ptr() : nullptr,
                             dw.data(),
-                            grads.data()};
+                            grads.data(),
+                            static_cast<int64_t>(torch::stable::get_num_threads())};
   execute(dso_moe_experts_backward, &p);
   if (shared.size() == 4 && need_shared) {
     Tensor scale = torch::stable::new_empty(shared[3], {m.in.tokens}, ScalarType::Float);

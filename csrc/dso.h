@@ -238,6 +238,7 @@ typedef struct {
   void *dx;                    /* [tokens, K] 连续，与 x 同 dtype；可为 NULL */
   float *dweight;              /* [行]；可为 NULL */
   const dso_expert_grad *grad; /* [experts] */
+  int64_t threads;             /* 只影响任务的划分，不影响结果 */
 } dso_moe_backward_params;
 
 /* 稳定的计数排序。index [tokens, top_k]；不在 [0, experts) 的（哨兵）舍去。begin [experts + 1]；

@@ -63,32 +63,33 @@ void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fm
 }
 
 /* 交错：偶数列是 gate，奇数列是 up。原地分开，g 逐行覆盖自己已读过的部分。 */
-static void split_pairs(float *g, float *u, int64_t m, int64_t nc) {
+static void split_pairs(float *g, float *u, int64_t m, int64_t nc, int64_t ld) {
   for (int64_t i = 0; i < m; i++) {
-    float *both = g + i * DSO_NB, *odd = u + i * DSO_NB;
+    float *both = g + i * ld, *odd = u + i * ld;
     for (int64_t j = 0; j < nc; j++) odd[j] = both[2 * j + 1], both[j] = both[2 * j];
   }
 }
 
 void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
                      const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
-                     float *g, float *u, const dso_moe_scratch *scratch) {
+                     float *g, float *u, int64_t ld, const dso_moe_scratch *scratch) {
   dso_moe_product p = {m, in->k, n0, nc, x, e->gate, e->gate_bias, e->bias_step};
   if (in->paired) {
     p.n0 = 2 * n0, p.nc = 2 * nc;
-    dso_moe_multiply(isa, in, fmt, &p, g, DSO_NB, scratch);
-    split_pairs(g, u, m, nc);
+    dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
+    split_pairs(g, u, m, nc, ld);
     return;
   }
-  dso_moe_multiply(isa, in, fmt, &p, g, DSO_NB, scratch);
+  dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
   if (!e->up.data) return;
   p.w = e->up, p.bias = e->up_bias;
-  dso_moe_multiply(isa, in, fmt, &p, u, DSO_NB, scratch);
+  dso_moe_multiply(isa, in, fmt, &p, u, ld, scratch);
 }
 
-int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e) {
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e, int backward) {
   if (in->paired) return DSO_NB / 2; /* 两倍的列一次算出 */
   if (in->transposed || !dso_moe_is_direct(in, dso_moe_rows(in, e))) return DSO_NB;
+  if (backward) return DSO_MOE_WIDE;
   return dso_min(DSO_NB, dso_dot_columns(in->k, in->expert[e].gate.dtype));
 }
 
@@ -109,22 +110,22 @@ int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t
   return lower_bound(in->token, *first, in->begin[e + 1], t1);
 }
 
-static int64_t blocks_of(const dso_moe_inputs *in, int64_t e) {
+static int64_t blocks_of(const dso_moe_inputs *in, int64_t e, int backward) {
   return dso_ceil_div(dso_moe_rows(in, e), DSO_MB) *
-         dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e));
+         dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e, backward));
 }
 
-int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in) {
+int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in, int backward) {
   int64_t total = 0;
-  for (int64_t e = 0; e < in->experts; e++) total += blocks_of(in, e);
+  for (int64_t e = 0; e < in->experts; e++) total += blocks_of(in, e, backward);
   return total;
 }
 
-dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task) {
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task, int backward) {
   int64_t e = 0;
-  for (; task >= blocks_of(in, e); e++) task -= blocks_of(in, e);
+  for (; task >= blocks_of(in, e, backward); e++) task -= blocks_of(in, e, backward);
   int64_t rows = dso_moe_rows(in, e), blocks = dso_ceil_div(rows, DSO_MB);
-  int64_t row = task % blocks * DSO_MB, width = dso_moe_hidden_columns(in, e);
+  int64_t row = task % blocks * DSO_MB, width = dso_moe_hidden_columns(in, e, backward);
   int64_t n0 = task / blocks * width;
   return (dso_moe_block){e, row, dso_min(DSO_MB, rows - row), n0,
                          dso_min(width, in->expert[e].inner - n0)};

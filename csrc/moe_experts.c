@@ -43,19 +43,19 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_moe_inputs *in = &((const dso_moe_params *)params)->in;
   if (stage == 0) return dso_moe_gather_tasks(in);
-  if (stage == 1) return dso_moe_hidden_tasks(in);
+  if (stage == 1) return dso_moe_hidden_tasks(in, 0);
   return dso_ceil_div(in->tokens, DSO_MOE_SEGMENT) * dso_ceil_div(in->n, out_columns(in));
 }
 
 static void hidden(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
   dso_dtype fmt = dso_moe_format(ctx->isa, in);
   shared_view s = shared_of(ctx, in, fmt);
-  dso_moe_block b = dso_moe_hidden_block(in, task);
+  dso_moe_block b = dso_moe_hidden_block(in, task, 0);
   const dso_expert *e = &in->expert[b.expert];
   float *g = ctx->worker, *u = g + DSO_MOE_BLOCK;
   dso_moe_scratch scratch = dso_moe_scratch_at(in, u + dso_max(DSO_MOE_BLOCK, sum_floats(in)));
   const void *x = dso_at(s.x, fmt, (in->begin[b.expert] + b.row) * in->k);
-  dso_moe_gate_up(ctx->isa, in, fmt, e, b.m, b.n0, b.nc, x, g, u, &scratch);
+  dso_moe_gate_up(ctx->isa, in, fmt, e, b.m, b.n0, b.nc, x, g, u, DSO_NB, &scratch);
   int64_t base = dso_moe_hidden_at(in, b.expert) + b.row * e->inner + b.n0;
   for (int64_t i = 0; i < b.m; i++) {
     float *row = g + i * DSO_NB;

@@ -8,6 +8,7 @@ enum {
   DSO_MOE_GATHER = 16,    /* 收集阶段每任务的行数 */
   DSO_MOE_SEGMENT = 2048, /* 累加阶段每任务的词元数上限：累加器放得进二级缓存 */
   DSO_MOE_AXPY_ROWS = 8,  /* 转置的权重：至此直接读，再多则打包 */
+  DSO_MOE_WIDE = 512,     /* 反向的宽块；DSO_DOT_MAX_M 行时放得进 DSO_MOE_BLOCK */
   DSO_MOE_BLOCK = DSO_MB * DSO_NB
 };
 
@@ -60,13 +61,13 @@ void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fm
                       const dso_moe_product *p, float *out, int64_t ldc,
                       const dso_moe_scratch *scratch);
 
-/* 一个专家的 gate、up 的一块，[m, nc]，行距 DSO_NB。g 兼作交错布局的中转。 */
+/* 一个专家的 gate、up 的一块，[m, nc]，行距 ld。g 兼作交错布局的中转（那时 ld >= 2 nc）。 */
 void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
                      const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
-                     float *g, float *u, const dso_moe_scratch *scratch);
+                     float *g, float *u, int64_t ld, const dso_moe_scratch *scratch);
 
-/* inner 方向每任务的列数。 */
-int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e);
+/* inner 方向每任务的列数。反向时行数少的专家取宽块：dY · down 要逐行读 down 的这一段，窄了就不连续。 */
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e, int backward);
 
 /* 专家 e 的词元落在 [t0, t1) 的行：[*first, 返回值)，排序后的下标。 */
 int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t t1,
@@ -77,8 +78,8 @@ typedef struct {
   int64_t expert, row, m, n0, nc;
 } dso_moe_block;
 
-int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in);
-dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task);
+int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in, int backward);
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task, int backward);
 
 /* src 的若干行（下标 token[i]）排成连续的，转成计算格式；task 为第几组 DSO_MOE_GATHER 行。 */
 void dso_moe_gather(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt, dso_mat src,

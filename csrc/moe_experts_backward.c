@@ -21,7 +21,7 @@ typedef struct {
 static int64_t dw_blocks(const dso_moe_inputs *in) {
   int64_t most = 1;
   for (int64_t e = 0; e < in->experts; e++)
-    most = dso_max(most, dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e)));
+    most = dso_max(most, dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e, 1)));
   return most;
 }
 
@@ -49,11 +49,21 @@ static dso_dtype format(const dso_isa *isa, const dso_moe_backward_params *p) {
   return p->dy.dtype == DSO_BF16 ? dso_moe_format(isa, &p->in) : DSO_F32;
 }
 
+/* dx 每任务的列数：越宽读权重越连续，但要让每个线程都有两个任务。各元素的累加次序与它无关。 */
+static int64_t dx_columns(const dso_moe_backward_params *p) {
+  int64_t share = dso_ceil_div(p->in.k, 2 * dso_max(1, p->threads));
+  return dso_max(DSO_NB, dso_min(DSO_MOE_WIDE, dso_round_up(share, DSO_PANEL)));
+}
+
+static int64_t sum_floats(const dso_moe_backward_params *p) {
+  return dso_min(p->in.tokens, DSO_MOE_SEGMENT) * dx_columns(p);
+}
+
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_moe_backward_params *p = params;
   dso_arena shared = {0};
   view(&p->in, format(isa, p), &shared);
-  int64_t sum = dso_min(p->in.tokens, DSO_MOE_SEGMENT) * DSO_NB;
+  int64_t sum = sum_floats(p);
   size_t blocks = (size_t)(2 * DSO_MOE_BLOCK + dso_max(DSO_MOE_BLOCK, sum)) * 4;
   return (dso_plan){3, shared.used, blocks + dso_moe_scratch_bytes(&p->in)};
 }
@@ -66,7 +76,7 @@ typedef struct {
 
 static worker_view worker_of(const dso_ctx *ctx) {
   const dso_moe_inputs *in = inputs(ctx);
-  int64_t sum = dso_min(in->tokens, DSO_MOE_SEGMENT) * DSO_NB;
+  int64_t sum = sum_floats(ctx->params);
   float *a = ctx->worker, *b = a + DSO_MOE_BLOCK, *c = b + DSO_MOE_BLOCK;
   return (worker_view){a, b, c, dso_moe_scratch_at(in, c + dso_max(DSO_MOE_BLOCK, sum))};
 }
@@ -104,11 +114,12 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   const dso_isa *isa = ctx->isa;
   dso_dtype fmt = format(isa, p);
   shared_view s = shared_of(ctx, fmt);
-  dso_moe_block b = dso_moe_hidden_block(in, task);
+  dso_moe_block b = dso_moe_hidden_block(in, task, 1);
   const dso_expert *e = &in->expert[b.expert];
   worker_view w = worker_of(ctx);
   int64_t first = in->begin[b.expert] + b.row, has_up = dso_moe_has_up(in, e);
-  dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b,
+  int64_t width = dso_moe_hidden_columns(in, b.expert, 1), ld = dso_max(DSO_NB, width);
+  dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b, ld,
                   &w.scratch);
   dso_gemm back = {.isa = isa,
                    .fmt = fmt,
@@ -116,17 +127,16 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
                    .a = {dso_at(s.dy, fmt, first * in->n), in->n, fmt},
                    .b = e->down,
                    .b_transposed = in->transposed};
-  dso_gemm_block(&back, 0, b.m, b.n0, b.nc, w.c, DSO_NB, 0, w.scratch.scratch);
+  dso_gemm_block(&back, 0, b.m, b.n0, b.nc, w.c, ld, 0, w.scratch.scratch);
   hidden_grad to = hidden_grad_of(in, fmt, s.dgu, b.expert);
   int64_t base = dso_moe_hidden_at(in, b.expert) + b.row * e->inner + b.n0, blocks = dw_blocks(in);
   for (int64_t i = 0; i < b.m; i++) {
-    float *g = w.a + i * DSO_NB, *u = w.b + i * DSO_NB, *dh = w.c + i * DSO_NB, raw[DSO_NB];
+    float *g = w.a + i * ld, *u = w.b + i * ld, *dh = w.c + i * ld, raw[DSO_MOE_WIDE];
     float weight = in->weight[first + i];
     memcpy(raw, dh, (size_t)b.nc * 4);
     isa->vscale(dh, weight, b.nc);
     isa->activate_backward(&in->act, g, has_up ? u : NULL, dh, b.nc);
-    s.partial[(first + i) * blocks + b.n0 / dso_moe_hidden_columns(in, b.expert)] =
-        isa->vdot(raw, dh, b.nc);
+    s.partial[(first + i) * blocks + b.n0 / width] = isa->vdot(raw, dh, b.nc);
     store_hidden_grad(ctx, fmt, &to, b.row + i, b.n0, b.nc, g, u);
     isa->vscale(dh, weight, b.nc);
     isa->from_f32(dso_at_mut(s.wh, fmt, base + i * e->inner), fmt, dh, b.nc);
@@ -137,7 +147,7 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
 
 static int64_t dx_tasks(const dso_moe_backward_params *p) {
   if (!p->dx) return 0;
-  return dso_ceil_div(p->in.tokens, DSO_MOE_SEGMENT) * dso_ceil_div(p->in.k, DSO_NB);
+  return dso_ceil_div(p->in.tokens, DSO_MOE_SEGMENT) * dso_ceil_div(p->in.k, dx_columns(p));
 }
 
 static void input_grad(const dso_ctx *ctx, int64_t task) {
@@ -149,27 +159,28 @@ static void input_grad(const dso_ctx *ctx, int64_t task) {
   float *c = w.a, *sum = w.c;
   int64_t segments = dso_ceil_div(in->tokens, DSO_MOE_SEGMENT);
   int64_t t0 = task % segments * DSO_MOE_SEGMENT, t1 = dso_min(in->tokens, t0 + DSO_MOE_SEGMENT);
-  int64_t n0 = task / segments * DSO_NB, nc = dso_min(DSO_NB, in->k - n0);
+  int64_t width = dx_columns(p), most = DSO_MOE_BLOCK / width;
+  int64_t n0 = task / segments * width, nc = dso_min(width, in->k - n0);
   memset(sum, 0, (size_t)((t1 - t0) * nc) * 4);
   for (int64_t i = 0; i < in->experts; i++) {
     const dso_expert *e = &in->expert[i];
     hidden_grad h = hidden_grad_of(in, fmt, s.dgu, i);
     int64_t first, last = dso_moe_rows_in(in, i, t0, t1, &first);
-    for (; first < last; first += DSO_MB) {
-      int64_t m = dso_min(DSO_MB, last - first), row = first - in->begin[i];
+    for (; first < last; first += most) {
+      int64_t m = dso_min(most, last - first), row = first - in->begin[i];
       dso_gemm g = {.isa = ctx->isa,
                     .fmt = fmt,
                     .k = in->paired ? 2 * e->inner : e->inner,
                     .a = {dso_at(h.g, fmt, row * h.rs), h.rs, fmt},
                     .b = e->gate,
                     .b_transposed = in->transposed};
-      dso_gemm_block(&g, 0, m, n0, nc, c, DSO_NB, 0, w.scratch.scratch);
+      dso_gemm_block(&g, 0, m, n0, nc, c, width, 0, w.scratch.scratch);
       if (e->up.data) {
         g.a.data = dso_at(h.u, fmt, row * h.rs), g.b = e->up;
-        dso_gemm_block(&g, 0, m, n0, nc, c, DSO_NB, 1, w.scratch.scratch);
+        dso_gemm_block(&g, 0, m, n0, nc, c, width, 1, w.scratch.scratch);
       }
       for (int64_t j = 0; j < m; j++)
-        ctx->isa->vaxpy(sum + (in->token[first + j] - t0) * nc, 1.0f, c + j * DSO_NB, nc);
+        ctx->isa->vaxpy(sum + (in->token[first + j] - t0) * nc, 1.0f, c + j * width, nc);
     }
   }
   for (int64_t t = t0; t < t1; t++)
@@ -194,6 +205,13 @@ static weight_grad swap(weight_grad g) {
 }
 
 enum { GATE, UP, DOWN, WEIGHTS };
+
+/* 梯度按 [GRAD_ROWS, DSO_MOE_WIDE] 的块写出：每行连续一段，新分配的页少跳。 */
+enum { GRAD_ROWS = DSO_MOE_BLOCK / DSO_MOE_WIDE };
+
+static int64_t grad_blocks(int64_t m, int64_t n) {
+  return dso_ceil_div(m, GRAD_ROWS) * dso_ceil_div(n, DSO_MOE_WIDE);
+}
 
 static weight_grad weight_grad_of(const dso_ctx *ctx, int64_t i, int which) {
   const dso_moe_backward_params *p = ctx->params;
@@ -225,13 +243,14 @@ static int64_t weight_tasks(const dso_moe_backward_params *p, int64_t i, int whi
   if (!(which == DOWN ? to->down : which == UP ? to->up : to->gate)) return 0;
   int64_t inner = in->paired && which != DOWN ? 2 * e->inner : e->inner;
   int64_t other = which == DOWN ? in->n : in->k, rows_first = which != DOWN;
-  return rows_first != in->transposed ? dso_block_count(inner, other)
-                                      : dso_block_count(other, inner);
+  return rows_first != in->transposed ? grad_blocks(inner, other) : grad_blocks(other, inner);
 }
 
 static void one_weight_grad(const dso_ctx *ctx, const weight_grad *g, int64_t task) {
   worker_view w = worker_of(ctx);
-  dso_block b = dso_block_at(g->m, g->n, task);
+  int64_t across = dso_ceil_div(g->n, DSO_MOE_WIDE);
+  int64_t m0 = task / across * GRAD_ROWS, mc = dso_min(GRAD_ROWS, g->m - m0);
+  int64_t n0 = task % across * DSO_MOE_WIDE, nc = dso_min(DSO_MOE_WIDE, g->n - n0);
   if (g->k == 0) {
     memset(w.a, 0, (size_t)DSO_MOE_BLOCK * 4);
   } else {
@@ -241,11 +260,11 @@ static void one_weight_grad(const dso_ctx *ctx, const weight_grad *g, int64_t ta
                      .a = g->left,
                      .b = g->right,
                      .a_transposed = 1};
-    dso_gemm_block(&gemm, b.m0, b.mc, b.n0, b.nc, w.a, DSO_NB, 0, w.scratch.scratch);
+    dso_gemm_block(&gemm, m0, mc, n0, nc, w.a, DSO_MOE_WIDE, 0, w.scratch.scratch);
   }
-  for (int64_t i = 0; i < b.mc; i++)
-    ctx->isa->from_f32(dso_at_mut(g->out, g->dtype, (b.m0 + i) * g->out_rs + b.n0), g->dtype,
-                       w.a + i * DSO_NB, b.nc);
+  for (int64_t i = 0; i < mc; i++)
+    ctx->isa->from_f32(dso_at_mut(g->out, g->dtype, (m0 + i) * g->out_rs + n0), g->dtype,
+                       w.a + i * DSO_MOE_WIDE, nc);
 }
 
 /* 按列求和：out[j * step] = Σ_i scale_i · rows[i, j]。 */
@@ -293,7 +312,7 @@ static void weight_sums(const dso_ctx *ctx, int64_t i) {
   const dso_expert *e = &in->expert[i];
   dso_dtype fmt = format(ctx->isa, p);
   shared_view s = shared_of(ctx, fmt);
-  int64_t stride = dw_blocks(in), blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i));
+  int64_t stride = dw_blocks(in), blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i, 1));
   for (int64_t r = in->begin[i]; r < in->begin[i + 1]; r++) {
     float sum = 0.0f, bias[DSO_NB], dy[DSO_NB];
     for (int64_t j = 0; j < blocks; j++) sum += s.partial[r * stride + j];
@@ -311,7 +330,7 @@ static int64_t tasks(const void *params, int64_t stage) {
   const dso_moe_backward_params *p = params;
   const dso_moe_inputs *in = &p->in;
   if (stage == 0) return 2 * dso_moe_gather_tasks(in);
-  if (stage == 1) return dso_moe_hidden_tasks(in);
+  if (stage == 1) return dso_moe_hidden_tasks(in, 1);
   int64_t total = dx_tasks(p) + 2 * in->experts;
   for (int64_t e = 0; e < in->experts; e++)
     for (int which = 0; which < WEIGHTS; which++) total += weight_tasks(p, e, which);

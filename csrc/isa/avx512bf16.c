@@ -233,6 +233,8 @@ static inline __m512i load_halves(const void *src, dso_dtype dtype, int64_t inde
   return _mm512_cvtepu16_epi32(v_to_bf16(_mm512_load_ps(wide)));
 }
 
+enum { PACK_AHEAD = 8 }; /* 提前这么多行预取：行距大，硬件预取跟不上 */
+
 static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
                    int64_t ld, int64_t n, int64_t k) {
   if (fmt != DSO_BF16) {
@@ -242,6 +244,7 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
   for (int64_t x = 0; x < k; x += 2)
     for (int64_t p = 0; p * DSO_PANEL < n; p++) {
       int64_t col = p * DSO_PANEL, width = n - col;
+      _mm_prefetch(dso_at(src, dtype, (x + PACK_AHEAD + (p & 1)) * ld + col), _MM_HINT_T0);
       __m512i even = load_halves(src, dtype, x * ld + col, width);
       __m512i odd =
           x + 1 < k ? load_halves(src, dtype, (x + 1) * ld + col, width) : _mm512_setzero_si512();
