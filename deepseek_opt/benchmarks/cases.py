@@ -19,7 +19,7 @@ from deepseek_opt.benchmarks.shapes import REFERENCE, Shape
 from deepseek_opt.errors import InputError
 
 #: 套件名 -> 登记它的模块；第一次用到时才导入。
-_MODULES = {"mla": "deepseek_opt.benchmarks.mla"}
+_MODULES = {"mla": "deepseek_opt.benchmarks.mla", "moe": "deepseek_opt.benchmarks.moe"}
 _SUITES: dict[str, Suite] = {}
 
 

@@ -78,3 +78,29 @@ def model_decode(config: dict[str, Any], rows: int, cached: int, itemsize: int) 
     flops = layers * one.flops + 2 * rows * (common + top * chosen)
     weights = common + min(routed, top * rows) * chosen
     return Cost(flops, layers * one.read_bytes + weights * itemsize)
+
+
+def moe_layer(
+    config: dict[str, Any], tokens: int, itemsize: int, touched: int, backward: bool = False
+) -> Cost:
+    """一个 MoE 块（路由、被选中的专家、共享专家）；touched 为这批词元用到的专家数。反向按前向的 2 倍计。"""
+    width = config["hidden_size"]
+    expert = 3 * width * config["moe_intermediate_size"]
+    routed, shared = config["n_routed_experts"], config["n_shared_experts"]
+    each = config["num_experts_per_tok"] * expert + shared * expert + routed * width
+    times = 3 if backward else 1
+    weights = touched * expert + shared * expert + routed * width
+    return Cost(times * 2 * tokens * each, times * weights * itemsize)
+
+
+def model_prefill(config: dict[str, Any], tokens: int, itemsize: int) -> Cost:
+    """整个模型从头预填充一行；LM head 只算最后一个词元。"""
+    layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
+    width = config["hidden_size"]
+    attention = attention_prefill(config, tokens, itemsize)
+    ffn = gated_ffn(width, config["intermediate_size"], tokens, itemsize)
+    moe = moe_layer(config, tokens, itemsize, config["n_routed_experts"])
+    head = width * config["vocab_size"]
+    parts = ((layers, attention), (dense, ffn), (layers - dense, moe))
+    flops = sum(n * cost.flops for n, cost in parts) + 2 * head
+    return Cost(flops, sum(n * cost.read_bytes for n, cost in parts) + head * itemsize)

@@ -26,6 +26,9 @@ class Shape:
     short_prefill: int = 128
     memory_length: int = 8192
     ffn_rows: tuple[int, ...] = (1, 8, 40, 512)
+    moe_tokens: tuple[int, ...] = (1, 8, 40, 512, 2048)
+    moe_train: int = 512
+    model_prefill: tuple[int, ...] = (512, 2048)
 
 
 REFERENCE = Shape(
@@ -85,7 +88,13 @@ TINY = Shape(
     short_prefill=16,
     memory_length=96,
     ffn_rows=(1, 4),
+    moe_tokens=(1, 5),
+    moe_train=8,
+    model_prefill=(16,),
 )
+
+# 除了每次调用的开销什么都没有：27 层、宽 64（DeepSeek-V2-Lite 的层数）。
+OVERHEAD = Shape("overhead-27L", {**TINY.config, "num_hidden_layers": 27}, long_context=16)
 
 SHAPES = {shape.name: shape for shape in (REFERENCE, TINY)}
 
@@ -96,6 +105,7 @@ def make_config(shape: Shape, attention: str = "sdpa") -> Any:
 
     config = DeepseekV3Config(**shape.config)
     config._attn_implementation = attention
+    config._experts_implementation = "grouped_mm"  # transformers 里最快的一种
     return config
 
 
@@ -143,6 +153,32 @@ def build_ffn(shape: Shape, dtype: torch.dtype) -> nn.Module:
     ffn = DeepseekV3MLP(make_config(shape)).to(dtype)
     fill_random(ffn)
     return ffn
+
+
+def build_moe(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """一个 transformers 的 DeepseekV3MoE（路由、专家、共享专家），随机权重。"""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    block = DeepseekV3MoE(make_config(shape)).to(dtype)
+    fill_random(block)
+    return block.eval()
+
+
+def build_router(experts: int, groups: int, dtype: torch.dtype) -> nn.Module:
+    """一个 transformers 的 DeepseekV3TopkRouter：256 个专家时就是 DeepSeek-V3 的路由。"""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=REFERENCE.config["hidden_size"],
+        n_routed_experts=experts,
+        num_experts_per_tok=8,
+        n_group=groups,
+        topk_group=max(1, groups // 2),
+    )
+    router = DeepseekV3TopkRouter(config).to(dtype)
+    fill_random(router)
+    return router.eval()
 
 
 def rope_tables(shape: Shape, batch: int, begin: int, count: int, dtype: torch.dtype) -> Any:
