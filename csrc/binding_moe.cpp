@@ -28,7 +28,7 @@ struct Experts {
   Tensor x, gate_up, down, gate_up_bias, down_bias;
   std::vector<Tensor> shared;
   std::vector<dso_expert> list;
-  std::vector<int64_t> begin, token, slot;
+  std::vector<int64_t> begin, token, slot, hidden_at, task_at;
   std::vector<float> weight;
   int64_t routed = 0, inner = 0, rows = 0;
   dso_moe_inputs in{};
@@ -116,8 +116,9 @@ void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tenso
   const auto *chosen = static_cast<const int64_t *>(index.const_data_ptr());
   const auto *factor = static_cast<const float *>(mix.const_data_ptr());
   for (int64_t i = 0; i < tokens * top_k; i++)
-    expect(chosen[i] >= 0, op, "：indices[", i / top_k, ", ", i % top_k, "] 应在 0 与专家数 ",
-           m.routed, " 之间（等于或大于专家数的是哨兵，不计算），实际是 ", chosen[i], "。");
+    if (chosen[i] < 0)
+      expect(false, op, "：indices[", i / top_k, ", ", i % top_k, "] 应不小于 0（等于或大于专家数 ",
+             m.routed, " 的是哨兵，不计算），实际是 ", chosen[i], "。");
   const auto most = static_cast<size_t>(tokens * (top_k + shared));
   m.begin.resize(static_cast<size_t>(m.routed + shared + 1));
   m.token.resize(most), m.slot.resize(most);
@@ -185,6 +186,7 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   m.x = row_major(x);
   check_stacked(op, m, gate_up, gate_up_bias, down, down_bias, options.layout);
   fill_routing(op, m, indices, weights, shared.empty() ? 0 : 1);
+  m.list.reserve(static_cast<size_t>(m.routed + 1));
   for (int64_t e = 0; e < m.routed; e++)
     m.list.push_back(
         expert_at(m, options.layout, type, gate_up_bias.has_value(), down_bias.has_value(), e));
@@ -196,6 +198,8 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   m.in.act = {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)};
   m.in.transposed = options.layout.transposed;
   m.in.paired = options.layout.transposed && options.layout.interleaved && options.layout.gated;
+  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
+  dso_moe_prepare(&m.in, m.hidden_at.data(), m.task_at.data());
 }
 
 Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -290,7 +294,10 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                             {dy.const_data_ptr(), dy.stride(0), float_dtype(op, "grad", grad)},
                             need_x && x.size(0) * x.size(1) > 0 ? dx.mutable_data_ptr() : nullptr,
                             dw.data(),
-                            grads.data()};
+                            grads.data(),
+                            nullptr};
+  std::vector<int64_t> task_at(3 * m.list.size() + 1);
+  dso_moe_backward_prepare(&p, task_at.data());
   execute(dso_moe_experts_backward, &p);
   if (shared.size() == 4 && need_shared) {
     Tensor scale = torch::stable::new_empty(shared[3], {m.in.tokens}, ScalarType::Float);

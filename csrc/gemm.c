@@ -58,6 +58,8 @@ static void pack_b(const dso_gemm *g, int64_t n0, int64_t nc, int64_t k0, int64_
 void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
                     int64_t ldc, int accumulate, void *scratch) {
   int64_t depth = depth_of(g->fmt);
+  for (int64_t i = 0; g->k == 0 && !accumulate && i < mc; i++)
+    memset(c + i * ldc, 0, (size_t)nc * 4);
   char *packed = scratch, *rows = packed + (size_t)DSO_NB * DSO_KB_BYTES;
   float *row = (float *)(rows + (size_t)DSO_MB * DSO_KB_BYTES); /* 一行 fp32，至多 KB 个元素 */
   for (int64_t k0 = 0; k0 < g->k; k0 += depth) {

@@ -73,9 +73,15 @@ class Experts:
         return self.map(lambda t: t.detach().clone().requires_grad_())
 
     def gradients(self, grad: Tensor, function=ops.moe_experts) -> dict[str, Tensor]:
-        case = self.leaves()
-        case.run(function).backward(grad)
-        return {name: t.grad for name, t in case.tensors().items()}
+        """没有用到的张量得 0。"""
+        leaves = self.leaves()
+        y, tensors = leaves.run(function), leaves.tensors()
+        if not y.requires_grad:
+            return {name: torch.zeros_like(t) for name, t in tensors.items()}
+        found = torch.autograd.grad(
+            y, list(tensors.values()), grad, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(tensors, found, strict=True))
 
 
 def choose(tokens: int, count: int, top_k: int) -> Tensor:

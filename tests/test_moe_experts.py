@@ -308,6 +308,7 @@ def test_activation_no_less_accurate_than_torch(name):
     assert_no_worse(case.run(), case.run(reference.moe_experts), exact, factor=4)
 
 
+@pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck_fp32():
     case = experts((3, 3, 4, 2), 3, bias=True, shared=4)
     leaves = list(case.leaves().tensors().values())
