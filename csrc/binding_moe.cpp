@@ -28,7 +28,7 @@ struct Experts {
   Tensor x, gate_up, down, gate_up_bias, down_bias;
   std::vector<Tensor> shared;
   std::vector<dso_expert> list;
-  std::vector<int64_t> begin, token, slot;
+  std::vector<int64_t> begin, token, slot, hidden_at, task_at;
   std::vector<float> weight;
   int64_t routed = 0, inner = 0, rows = 0;
   dso_moe_inputs in{};
@@ -116,8 +116,9 @@ void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tenso
   const auto *chosen = static_cast<const int64_t *>(index.const_data_ptr());
   const auto *factor = static_cast<const float *>(mix.const_data_ptr());
   for (int64_t i = 0; i < tokens * top_k; i++)
-    expect(chosen[i] >= 0, op, "：indices[", i / top_k, ", ", i % top_k, "] 应在 0 与专家数 ",
-           m.routed, " 之间（等于或大于专家数的是哨兵，不计算），实际是 ", chosen[i], "。");
+    if (chosen[i] < 0)
+      expect(false, op, "：indices[", i / top_k, ", ", i % top_k, "] 应不小于 0（等于或大于专家数 ",
+             m.routed, " 的是哨兵，不计算），实际是 ", chosen[i], "。");
   const auto most = static_cast<size_t>(tokens * (top_k + shared));
   m.begin.resize(static_cast<size_t>(m.routed + shared + 1));
   m.token.resize(most), m.slot.resize(most);
@@ -169,6 +170,7 @@ struct Options {
   std::string activation;
   double alpha, limit;
   Layout layout;
+  bool backward;
 };
 
 void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -185,6 +187,7 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   m.x = row_major(x);
   check_stacked(op, m, gate_up, gate_up_bias, down, down_bias, options.layout);
   fill_routing(op, m, indices, weights, shared.empty() ? 0 : 1);
+  m.list.reserve(static_cast<size_t>(m.routed + 1));
   for (int64_t e = 0; e < m.routed; e++)
     m.list.push_back(
         expert_at(m, options.layout, type, gate_up_bias.has_value(), down_bias.has_value(), e));
@@ -196,6 +199,8 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   m.in.act = {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)};
   m.in.transposed = options.layout.transposed;
   m.in.paired = options.layout.transposed && options.layout.interleaved && options.layout.gated;
+  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
+  dso_moe_prepare(&m.in, options.backward, m.hidden_at.data(), m.task_at.data());
 }
 
 Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -205,7 +210,7 @@ Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights
                    bool transposed, bool interleaved, bool gated) {
   Experts m;
   fill("moe_experts", m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
-       {activation, alpha, limit, {transposed, interleaved, gated}});
+       {activation, alpha, limit, {transposed, interleaved, gated}, false});
   Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
   dso_moe_params p{m.in, y.mutable_data_ptr()};
   if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);
@@ -269,7 +274,7 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
   Experts m;
   Tensor gu = torch::stable::contiguous(gate_up), dn = torch::stable::contiguous(down);
   fill(op, m, x, indices, weights, gu, gate_up_bias, dn, down_bias, shared,
-       {activation, alpha, limit, {transposed, interleaved, gated}});
+       {activation, alpha, limit, {transposed, interleaved, gated}, true});
   expect_shape(op, "grad", grad, {m.in.tokens, m.in.n});
   Tensor dy = row_major(grad), dx = grad_like(x, need_x);
   Tensor d_gate_up = grad_like(gu, need_experts), d_down = grad_like(dn, need_experts);
@@ -294,7 +299,10 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                             need_x && x.size(0) * x.size(1) > 0 ? dx.mutable_data_ptr() : nullptr,
                             dw.data(),
                             grads.data(),
-                            static_cast<int64_t>(torch::stable::get_num_threads())};
+                            static_cast<int64_t>(torch::stable::get_num_threads()),
+                            nullptr};
+  std::vector<int64_t> task_at(3 * m.list.size() + 1);
+  dso_moe_backward_prepare(&p, task_at.data());
   execute(dso_moe_experts_backward, &p);
   if (shared.size() == 4 && need_shared) {
     Tensor scale = torch::stable::new_empty(shared[3], {m.in.tokens}, ScalarType::Float);

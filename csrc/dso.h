@@ -209,8 +209,8 @@ typedef struct {
   int64_t bias_step;                           /* gate_bias、up_bias 相邻两个的间隔，元素数 */
 } dso_expert;
 
-/* 行按专家排好：专家 e 的行是 [begin[e], begin[e + 1])，行 i 属于词元 token[i]（专家内递增），
- * 混合权重 weight[i]。 */
+/* 行按专家排好：专家 e 的行是 [begin[e], begin[e + 1])，行 i 属于词元 token[i]（专家内不减；同一词元
+ * 两次选同一专家时相邻），混合权重 weight[i]。其余的填好后调用 dso_moe_prepare。 */
 typedef struct {
   int64_t tokens, k, n, experts;
   dso_mat x; /* [tokens, K] */
@@ -219,7 +219,15 @@ typedef struct {
   const float *weight;
   dso_act act;
   int transposed, paired;
+  /* 由 dso_moe_prepare 填，任务因此不必逐个专家数过来。 */
+  const int64_t *hidden_at;                /* [experts + 1]：专家 e 之前的 Σ 行 * inner */
+  const int64_t *task_at;                  /* [experts + 1]：专家 e 之前的中间阶段任务数 */
+  int64_t most_rows, widest, inner_blocks; /* 最多的行数；K、N、inner 的最大值；inner 最多的段数 */
+  int all_bf16, backward;
 } dso_moe_inputs;
+
+/* hidden_at、task_at 各有 experts + 1 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
+void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at);
 
 typedef struct {
   dso_moe_inputs in;
@@ -239,7 +247,11 @@ typedef struct {
   float *dweight;              /* [行]；可为 NULL */
   const dso_expert_grad *grad; /* [experts] */
   int64_t threads;             /* 只影响任务的划分，不影响结果 */
+  const int64_t *task_at;      /* 由 dso_moe_backward_prepare 填 */
 } dso_moe_backward_params;
+
+/* 其余的填好后调用（in 先 dso_moe_prepare）；task_at 有 3 experts + 1 个位置，要活到执行结束。 */
+void dso_moe_backward_prepare(dso_moe_backward_params *p, int64_t *task_at);
 
 /* 稳定的计数排序。index [tokens, top_k]；不在 [0, experts) 的（哨兵）舍去。begin [experts + 1]；
  * token、slot [至多 tokens * top_k]：各行的词元、它在 index 里的位置。 */

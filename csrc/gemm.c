@@ -23,7 +23,7 @@ dso_block dso_block_at(int64_t m, int64_t n, int64_t index) {
 
 /* 每次处理的 k：打包的 B 不超过 DSO_NB 列时的大小，列多则 k 少。 */
 static int64_t depth_of(dso_dtype fmt, int64_t nc) {
-  int64_t fit = DSO_NB * DSO_KB_BYTES / dso_round_up(nc, DSO_PANEL) / dso_size_of(fmt);
+  int64_t fit = DSO_NB * DSO_KB_BYTES / dso_round_up(dso_max(1, nc), DSO_PANEL) / dso_size_of(fmt);
   return dso_max(2, dso_min(DSO_KB_BYTES / dso_size_of(fmt), fit / 2 * 2));
 }
 
@@ -62,6 +62,8 @@ static void pack_b(const dso_gemm *g, int64_t n0, int64_t nc, int64_t k0, int64_
 void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
                     int64_t ldc, int accumulate, void *scratch) {
   int64_t depth = depth_of(g->fmt, nc);
+  for (int64_t i = 0; g->k == 0 && !accumulate && i < mc; i++)
+    memset(c + i * ldc, 0, (size_t)nc * 4);
   char *packed = scratch, *rows = packed + (size_t)DSO_NB * DSO_KB_BYTES;
   float *row = (float *)(rows + (size_t)DSO_MB * DSO_KB_BYTES); /* 一行 fp32，至多 KB 个元素 */
   for (int64_t k0 = 0; k0 < g->k; k0 += depth) {

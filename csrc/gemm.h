@@ -25,8 +25,8 @@ dso_dtype dso_compute_format(const dso_isa *isa, int all_bf16);
 
 size_t dso_gemm_scratch(void); /* 一块所需暂存，字节 */
 
-/* c 的行距 ldc >= 16 的倍数向上取整的 nc；accumulate 为 0 时覆盖。nc 可大于 DSO_NB：B 存成 [k][n]
- * 而行数少时，宽块一次连续读完 B 的一长段行。 */
+/* c 的行距 ldc >= 16 的倍数向上取整的 nc；accumulate 为 0 时覆盖（k 为 0 时填 0）。nc 可大于
+ * DSO_NB：B 存成 [k][n] 而行数少时，宽块一次连续读完 B 的一长段行。 */
 void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
                     int64_t ldc, int accumulate, void *scratch);
 

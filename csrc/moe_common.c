@@ -3,25 +3,13 @@
 
 #include "moe_experts.h"
 
-dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in) {
-  int all = in->x.dtype == DSO_BF16;
-  for (int64_t e = 0; e < in->experts; e++)
-    all = all && in->expert[e].gate.dtype == DSO_BF16 && in->expert[e].down.dtype == DSO_BF16;
-  return dso_compute_format(isa, all);
-}
-
-int64_t dso_moe_widest(const dso_moe_inputs *in) {
-  int64_t widest = dso_max(in->k, in->n);
-  for (int64_t e = 0; e < in->experts; e++) widest = dso_max(widest, in->expert[e].inner);
-  return widest;
-}
-
 static size_t rows_bytes(const dso_moe_inputs *in) {
-  return in->transposed ? dso_moe_bytes(DSO_MOE_AXPY_ROWS * dso_moe_widest(in), DSO_F32) : 0;
+  int64_t rows = dso_min(DSO_MOE_AXPY_ROWS, in->most_rows);
+  return in->transposed ? dso_moe_bytes(rows * in->widest, DSO_F32) : 0;
 }
 
-size_t dso_moe_scratch_bytes(const dso_moe_inputs *in) {
-  return rows_bytes(in) + dso_gemm_scratch();
+size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs) {
+  return rows_bytes(in) + (packs ? dso_gemm_scratch() : 0);
 }
 
 dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base) {
@@ -86,10 +74,10 @@ void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt
   dso_moe_multiply(isa, in, fmt, &p, u, ld, scratch);
 }
 
-int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e, int backward) {
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e) {
   if (in->paired) return DSO_NB / 2; /* 两倍的列一次算出 */
   if (in->transposed || !dso_moe_is_direct(in, dso_moe_rows(in, e))) return DSO_NB;
-  if (backward) return DSO_MOE_WIDE;
+  if (in->backward) return DSO_MOE_WIDE;
   return dso_min(DSO_NB, dso_dot_columns(in->k, in->expert[e].gate.dtype));
 }
 
@@ -110,22 +98,30 @@ int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t
   return lower_bound(in->token, *first, in->begin[e + 1], t1);
 }
 
-static int64_t blocks_of(const dso_moe_inputs *in, int64_t e, int backward) {
-  return dso_ceil_div(dso_moe_rows(in, e), DSO_MB) *
-         dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e, backward));
+void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at) {
+  in->backward = backward;
+  in->hidden_at = hidden_at, in->task_at = task_at;
+  in->most_rows = 0, in->widest = dso_max(in->k, in->n), in->inner_blocks = 1;
+  in->all_bf16 = in->x.dtype == DSO_BF16;
+  hidden_at[0] = task_at[0] = 0;
+  for (int64_t i = 0; i < in->experts; i++) {
+    const dso_expert *e = &in->expert[i];
+    int64_t rows = dso_moe_rows(in, i),
+            blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i));
+    hidden_at[i + 1] = hidden_at[i] + rows * e->inner;
+    task_at[i + 1] = task_at[i] + dso_ceil_div(rows, DSO_MB) * blocks;
+    in->most_rows = dso_max(in->most_rows, rows);
+    in->widest = dso_max(in->widest, e->inner);
+    in->inner_blocks = dso_max(in->inner_blocks, blocks);
+    in->all_bf16 = in->all_bf16 && e->gate.dtype == DSO_BF16 && e->down.dtype == DSO_BF16;
+  }
 }
 
-int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in, int backward) {
-  int64_t total = 0;
-  for (int64_t e = 0; e < in->experts; e++) total += blocks_of(in, e, backward);
-  return total;
-}
-
-dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task, int backward) {
-  int64_t e = 0;
-  for (; task >= blocks_of(in, e, backward); e++) task -= blocks_of(in, e, backward);
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task) {
+  int64_t e = dso_moe_find(in->task_at, in->experts, task);
+  task -= in->task_at[e];
   int64_t rows = dso_moe_rows(in, e), blocks = dso_ceil_div(rows, DSO_MB);
-  int64_t row = task % blocks * DSO_MB, width = dso_moe_hidden_columns(in, e, backward);
+  int64_t row = task % blocks * DSO_MB, width = dso_moe_hidden_columns(in, e);
   int64_t n0 = task / blocks * width;
   return (dso_moe_block){e, row, dso_min(DSO_MB, rows - row), n0,
                          dso_min(width, in->expert[e].inner - n0)};

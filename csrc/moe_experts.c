@@ -21,42 +21,56 @@ static shared_view shared_of(const dso_ctx *ctx, const dso_moe_inputs *in, dso_d
 
 /* 输出阶段的列数：词元少时窄，任务才够多；要打包时取打包的宽度。 */
 static int64_t out_columns(const dso_moe_inputs *in) {
-  int64_t most = 0;
-  for (int64_t e = 0; e < in->experts; e++) most = dso_max(most, dso_moe_rows(in, e));
-  if (in->transposed || !dso_moe_is_direct(in, most)) return DSO_NB;
+  if (in->transposed || !dso_moe_is_direct(in, in->most_rows)) return DSO_NB;
   return in->tokens > DSO_MOE_AXPY_ROWS ? 4 * DSO_DOT_UNIT : 2 * DSO_DOT_UNIT;
 }
 
+/* 工人暂存：a 是一块结果；b 是 up 的一块，或输出阶段的累加器。大小随行数，解码时只有几 KB。 */
+typedef struct {
+  float *a, *b;
+  dso_moe_scratch scratch;
+} worker_view;
+
+static int64_t block_floats(const dso_moe_inputs *in) {
+  return dso_min(DSO_MB, in->most_rows) * DSO_NB;
+}
+
 static int64_t sum_floats(const dso_moe_inputs *in) {
-  return dso_min(in->tokens, DSO_MOE_SEGMENT) * DSO_NB;
+  return dso_max(block_floats(in), dso_min(in->tokens, DSO_MOE_SEGMENT) * DSO_NB);
+}
+
+static worker_view worker_of(const dso_ctx *ctx, const dso_moe_inputs *in) {
+  float *a = ctx->worker, *b = a + block_floats(in);
+  return (worker_view){a, b, dso_moe_scratch_at(in, b + sum_floats(in))};
 }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_moe_inputs *in = &((const dso_moe_params *)params)->in;
   dso_dtype fmt = dso_moe_format(isa, in);
   size_t shared = dso_moe_bytes(dso_moe_total(in) * in->k, fmt) +
-                  dso_moe_bytes(dso_moe_hidden_at(in, in->experts), fmt);
-  size_t blocks = (size_t)(DSO_MOE_BLOCK + dso_max(DSO_MOE_BLOCK, sum_floats(in))) * 4;
-  return (dso_plan){3, shared, blocks + dso_moe_scratch_bytes(in)};
+                  dso_moe_bytes(in->hidden_at[in->experts], fmt);
+  size_t blocks = (size_t)(block_floats(in) + sum_floats(in)) * 4;
+  int packs = !dso_moe_is_direct(in, in->most_rows);
+  return (dso_plan){3, shared, blocks + dso_moe_scratch_bytes(in, packs)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_moe_inputs *in = &((const dso_moe_params *)params)->in;
   if (stage == 0) return dso_moe_gather_tasks(in);
-  if (stage == 1) return dso_moe_hidden_tasks(in, 0);
+  if (stage == 1) return dso_moe_hidden_tasks(in);
   return dso_ceil_div(in->tokens, DSO_MOE_SEGMENT) * dso_ceil_div(in->n, out_columns(in));
 }
 
 static void hidden(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
   dso_dtype fmt = dso_moe_format(ctx->isa, in);
   shared_view s = shared_of(ctx, in, fmt);
-  dso_moe_block b = dso_moe_hidden_block(in, task, 0);
+  dso_moe_block b = dso_moe_hidden_block(in, task);
   const dso_expert *e = &in->expert[b.expert];
-  float *g = ctx->worker, *u = g + DSO_MOE_BLOCK;
-  dso_moe_scratch scratch = dso_moe_scratch_at(in, u + dso_max(DSO_MOE_BLOCK, sum_floats(in)));
+  worker_view w = worker_of(ctx, in);
+  float *g = w.a, *u = w.b;
   const void *x = dso_at(s.x, fmt, (in->begin[b.expert] + b.row) * in->k);
-  dso_moe_gate_up(ctx->isa, in, fmt, e, b.m, b.n0, b.nc, x, g, u, DSO_NB, &scratch);
-  int64_t base = dso_moe_hidden_at(in, b.expert) + b.row * e->inner + b.n0;
+  dso_moe_gate_up(ctx->isa, in, fmt, e, b.m, b.n0, b.nc, x, g, u, DSO_NB, &w.scratch);
+  int64_t base = in->hidden_at[b.expert] + b.row * e->inner + b.n0;
   for (int64_t i = 0; i < b.m; i++) {
     float *row = g + i * DSO_NB;
     ctx->isa->activate(&in->act, row, dso_moe_has_up(in, e) ? u + i * DSO_NB : NULL, b.nc);
@@ -69,23 +83,22 @@ static void output(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
   shared_view s = shared_of(ctx, in, fmt);
   int64_t width = out_columns(in), segments = dso_ceil_div(in->tokens, DSO_MOE_SEGMENT);
   int64_t t0 = task % segments * DSO_MOE_SEGMENT, t1 = dso_min(in->tokens, t0 + DSO_MOE_SEGMENT);
-  int64_t n0 = task / segments * width, nc = dso_min(width, in->n - n0), at = 0;
-  float *c = ctx->worker, *sum = c + DSO_MOE_BLOCK;
-  dso_moe_scratch scratch = dso_moe_scratch_at(in, sum + dso_max(DSO_MOE_BLOCK, sum_floats(in)));
+  int64_t n0 = task / segments * width, nc = dso_min(width, in->n - n0);
+  worker_view w = worker_of(ctx, in);
+  float *c = w.a, *sum = w.b;
   memset(sum, 0, (size_t)((t1 - t0) * nc) * 4);
   for (int64_t i = 0; i < in->experts; i++) {
     const dso_expert *e = &in->expert[i];
     int64_t first, last = dso_moe_rows_in(in, i, t0, t1, &first);
     for (; first < last; first += DSO_MB) {
       int64_t m = dso_min(DSO_MB, last - first);
-      const void *h = dso_at(s.h, fmt, at + (first - in->begin[i]) * e->inner);
+      const void *h = dso_at(s.h, fmt, in->hidden_at[i] + (first - in->begin[i]) * e->inner);
       dso_moe_product p = {m, e->inner, n0, nc, h, e->down, e->down_bias, 1};
-      dso_moe_multiply(ctx->isa, in, fmt, &p, c, DSO_NB, &scratch);
+      dso_moe_multiply(ctx->isa, in, fmt, &p, c, DSO_NB, &w.scratch);
       for (int64_t j = 0; j < m; j++)
         ctx->isa->vaxpy(sum + (in->token[first + j] - t0) * nc, in->weight[first + j],
                         c + j * DSO_NB, nc);
     }
-    at += dso_moe_rows(in, i) * e->inner;
   }
   void *y = ((const dso_moe_params *)ctx->params)->y;
   for (int64_t t = t0; t < t1; t++)

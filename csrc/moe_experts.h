@@ -22,18 +22,23 @@ static inline int dso_moe_has_up(const dso_moe_inputs *in, const dso_expert *e) 
   return in->paired || e->up.data != NULL;
 }
 
-/* 第 e 个专家的中间量在 [Σ 行 * inner] 缓冲区里的起点；e = experts 时是总长。 */
-static inline int64_t dso_moe_hidden_at(const dso_moe_inputs *in, int64_t e) {
-  int64_t at = 0;
-  for (int64_t i = 0; i < e; i++) at += dso_moe_rows(in, i) * in->expert[i].inner;
-  return at;
+/* 权重都是 bf16 且 x 也是时用 bf16 点积。 */
+static inline dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in) {
+  return dso_compute_format(isa, in->all_bf16);
 }
 
-/* 权重都是 bf16 且 x 也是时用 bf16 点积。 */
-dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in);
-
-/* 收集后的一行要多宽才够放任何一个 k（K 或 inner）。 */
-int64_t dso_moe_widest(const dso_moe_inputs *in);
+/* 前缀和 at [count + 1] 里 task 所属的一段：at[i] <= task < at[i + 1]。 */
+static inline int64_t dso_moe_find(const int64_t *at, int64_t count, int64_t task) {
+  int64_t low = 0;
+  while (count - low > 1) {
+    int64_t middle = low + (count - low) / 2;
+    if (at[middle] <= task)
+      low = middle;
+    else
+      count = middle;
+  }
+  return low;
+}
 
 /* 行数少时直接读权重，不打包。 */
 static inline int dso_moe_is_direct(const dso_moe_inputs *in, int64_t m) {
@@ -50,11 +55,11 @@ typedef struct {
 } dso_moe_product;
 
 typedef struct {
-  float *rows;   /* [DSO_MOE_AXPY_ROWS, widest] */
-  void *scratch; /* dso_gemm_scratch() */
+  float *rows;   /* [至多 DSO_MOE_AXPY_ROWS, widest] */
+  void *scratch; /* dso_gemm_scratch()；全部直接读时没有 */
 } dso_moe_scratch;
 
-size_t dso_moe_scratch_bytes(const dso_moe_inputs *in);
+size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs);
 dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base);
 
 void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
@@ -67,7 +72,7 @@ void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt
                      float *g, float *u, int64_t ld, const dso_moe_scratch *scratch);
 
 /* inner 方向每任务的列数。反向时行数少的专家取宽块：dY · down 要逐行读 down 的这一段，窄了就不连续。 */
-int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e, int backward);
+int64_t dso_moe_hidden_columns(const dso_moe_inputs *in, int64_t e);
 
 /* 专家 e 的词元落在 [t0, t1) 的行：[*first, 返回值)，排序后的下标。 */
 int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t t1,
@@ -78,8 +83,10 @@ typedef struct {
   int64_t expert, row, m, n0, nc;
 } dso_moe_block;
 
-int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in, int backward);
-dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task, int backward);
+static inline int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in) {
+  return in->task_at[in->experts];
+}
+dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task);
 
 /* src 的若干行（下标 token[i]）排成连续的，转成计算格式；task 为第几组 DSO_MOE_GATHER 行。 */
 void dso_moe_gather(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt, dso_mat src,

@@ -15,24 +15,17 @@
 typedef struct {
   void *x, *dy;   /* [行, K]、[行, N] */
   void *dgu, *wh; /* [Σ 2 行 * inner]、[Σ 行 * inner] */
-  float *partial; /* [行, dw_blocks] */
+  float *partial; /* [行, inner_blocks] */
 } shared_view;
 
-static int64_t dw_blocks(const dso_moe_inputs *in) {
-  int64_t most = 1;
-  for (int64_t e = 0; e < in->experts; e++)
-    most = dso_max(most, dso_ceil_div(in->expert[e].inner, dso_moe_hidden_columns(in, e, 1)));
-  return most;
-}
-
 static shared_view view(const dso_moe_inputs *in, dso_dtype fmt, dso_arena *arena) {
-  int64_t rows = dso_moe_total(in), inner = dso_moe_hidden_at(in, in->experts);
+  int64_t rows = dso_moe_total(in), inner = in->hidden_at[in->experts];
   shared_view s;
   s.x = dso_take(arena, dso_moe_bytes(rows * in->k, fmt));
   s.dy = dso_take(arena, dso_moe_bytes(rows * in->n, fmt));
   s.dgu = dso_take(arena, dso_moe_bytes(2 * inner, fmt));
   s.wh = dso_take(arena, dso_moe_bytes(inner, fmt));
-  s.partial = dso_take(arena, dso_moe_bytes(rows * dw_blocks(in), DSO_F32));
+  s.partial = dso_take(arena, dso_moe_bytes(rows * in->inner_blocks, DSO_F32));
   return s;
 }
 
@@ -65,7 +58,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   view(&p->in, format(isa, p), &shared);
   int64_t sum = sum_floats(p);
   size_t blocks = (size_t)(2 * DSO_MOE_BLOCK + dso_max(DSO_MOE_BLOCK, sum)) * 4;
-  return (dso_plan){3, shared.used, blocks + dso_moe_scratch_bytes(&p->in)};
+  return (dso_plan){3, shared.used, blocks + dso_moe_scratch_bytes(&p->in, 1)};
 }
 
 /* 工人暂存：三块 fp32 结果，其后是打包用的。最后一块够放累加器。 */
@@ -90,7 +83,7 @@ typedef struct {
 } hidden_grad;
 
 static hidden_grad hidden_grad_of(const dso_moe_inputs *in, dso_dtype fmt, void *dgu, int64_t e) {
-  int64_t at = 2 * dso_moe_hidden_at(in, e), inner = in->expert[e].inner;
+  int64_t at = 2 * in->hidden_at[e], inner = in->expert[e].inner;
   if (in->paired) return (hidden_grad){dso_at_mut(dgu, fmt, at), NULL, 2 * inner};
   return (hidden_grad){dso_at_mut(dgu, fmt, at),
                        dso_at_mut(dgu, fmt, at + dso_moe_rows(in, e) * inner), inner};
@@ -100,7 +93,7 @@ static void store_hidden_grad(const dso_ctx *ctx, dso_dtype fmt, const hidden_gr
                               int64_t n0, int64_t nc, const float *dg, const float *du) {
   if (to->u) {
     ctx->isa->from_f32(dso_at_mut(to->g, fmt, row * to->rs + n0), fmt, dg, nc);
-    ctx->isa->from_f32(dso_at_mut(to->u, fmt, row * to->rs + n0), fmt, du, nc);
+    if (du) ctx->isa->from_f32(dso_at_mut(to->u, fmt, row * to->rs + n0), fmt, du, nc);
     return;
   }
   float both[DSO_NB];
@@ -114,11 +107,11 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   const dso_isa *isa = ctx->isa;
   dso_dtype fmt = format(isa, p);
   shared_view s = shared_of(ctx, fmt);
-  dso_moe_block b = dso_moe_hidden_block(in, task, 1);
+  dso_moe_block b = dso_moe_hidden_block(in, task);
   const dso_expert *e = &in->expert[b.expert];
   worker_view w = worker_of(ctx);
   int64_t first = in->begin[b.expert] + b.row, has_up = dso_moe_has_up(in, e);
-  int64_t width = dso_moe_hidden_columns(in, b.expert, 1), ld = dso_max(DSO_NB, width);
+  int64_t width = dso_moe_hidden_columns(in, b.expert), ld = dso_max(DSO_NB, width);
   dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b, ld,
                   &w.scratch);
   dso_gemm back = {.isa = isa,
@@ -129,15 +122,16 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
                    .b_transposed = in->transposed};
   dso_gemm_block(&back, 0, b.m, b.n0, b.nc, w.c, ld, 0, w.scratch.scratch);
   hidden_grad to = hidden_grad_of(in, fmt, s.dgu, b.expert);
-  int64_t base = dso_moe_hidden_at(in, b.expert) + b.row * e->inner + b.n0, blocks = dw_blocks(in);
+  int64_t base = in->hidden_at[b.expert] + b.row * e->inner + b.n0;
+  int64_t block = b.n0 / width;
   for (int64_t i = 0; i < b.m; i++) {
     float *g = w.a + i * ld, *u = w.b + i * ld, *dh = w.c + i * ld, raw[DSO_MOE_WIDE];
     float weight = in->weight[first + i];
     memcpy(raw, dh, (size_t)b.nc * 4);
     isa->vscale(dh, weight, b.nc);
     isa->activate_backward(&in->act, g, has_up ? u : NULL, dh, b.nc);
-    s.partial[(first + i) * blocks + b.n0 / width] = isa->vdot(raw, dh, b.nc);
-    store_hidden_grad(ctx, fmt, &to, b.row + i, b.n0, b.nc, g, u);
+    s.partial[(first + i) * in->inner_blocks + block] = isa->vdot(raw, dh, b.nc);
+    store_hidden_grad(ctx, fmt, &to, b.row + i, b.n0, b.nc, g, has_up ? u : NULL);
     isa->vscale(dh, weight, b.nc);
     isa->from_f32(dso_at_mut(s.wh, fmt, base + i * e->inner), fmt, dh, b.nc);
   }
@@ -225,7 +219,7 @@ static weight_grad weight_grad_of(const dso_ctx *ctx, int64_t i, int which) {
   weight_grad g = {.k = dso_moe_rows(in, i), .dtype = e->gate.dtype};
   if (which == DOWN) {
     g.left = (dso_mat){dso_at(s.dy, fmt, first * in->n), in->n, fmt}, g.m = in->n;
-    g.right = (dso_mat){dso_at(s.wh, fmt, dso_moe_hidden_at(in, i)), e->inner, fmt};
+    g.right = (dso_mat){dso_at(s.wh, fmt, in->hidden_at[i]), e->inner, fmt};
     g.n = e->inner, g.out = to->down, g.out_rs = to->down_rs, g.dtype = e->down.dtype;
   } else {
     g.left = (dso_mat){which == UP ? h.u : h.g, h.rs, fmt};
@@ -251,17 +245,13 @@ static void one_weight_grad(const dso_ctx *ctx, const weight_grad *g, int64_t ta
   int64_t across = dso_ceil_div(g->n, DSO_MOE_WIDE);
   int64_t m0 = task / across * GRAD_ROWS, mc = dso_min(GRAD_ROWS, g->m - m0);
   int64_t n0 = task % across * DSO_MOE_WIDE, nc = dso_min(DSO_MOE_WIDE, g->n - n0);
-  if (g->k == 0) {
-    memset(w.a, 0, (size_t)DSO_MOE_BLOCK * 4);
-  } else {
-    dso_gemm gemm = {.isa = ctx->isa,
-                     .fmt = g->left.dtype,
-                     .k = g->k,
-                     .a = g->left,
-                     .b = g->right,
-                     .a_transposed = 1};
-    dso_gemm_block(&gemm, m0, mc, n0, nc, w.a, DSO_MOE_WIDE, 0, w.scratch.scratch);
-  }
+  dso_gemm gemm = {.isa = ctx->isa,
+                   .fmt = g->left.dtype,
+                   .k = g->k,
+                   .a = g->left,
+                   .b = g->right,
+                   .a_transposed = 1};
+  dso_gemm_block(&gemm, m0, mc, n0, nc, w.a, DSO_MOE_WIDE, 0, w.scratch.scratch);
   for (int64_t i = 0; i < mc; i++)
     ctx->isa->from_f32(dso_at_mut(g->out, g->dtype, (m0 + i) * g->out_rs + n0), g->dtype,
                        w.a + i * DSO_MOE_WIDE, nc);
@@ -312,7 +302,7 @@ static void weight_sums(const dso_ctx *ctx, int64_t i) {
   const dso_expert *e = &in->expert[i];
   dso_dtype fmt = format(ctx->isa, p);
   shared_view s = shared_of(ctx, fmt);
-  int64_t stride = dw_blocks(in), blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i, 1));
+  int64_t stride = in->inner_blocks, blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i));
   for (int64_t r = in->begin[i]; r < in->begin[i + 1]; r++) {
     float sum = 0.0f, bias[DSO_NB], dy[DSO_NB];
     for (int64_t j = 0; j < blocks; j++) sum += s.partial[r * stride + j];
@@ -330,31 +320,32 @@ static int64_t tasks(const void *params, int64_t stage) {
   const dso_moe_backward_params *p = params;
   const dso_moe_inputs *in = &p->in;
   if (stage == 0) return 2 * dso_moe_gather_tasks(in);
-  if (stage == 1) return dso_moe_hidden_tasks(in, 1);
-  int64_t total = dx_tasks(p) + 2 * in->experts;
-  for (int64_t e = 0; e < in->experts; e++)
-    for (int which = 0; which < WEIGHTS; which++) total += weight_tasks(p, e, which);
-  return total;
+  if (stage == 1) return dso_moe_hidden_tasks(in);
+  return dx_tasks(p) + p->task_at[WEIGHTS * in->experts] + 2 * in->experts;
+}
+
+void dso_moe_backward_prepare(dso_moe_backward_params *p, int64_t *task_at) {
+  p->task_at = task_at;
+  task_at[0] = 0;
+  for (int64_t i = 0; i < WEIGHTS * p->in.experts; i++)
+    task_at[i + 1] = task_at[i] + weight_tasks(p, i / WEIGHTS, (int)(i % WEIGHTS));
 }
 
 static void gradients(const dso_ctx *ctx, int64_t task) {
   const dso_moe_backward_params *p = ctx->params;
-  int64_t experts = p->in.experts, dx = dx_tasks(p);
+  int64_t experts = p->in.experts, dx = dx_tasks(p), all = p->task_at[WEIGHTS * experts];
   if (task < dx) {
     input_grad(ctx, task);
     return;
   }
   task -= dx;
-  for (int64_t e = 0; e < experts; e++)
-    for (int which = 0; which < WEIGHTS; which++) {
-      int64_t own = weight_tasks(p, e, which);
-      if (task < own) {
-        weight_grad g = weight_grad_of(ctx, e, which);
-        one_weight_grad(ctx, &g, task);
-        return;
-      }
-      task -= own;
-    }
+  if (task < all) {
+    int64_t i = dso_moe_find(p->task_at, WEIGHTS * experts, task);
+    weight_grad g = weight_grad_of(ctx, i / WEIGHTS, (int)(i % WEIGHTS));
+    one_weight_grad(ctx, &g, task - p->task_at[i]);
+    return;
+  }
+  task -= all;
   if (task < experts) {
     bias_grads(ctx, task);
   } else if (p->dweight) {

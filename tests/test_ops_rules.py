@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_opt import ops
+from tests.moe_cases import Layout, experts
 from tests.op_cases import FLOATS, attention, randn
 
 OPS = torch.ops.deepseek_opt
@@ -59,6 +60,16 @@ def backward_inputs():
     return (torch.randn_like(out), q, latent, rope, kv_b, spans, mask, out, lse, *options)
 
 
+def moe_inputs(grad=True, **options):
+    case = experts((5, 6, 4, 7), 3, **options)
+    return (case.leaves() if grad else case).args()
+
+
+def moe_backward_inputs(*needs):
+    args = moe_inputs(grad=False, bias=True, shared=4)
+    return (randn(5, 7), *args, *needs)
+
+
 CASES = {
     "linear": lambda: (leaf(3, 5), leaf(4, 5), leaf(4)),
     "linear 无偏置": lambda: (leaf(2, 3, 5), leaf(4, 5)),
@@ -80,11 +91,22 @@ CASES = {
     "mla_prefill": lambda: attention_inputs(grad=True),
     "mla_prefill 遮盖": lambda: attention_inputs(grad=True, masked=True, causal=False),
     "mla_prefill_backward": backward_inputs,
+    "moe_experts": moe_inputs,
+    "moe_experts 偏置与共享": lambda: moe_inputs(bias=True, shared=4),
+    "moe_experts 转置": lambda: moe_inputs(layout=Layout("clipped", True, True)),
+    "moe_experts 无门": lambda: moe_inputs(layout=Layout("relu2", gated=False), bias=True),
+    "moe_experts_backward": lambda: moe_backward_inputs(True, True, True),
+    "moe_experts_backward 只要 weights": lambda: moe_backward_inputs(False, False, False),
 }
 
 
+def each_tensor(function, args):
+    """function 作用于各张量，包括列表里的。"""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, function, tuple(args))
+
+
 def detached(args):
-    return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    return each_tensor(torch.Tensor.detach, args)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -192,8 +192,9 @@ static void activate_backward(const dso_act *act, float *g_dg, float *u_du, floa
     int g_free = 1, u_free = 1;
     float a;
     if (act->kind == DSO_CLIPPED) {
-      g_free = !(g > act->limit), u_free = !(u > act->limit) && !(u < -act->limit);
-      g = g_free ? g : act->limit, u = clamp(u, -act->limit, act->limit) + 1.0f;
+      /* NaN 不算自由：与 torch 的 clamp 一样，它的梯度为 0 */
+      g_free = g <= act->limit, u_free = u <= act->limit && u >= -act->limit;
+      g = g > act->limit ? act->limit : g, u = clamp(u, -act->limit, act->limit) + 1.0f;
       float s = sigmoid(act->alpha * g);
       a = g * s, slope = s + act->alpha * a * (1.0f - s);
     } else {

@@ -80,19 +80,25 @@ static inline __attribute__((always_inline)) void v_gated_backward(const dso_act
   *g = grad * *u * slope, *dh = a * *u, *u = grad * a;
 }
 
+/* 至多一个向量；整的不经栈上缓冲。 */
+static inline __attribute__((always_inline)) vf load_some(const float *src, int64_t n) {
+  return n >= VL ? v_load(src) : load_part(src, DSO_F32, n);
+}
+
+static inline __attribute__((always_inline)) void store_some(float *dst, vf v, int64_t n) {
+  if (n >= VL)
+    v_store(dst, v);
+  else
+    store_part(dst, DSO_F32, v, n);
+}
+
 static inline __attribute__((always_inline)) void activate_as(const dso_act *act, dso_act_kind kind,
                                                               float *g, const float *u, int64_t n) {
   int has_up = u != NULL;
   vf up = v_set1(0.0f);
   for (int64_t i = 0; i < n; i += VL) {
-    if (n - i >= VL) {
-      if (has_up) up = v_load(u + i);
-      v_store(g + i, v_gated(act, kind, v_load(g + i), up, has_up));
-    } else {
-      if (has_up) up = load_part(u + i, DSO_F32, n - i);
-      vf h = v_gated(act, kind, load_part(g + i, DSO_F32, n - i), up, has_up);
-      store_part(g + i, DSO_F32, h, n - i);
-    }
+    if (has_up) up = load_some(u + i, n - i);
+    store_some(g + i, v_gated(act, kind, load_some(g + i, n - i), up, has_up), n - i);
   }
 }
 
@@ -103,13 +109,12 @@ static inline __attribute__((always_inline)) void activate_backward_as(const dso
   int has_up = u != NULL;
   vf up = v_set1(0.0f);
   for (int64_t i = 0; i < n; i += VL) {
-    int64_t width = dso_min(VL, n - i);
-    vf gate = load_part(g + i, DSO_F32, width), grad = load_part(dh + i, DSO_F32, width);
-    if (has_up) up = load_part(u + i, DSO_F32, width);
+    vf gate = load_some(g + i, n - i), grad = load_some(dh + i, n - i);
+    if (has_up) up = load_some(u + i, n - i);
     v_gated_backward(act, kind, &gate, &up, &grad, has_up);
-    store_part(g + i, DSO_F32, gate, width);
-    store_part(dh + i, DSO_F32, grad, width);
-    if (has_up) store_part(u + i, DSO_F32, up, width);
+    store_some(g + i, gate, n - i);
+    store_some(dh + i, grad, n - i);
+    if (has_up) store_some(u + i, up, n - i);
   }
 }
 

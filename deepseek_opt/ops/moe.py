@@ -44,8 +44,8 @@ def moe_experts(
             [E, K, 2I]，上述的行换成列；gated 为 False 时没有门，宽 I。
         gate_up_bias: [E, 2I] 或 None，次序同 gate_up。
         down: [E, N, I]，transposed 时 [E, I, N]；down_bias: [E, N] 或 None。
-        shared: 共享专家，空或 (gate [S, K], up [S, K], down [N, S])，或再加逐词元的系数 [T]；它的输出
-            加进 y。
+        shared: 共享专家，空或 (gate [S, K], up [S, K], down [N, S])，或再加逐词元的系数 [T]；激活与
+            专家相同，它的输出加进 y。
         activation: ``silu``、``gelu``、``gelu_tanh``、``relu``、``relu2``（relu 的平方）、``clipped``
             （gpt-oss：g = min(gate, limit)，u = clamp(up, ±limit)，g · sigmoid(alpha · g) · (u + 1)）。
         alpha, limit: 只用于 clipped。

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek_opt.reference.dense import swiglu_mlp
 from deepseek_opt.reference.precision import wide
 
 
@@ -62,6 +61,8 @@ def moe_experts(
             out = out + down_bias[e].to(dtype)
         y = y.index_add(0, token, out * weights[token, place, None].to(dtype))
     if shared:
-        out = swiglu_mlp(x.to(dtype), *(w.to(dtype) for w in shared[:3]))
+        gate, up, last = (w.to(dtype) for w in shared[:3])
+        wide_x = x.to(dtype)
+        out = activate(wide_x @ gate.mT, wide_x @ up.mT, activation, alpha, limit) @ last.mT
         y = y + (out if len(shared) == 3 else out * shared[3][:, None].to(dtype))
     return y.to(x.dtype)
