@@ -89,6 +89,7 @@ Routing moe_route(const Tensor &x, const std::optional<Tensor> &weight,
   dso_moe_route_params p{tokens,
                          k,
                          experts,
+                         weight.has_value(),
                          mat_of(rows, type),
                          mat_of(w, w_type),
                          floats(logit_bias, bias),
@@ -98,7 +99,6 @@ Routing moe_route(const Tensor &x, const std::optional<Tensor> &weight,
                          static_cast<float *>(weights.mutable_data_ptr()),
                          static_cast<int64_t *>(indices.mutable_data_ptr()),
                          static_cast<int64_t *>(counts.mutable_data_ptr())};
-  if (!weight) p.weight.data = nullptr;
   execute(dso_moe_route, &p);
   return {logits, weights, indices, counts};
 }

@@ -257,10 +257,11 @@ typedef struct {
   float scaling, eps;
 } dso_route_rule;
 
-/* logits = x weightᵀ + logit_bias；weight.data 为 NULL 时 x [tokens, experts] 就是 logits（再加偏置）。
+/* logits = x weightᵀ + logit_bias；has_weight 为 0 时 x [tokens, experts] 就是 logits（再加偏置）。
  * choice_bias 只影响选择。indices 按得分从高到低，相同时下标小的在前；NaN 视为最大。 */
 typedef struct {
   int64_t tokens, k, experts;
+  int has_weight; /* k 为 0 的权重也可以是空指针，不能靠指针分辨 */
   dso_mat x, weight;
   const float *logit_bias, *choice_bias; /* [experts]，可为 NULL */
   dso_route_rule rule;

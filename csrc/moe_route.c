@@ -188,7 +188,7 @@ static void route_token(const dso_ctx *ctx, const dso_moe_route_params *p, int64
   const dso_route_rule *r = &p->rule;
   float *z = p->logits + t * p->experts, *score = v->score;
   int64_t *indices = p->indices + t * r->top_k;
-  if (!p->weight.data) {
+  if (!p->has_weight) {
     ctx->isa->to_f32(z, dso_at(p->x.data, p->x.dtype, t * p->x.rs), p->x.dtype, p->experts);
     add_bias(p, ctx->isa, z, 0, p->experts);
   }
@@ -218,7 +218,7 @@ static void count(const dso_moe_route_params *p) {
 /* ---- 算子 ---- */
 
 static int converts(const dso_moe_route_params *p) {
-  return p->weight.data && is_small(p) && p->x.dtype != DSO_F32;
+  return p->has_weight && is_small(p) && p->x.dtype != DSO_F32;
 }
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
@@ -227,7 +227,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   row_view view;
   size_t shared = converts(p) ? (size_t)(p->tokens * p->k) * 4 : 0;
   size_t block =
-      p->weight.data && !is_small(p) ? (size_t)DSO_MB * DSO_NB * 4 + dso_gemm_scratch() : 0;
+      p->has_weight && !is_small(p) ? (size_t)DSO_MB * DSO_NB * 4 + dso_gemm_scratch() : 0;
   size_t rows = row_scratch(p, NULL, &view);
   return (dso_plan){4, shared, block > rows ? block : rows};
 }
@@ -237,7 +237,7 @@ static int64_t tasks(const void *params, int64_t stage) {
   if (stage == 0) return converts(p) ? p->tokens : 0;
   if (stage == 2) return dso_ceil_div(p->tokens, DSO_ROUTE_TOKENS);
   if (stage == 3) return 1;
-  if (!p->weight.data || p->tokens == 0) return 0;
+  if (!p->has_weight || p->tokens == 0) return 0;
   if (is_small(p)) return dso_ceil_div(p->experts, dot_columns(p));
   return dso_ceil_div(p->tokens, rows_per_task(p)) * column_blocks(p);
 }
