@@ -209,9 +209,6 @@ def test_functional_call_and_autocast():
     layer, x = router(), randn(5, H)
     other = torch.func.functional_call(layer, {"weight": layer.weight * 2}, (x,))
     torch.testing.assert_close(other.logits, layer(x).logits * 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(layer(x), layer(x))
-        assert layer(x).logits.dtype == torch.float32
     want = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(layer(x), want)
