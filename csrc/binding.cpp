@@ -116,6 +116,13 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       " Tensor? kv_mask, Tensor out, Tensor lse, float softmax_scale, int v_head_dim, bool causal)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "moe_route(Tensor x, Tensor? weight, Tensor? logit_bias, Tensor? choice_bias, int top_k, str "
+      "score, bool normalize, bool softmax_after, int n_group, int topk_group, str group_score,"
+      " float scaling, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_route_backward(Tensor? d_logits, Tensor? d_weights, Tensor logits, Tensor indices, str "
+      "score, bool normalize, bool softmax_after, float scaling, float eps) -> Tensor");
+  m.def(
       "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor? gate_up_bias,"
       " Tensor down, Tensor? down_bias, Tensor[] shared, str activation, float alpha, float limit,"
       " bool transposed, bool interleaved, bool gated) -> Tensor");

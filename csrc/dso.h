@@ -258,10 +258,45 @@ void dso_moe_backward_prepare(dso_moe_backward_params *p, int64_t *task_at);
 void dso_moe_sort(const int64_t *index, int64_t tokens, int64_t top_k, int64_t experts,
                   int64_t *begin, int64_t *token, int64_t *slot);
 
+/* 路由的打分：逐元素的 sigmoid、sqrt(softplus)，或整行的 softmax。 */
+typedef enum { DSO_SCORE_SIGMOID = 0, DSO_SCORE_SOFTMAX, DSO_SCORE_SQRTSOFTPLUS } dso_score;
+
+/* softmax_after：按 logits 选，再对所选的做 softmax（score 为 SOFTMAX）。normalize：所选权重除以（其和 + eps）。
+ * n_group > 1：先选得分最高的 topk_group 组（组得分为最高两项之和，group_max 时为最高项），再在其中选。 */
+typedef struct {
+  dso_score score;
+  int normalize, softmax_after, group_max;
+  int64_t top_k, n_group, topk_group;
+  float scaling, eps;
+} dso_route_rule;
+
+/* logits = x weightᵀ + logit_bias；has_weight 为 0 时 x [tokens, experts] 就是 logits（再加偏置）。
+ * choice_bias 只影响选择。indices 按得分从高到低，相同时下标小的在前；NaN 视为最大。 */
+typedef struct {
+  int64_t tokens, k, experts;
+  int has_weight; /* k 为 0 的权重也可以是空指针，不能靠指针分辨 */
+  dso_mat x, weight;
+  const float *logit_bias, *choice_bias; /* [experts]，可为 NULL */
+  dso_route_rule rule;
+  float *logits, *weights;   /* [tokens, experts]、[tokens, top_k] */
+  int64_t *indices, *counts; /* [tokens, top_k]、[experts] */
+} dso_moe_route_params;
+
+/* 由 d_weights（与 d_logits）求对 logits 的梯度；选择本身没有导数。 */
+typedef struct {
+  int64_t tokens, experts;
+  dso_route_rule rule;
+  const float *logits;
+  const int64_t *indices;            /* [tokens, top_k]，在 [0, experts) */
+  const float *d_logits, *d_weights; /* 可为 NULL */
+  float *out;                        /* [tokens, experts] */
+} dso_moe_route_backward_params;
+
 extern const dso_op dso_linear, dso_linear_backward;
 extern const dso_op dso_swiglu_mlp, dso_swiglu_mlp_backward;
 extern const dso_op dso_rms_norm, dso_rms_norm_backward;
 extern const dso_op dso_rope, dso_mla_qkv_a, dso_mla_cache_write;
+extern const dso_op dso_moe_route, dso_moe_route_backward;
 extern const dso_op dso_moe_experts, dso_moe_experts_backward;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 

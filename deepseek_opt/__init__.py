@@ -24,6 +24,8 @@ _EXPORTS = {
     "VerificationReport": "report",
     "LatentCache": "cache",
     "MLAAttention": "layers",
+    "ExpertRouter": "layers",
+    "RoutingResult": "layers",
     "metrics": "metrics",
     "PerformanceMetrics": "metrics",
     "estimate_memory": "memory",

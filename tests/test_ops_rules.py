@@ -70,6 +70,17 @@ def moe_backward_inputs(*needs):
     return (randn(5, 7), *args, *needs)
 
 
+def route_rule(**options):
+    rule = {"score": "sigmoid", "normalize": True, "softmax_after": False}
+    rule |= {"n_group": 3, "topk_group": 2, "group_score": "top2", "scaling": 2.5, "eps": 1e-20}
+    return tuple((rule | options).values())
+
+
+def route_backward_inputs():
+    logits, index = randn(4, 6), torch.tensor([[0, 5], [1, 2], [3, 4], [5, 0]])
+    return (randn(4, 6), randn(4, 2), logits, index, "softmax", True, False, 2.5, 1e-20)
+
+
 CASES = {
     "linear": lambda: (leaf(3, 5), leaf(4, 5), leaf(4)),
     "linear 无偏置": lambda: (leaf(2, 3, 5), leaf(4, 5)),
@@ -97,6 +108,10 @@ CASES = {
     "moe_experts 无门": lambda: moe_inputs(layout=Layout("relu2", gated=False), bias=True),
     "moe_experts_backward": lambda: moe_backward_inputs(True, True, True),
     "moe_experts_backward 只要 weights": lambda: moe_backward_inputs(False, False, False),
+    "moe_route": lambda: (leaf(4, 5), leaf(6, 5), leaf(6), randn(6), 2, *route_rule()),
+    "moe_route 只有 logits": lambda: (leaf(4, 6), None, None, None, 2, *route_rule()),
+    "moe_route_backward": route_backward_inputs,
+    "moe_route_backward 只有权重": lambda: (None, *route_backward_inputs()[1:]),
 }
 
 
@@ -138,6 +153,13 @@ def test_autocast_keeps_int8_scale_and_norms():
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.mla_decode(*args).dtype == torch.bfloat16
         assert ops.rms_norm(randn(2, 4), randn(4), 1e-6).dtype == torch.float32
+
+
+def test_autocast_keeps_routing_in_fp32():
+    args = detached(CASES["moe_route"]())
+    want = OPS.moe_route(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(OPS.moe_route(*args), want, rtol=0, atol=0)
 
 
 def test_autocast_gradients():

@@ -1,4 +1,4 @@
-"""自建 Transformer 用的层：MLAAttention，以及替换 nn.MultiheadAttention 的 MLA 层。"""
+"""自建 Transformer 用的层：MLAAttention、ExpertRouter，以及替换 nn.MultiheadAttention 的 MLA 层。"""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from deepseek_opt.layers.replace import (
     replace_mha,
     restore_mha,
 )
+from deepseek_opt.layers.router import ExpertRouter, RoutingResult
 
 __all__ = [
+    "ExpertRouter",
     "LatentMultiheadAttention",
     "MLAAttention",
     "ReplacedAttention",
     "ReplacementReport",
+    "RoutingResult",
     "replace_mha",
     "restore_mha",
 ]

@@ -4,6 +4,8 @@
 # pylint: disable=unused-argument
 from __future__ import annotations
 
+import torch
+
 from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake
 
 # moe_experts 的参数位置。
@@ -58,3 +60,51 @@ def _experts_backward(ctx, grad):
 
 autograd("moe_experts", _experts_backward, _experts_setup)
 autocast("moe_experts", keep=(_WEIGHTS,))
+
+
+# ---- 路由：logits 与权重一律 fp32，autocast 里也不降精度（不登记 autocast，按原样的输入计算） ----
+
+
+@fake("moe_route")
+def _(x, weight, logit_bias, choice_bias, top_k, *rule):
+    tokens = x.shape[0]
+    experts = x.shape[1] if weight is None else weight.shape[0]
+    return (
+        x.new_empty((tokens, experts), dtype=torch.float32),
+        x.new_empty((tokens, top_k), dtype=torch.float32),
+        x.new_empty((tokens, top_k), dtype=torch.int64),
+        x.new_empty((experts,), dtype=torch.int64),
+    )
+
+
+@fake("moe_route_backward")
+def _(d_logits, d_weights, logits, indices, *rule):
+    return logits.new_empty(logits.shape)
+
+
+def _route_setup(ctx, inputs, output):
+    x, weight, logit_bias, _, _, score, normalize, softmax_after, *_, scaling, eps = inputs
+    logits, _, indices, counts = output
+    ctx.mark_non_differentiable(indices, counts)
+    ctx.set_materialize_grads(False)
+    ctx.rule = (score, normalize, softmax_after, scaling, eps)
+    ctx.count = len(inputs)
+    ctx.bias_dtype = None if logit_bias is None else logit_bias.dtype
+    ctx.save_for_backward(x, weight, logits, indices)
+
+
+def _route_backward(ctx, d_logits, d_weights, *_unused):
+    x, weight, logits, indices = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    nothing = (None,) * (ctx.count - 3)
+    if d_logits is None and d_weights is None:
+        return (None, None, None, *nothing)
+    grad = OPS.moe_route_backward(d_logits, d_weights, logits, indices, *ctx.rule)
+    bias = grad.sum(0).to(ctx.bias_dtype) if need_bias else None
+    if weight is None:
+        return (grad.to(x.dtype) if need_x else None, None, bias, *nothing)
+    dx, dw, _ = OPS.linear_backward(grad, x, weight, need_x, need_weight, False)
+    return (dx if need_x else None, dw if need_weight else None, bias, *nothing)
+
+
+autograd("moe_route", _route_backward, _route_setup)

@@ -27,7 +27,7 @@ from deepseek_opt.ops.mla import (
     rope,
     rope_,
 )
-from deepseek_opt.ops.moe import ACTIVATIONS, moe_experts
+from deepseek_opt.ops.moe import ACTIVATIONS, SCORES, moe_experts, moe_route
 from deepseek_opt.ops.spans import (
     make_spans,
     slice_spans,
@@ -37,6 +37,7 @@ from deepseek_opt.ops.spans import (
 __all__ = [
     "ACTIVATIONS",
     "DECODE_MAX_TOKENS",
+    "SCORES",
     "add_rms_norm",
     "decode_limit",
     "linear",
@@ -47,6 +48,7 @@ __all__ = [
     "mla_layer_decode",
     "mla_prefill",
     "moe_experts",
+    "moe_route",
     "rms_norm",
     "rope",
     "rope_",

@@ -1,4 +1,4 @@
-"""MoE 的算子：稀疏专家。
+"""MoE 的算子：路由、稀疏专家。
 
 形状记号：T 词元数，K 输入宽，N 输出宽，E 专家数，I 专家的中间宽，k 每个词元的专家数。
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from deepseek_opt.ops._run import run
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clipped")
+SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
 
 
 def moe_experts(
@@ -67,3 +68,69 @@ def moe_experts(
     weight = (gate_up, gate_up_bias, down, down_bias, list(shared))
     act = (activation, alpha, limit, transposed, interleaved, gated)
     return run("moe_experts", x, indices, weights, *weight, *act)
+
+
+def moe_route(
+    x: Tensor,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    choice_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    normalize: bool = True,
+    softmax_after: bool = False,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2",
+    scaling: float = 1.0,
+    eps: float = 1e-20,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """路由：每个词元打分、选 top_k 个专家、给出混合权重，并数出各专家的词元数。
+
+    logits = x · weightᵀ + logit_bias，以 fp32 累加，不舍入到半精度；s = score(logits)。按 s + choice_bias
+    选择（分组时先选得分最高的 topk_group 组），权重取不加 choice_bias 的 s，再归一化、乘 scaling。各模型：
+
+    - DeepSeek-V3、GLM-4：``score="sigmoid"``，choice_bias，n_group、topk_group，``group_score="top2"``；
+    - DeepSeek-V2：``score="softmax", normalize=False, group_score="max"``；
+    - Mixtral、Qwen-MoE：``score="softmax"``，normalize 随 norm_topk_prob；
+    - gpt-oss：``score="softmax", softmax_after=True, normalize=False``，logit_bias；
+    - DeepSeek-V4：``score="sqrtsoftplus"``，choice_bias。
+
+    Args:
+        x: [T, K]；weight 为 None 时就是 logits [T, E]。
+        weight: [E, K] 或 None；logit_bias: [E] 或 None。
+        choice_bias: [E] 或 None，只影响选择，没有梯度。
+        top_k: 每个词元的专家数 k。
+        score: ``sigmoid``、``softmax``、``sqrtsoftplus``（softplus 的平方根）。
+        normalize: 所选权重除以（其和 + eps）。
+        softmax_after: 按 logits 选，再只对所选的做 softmax；此时 score 应为 ``softmax``。
+        n_group: 组数，整除 E；topk_group: 每个词元可选的组数。组是相邻的 E / n_group 个专家。
+        group_score: 组得分，``top2``（最高两项之和，组内只有一个时就是它）或 ``max``。
+        scaling: 权重最后乘的系数。
+
+    Returns:
+        (logits [T, E] fp32，weights [T, k] fp32，indices [T, k] int64，counts [E] int64)。indices 按得分
+        从高到低，得分相同时下标小的在前；NaN 视为最大（同 torch.topk），它的权重是 NaN。logits、weights 对
+        x、weight、logit_bias 可求导。结果与线程数无关；autocast 里也不降精度。
+
+    Raises:
+        ValueError: 形状、dtype 不符；top_k 不在 1 到（可选的）专家数之间；n_group 不整除专家数；topk_group
+            大于 n_group；不认识的 score、group_score。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 0.0, 0.0, 0.0]])
+        >>> _, weights, indices, counts = ops.moe_route(logits, top_k=2, score="softmax")
+        >>> indices
+        tensor([[1, 2],
+                [0, 1]])
+        >>> counts
+        tensor([1, 2, 1, 0])
+        >>> weights.shape
+        torch.Size([2, 2])
+    """
+    groups = (n_group, topk_group, group_score)
+    rule = (top_k, score, normalize, softmax_after, *groups, scaling, eps)
+    return run("moe_route", x, weight, logit_bias, choice_bias, *rule)

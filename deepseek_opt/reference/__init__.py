@@ -20,7 +20,7 @@ from deepseek_opt.reference.mla import (
     mla_prefill,
     rope,
 )
-from deepseek_opt.reference.moe import moe_experts
+from deepseek_opt.reference.moe import moe_experts, moe_route
 
 __all__ = [
     "add_rms_norm",
@@ -30,6 +30,7 @@ __all__ = [
     "mla_layer_decode",
     "mla_prefill",
     "moe_experts",
+    "moe_route",
     "rms_norm",
     "rope",
     "swiglu_mlp",

@@ -66,3 +66,60 @@ def moe_experts(
         out = activate(wide_x @ gate.mT, wide_x @ up.mT, activation, alpha, limit) @ last.mT
         y = y + (out if len(shared) == 3 else out * shared[3][:, None].to(dtype))
     return y.to(x.dtype)
+
+
+def route_scores(logits: Tensor, score: str) -> Tensor:
+    """路由的打分。"""
+    if score == "sqrtsoftplus":
+        return F.softplus(logits, threshold=100.0).sqrt()
+    return torch.sigmoid(logits) if score == "sigmoid" else torch.softmax(logits, -1)
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """最大的 count 个的下标，从大到小；相同时下标小的在前，NaN 最大。"""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _open_groups(choice: Tensor, n_group: int, topk_group: int, group_score: str) -> Tensor:
+    """[T, E]：属于得分最高的 topk_group 组的为 True。"""
+    groups = choice.unflatten(-1, (n_group, -1))
+    best = min(groups.shape[-1], 2 if group_score == "top2" else 1)
+    chosen = _best(groups.topk(best, dim=-1).values.sum(-1), topk_group)
+    mask = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=choice.device)
+    return mask.scatter(-1, chosen, True).repeat_interleave(groups.shape[-1], -1)
+
+
+def moe_route(
+    x: Tensor,
+    weight: Tensor | None,
+    logit_bias: Tensor | None,
+    choice_bias: Tensor | None,
+    top_k: int,
+    score: str,
+    normalize: bool,
+    softmax_after: bool,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    scaling: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """全排序选 top-k。"""
+    dtype = wide(x) if weight is None else wide(x, weight)
+    logits = x.to(dtype) if weight is None else x.to(dtype) @ weight.to(dtype).mT
+    logits = logits if logit_bias is None else logits + logit_bias.to(dtype)
+    scores = logits if softmax_after else route_scores(logits, score)
+    choice = scores.detach() if choice_bias is None else scores.detach() + choice_bias.to(dtype)
+    if topk_group < n_group:
+        allowed = _open_groups(choice, n_group, topk_group, group_score)
+        order = _best(choice, choice.shape[-1])  # 只留开放的组；得分可能是 -inf，不能靠填 -inf
+        keep = _best(allowed.gather(-1, order).int(), top_k)
+        indices = order.gather(-1, keep)
+    else:
+        indices = _best(choice, top_k)
+    weights = scores.gather(-1, indices)
+    weights = torch.softmax(weights, -1) if softmax_after else weights
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    counts = torch.bincount(indices.flatten(), minlength=choice.shape[-1])
+    return logits, weights * scaling, indices, counts

@@ -49,5 +49,6 @@ void test_dense(void);
 void test_rows(void);
 void test_mla(void);
 void test_moe(void);
+void test_moe_route(void);
 
 #endif

@@ -10,5 +10,6 @@ int main(int argc, char **argv) {
   test_rows();
   test_mla();
   test_moe();
+  test_moe_route();
   return report();
 }
