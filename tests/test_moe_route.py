@@ -144,6 +144,13 @@ def test_ties_take_the_lower_index(score):
     assert ops.moe_route(last, top_k=3, **groups)[2].tolist() == [[4, 5, 2]]
 
 
+@pytest.mark.usefixtures("isa")
+def test_negative_zero_ties_with_zero():
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0]])
+    options = {"score": "softmax", "softmax_after": True}
+    assert ops.moe_route(logits, top_k=3, **options)[2].tolist() == [[1, 2, 3]]
+
+
 def test_groups_are_really_limited():
     """每个词元选中的专家只来自 topk_group 组；选的是得分最高的组。"""
     _, _, indices, _ = OP(*inputs(200, bias=False), *RULES["V3"])
