@@ -1,9 +1,10 @@
-"""自建 Transformer 用的层：MLAAttention，以及替换 nn.MultiheadAttention 的 MLA 层。"""
+"""自建 Transformer 用的层：MLAAttention、MoEFeedForward，以及替换 nn.MultiheadAttention 的 MLA 层。"""
 
 from __future__ import annotations
 
 from deepseek_opt.layers.mha import LatentMultiheadAttention
 from deepseek_opt.layers.mla_attention import MLAAttention
+from deepseek_opt.layers.moe import MoEFeedForward, aux_loss
 from deepseek_opt.layers.replace import (
     ReplacedAttention,
     ReplacementReport,
@@ -14,8 +15,10 @@ from deepseek_opt.layers.replace import (
 __all__ = [
     "LatentMultiheadAttention",
     "MLAAttention",
+    "MoEFeedForward",
     "ReplacedAttention",
     "ReplacementReport",
+    "aux_loss",
     "replace_mha",
     "restore_mha",
 ]
