@@ -239,7 +239,7 @@ def test_layer_loss(fields, want):
     layer(x)
     weight, sequences, z_weight = want
     routed = layer.router(x)
-    total = weight * balance_loss(routed.logits, routed.indices, "softmax", sequences)
+    total = weight * balance_loss(routed.logits, routed.indices, "sigmoid", sequences)
     total = total + z_weight * routed.logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(layer.aux_loss, total)
     (grad,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)

@@ -147,7 +147,7 @@ class MoEFeedForward(nn.Module):
         config, tokens = self.config, routed.logits.shape[0]
         limit = capacity(tokens, self.top_k, self.num_experts, config.capacity_factor or 1.0)
         if self._choice:
-            scores = routing_scores(routed.logits, config.scoring_func or "softmax")
+            scores = routing_scores(routed.logits, config.scoring_func or "sigmoid")
             return expert_choice(scores, limit, config.routed_scaling_factor or 1.0)
         if config.balance_strategy == "forced":
             plan = forced_balance(routed.weights, self.num_experts)
@@ -174,7 +174,7 @@ class MoEFeedForward(nn.Module):
         weight, per_sequence = self._balance_weight()
         if weight:
             sequences = math.prod(hidden.shape[:-2]) if per_sequence else 1
-            kind = config.scoring_func or "softmax"
+            kind = config.scoring_func or "sigmoid"
             parts.append(weight * balance_loss(routed.logits, routed.indices, kind, sequences))
         if config.z_loss_weight:
             parts.append(config.z_loss_weight * z_loss(routed.logits))

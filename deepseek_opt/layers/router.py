@@ -42,7 +42,7 @@ class ExpertRouter(nn.Module):
             x = x * torch.empty_like(x).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
         logits = F.linear(x, self.weight.float())
         after = config.normalize_before_topk is False
-        scores = logits if after else _scores(logits, config.scoring_func or "softmax")
+        scores = logits if after else _scores(logits, config.scoring_func or "sigmoid")
         choice = scores.detach() + self.e_score_correction_bias.float()
         if (config.n_group or 1) > 1:
             choice = _limited(choice, config)
