@@ -84,7 +84,7 @@ def _places(model: nn.Module, rate: float | None) -> list[_Balanced]:
     found: dict[int, _Balanced] = {}
     for name, module in model.named_modules():
         for holder in load_holders(module):
-            bias = getattr(holder, "balance_bias", None)
+            bias = _bias_of(model, name, holder)
             if isinstance(bias, Tensor):
                 step = getattr(holder, "balance_rate", _RATE) if rate is None else rate
                 counter = holder.load_counter
@@ -94,6 +94,14 @@ def _places(model: nn.Module, rate: float | None) -> list[_Balanced]:
             expected = f"形状 [{place.counter.num_experts}] 的张量"
             raise InputError.expected(f"{place.name}.balance_bias", expected, place.bias)
     return list(found.values())
+
+
+def _bias_of(model: nn.Module, name: str, holder: object) -> Tensor | None:
+    """持有者自己的 balance_bias；没有这个属性时，看同级的 gate（transformers 的专家与路由是兄弟）。"""
+    if hasattr(holder, "balance_bias"):
+        return holder.balance_bias
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return getattr(getattr(parent, "gate", None), "e_score_correction_bias", None)
 
 
 def _summed(counts: list[Tensor], group: Any) -> list[Tensor]:

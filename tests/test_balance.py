@@ -128,6 +128,15 @@ def test_patched_gate_with_its_own_buffer():
     assert gate.e_score_correction_bias.tolist() == [-0.5, 0.5]
 
 
+def test_counter_on_the_experts_uses_the_gate_beside_them():
+    block = nn.ModuleDict({"gate": nn.Linear(4, 2), "experts": nn.Linear(4, 4)})
+    block["gate"].register_buffer("e_score_correction_bias", torch.zeros(2))
+    block["experts"].load_counter = LoadCounter(2)
+    block["experts"].load_counter.add(torch.tensor([1, 5]), training=True)
+    assert update_expert_bias(nn.Sequential(block), 0.5) == 1
+    assert block["gate"].e_score_correction_bias.tolist() == [0.5, -0.5]
+
+
 def test_without_statistics_nothing_changes():
     layer = make().eval()
     layer(torch.randn(3, 8))
