@@ -29,6 +29,15 @@ _EXPORTS = {
     "metrics": "metrics",
     "PerformanceMetrics": "metrics",
     "estimate_memory": "memory",
+    "MoEFeedForward": "layers",
+    "aux_loss": "layers",
+    "ExpertStatistics": "metrics",
+    "expert_statistics": "metrics",
+    "update_expert_bias": "balance",
+    "BalanceCallback": "integrations.trainer",
+    "upcycle_ffn": "upcycle",
+    "upcycle_model": "upcycle",
+    "restore_ffn": "upcycle",
 }
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

@@ -1,12 +1,12 @@
-"""MoE（混合专家）的配置。
+"""MoE（混合专家）的配置：自建模型的 :class:`~deepseek_opt.MoEFeedForward` 由它构造。
 
-本版本只校验和保存这些配置，``optimize`` 会在报告中把 MoE 列为跳过。
+本版本 ``optimize`` 只校验和保存这些配置，会在报告中把 MoE 列为跳过。
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -19,9 +19,21 @@ _GROUP_SIZES = (32, 64, 128)
 _DEPENDENT = (
     ("bias_update_rate", "balance_strategy", ("bias_update",)),
     ("aux_loss_weight", "balance_strategy", ("sequence_aux_loss", "global_aux_loss")),
+    ("sequence_aux_loss_weight", "balance_strategy", ("bias_update",)),
     ("quantization_group_size", "quantization", ("int4",)),
     ("quantization_symmetric", "quantization", ("int8", "int4")),
     ("keep_original_weights", "quantization", ("int8", "int4")),
+)
+
+# 由专家选 token 时每个专家恰好取满容量：没有分组，没有丢弃，也没有逐 token 的归一化。
+_NOT_FOR_EXPERT_CHOICE = (
+    "n_group",
+    "topk_group",
+    "group_score",
+    "norm_topk_prob",
+    "drop_policy",
+    "drop_renormalize",
+    "pad_to_capacity",
 )
 
 
@@ -37,7 +49,8 @@ GroupSize = Annotated[int, BeforeValidator(_check_group_size)]
 class MOEConfig(ConfigBase):
     """MoE 的配置；所有字段都可省略，省略即“与模型一致”。
 
-    本版本 ``optimize`` 会在报告中把 MoE 列为跳过；这里只校验并保存，供配置文件提前写好。
+    自建模型用它构造 :class:`~deepseek_opt.MoEFeedForward`，那时 ``num_experts`` 与
+    ``num_experts_per_tok`` 必须给出，其余省略为常用的默认值。本版本 ``optimize`` 会在报告中把 MoE 列为跳过。
 
     示例::
 
@@ -48,6 +61,9 @@ class MOEConfig(ConfigBase):
     num_experts: Count | None = Field(None, description="路由专家总数")
     num_experts_per_tok: Count | None = Field(None, description="每个 token 激活的专家数")
     num_shared_experts: CountOrZero | None = Field(None, description="共享专家数")
+    shared_expert_gate: bool | None = Field(
+        None, description="共享专家的输出是否乘以逐 token 的 sigmoid 门"
+    )
     routing_strategy: Literal["topk", "group_limited", "expert_choice"] | None = Field(
         None, description="路由策略：取前 k、先选组再取前 k、由专家选 token"
     )
@@ -74,6 +90,9 @@ class MOEConfig(ConfigBase):
         None, description="无辅助损失均衡的偏置更新步长 γ"
     )
     aux_loss_weight: Weight | None = Field(None, description="均衡辅助损失的权重")
+    sequence_aux_loss_weight: Weight | None = Field(
+        None, description="偏置更新之外，再加的序列级辅助损失的权重（DeepSeek-V3 为 1e-4）"
+    )
     z_loss_weight: Weight | None = Field(None, description="路由 z 损失的权重")
     capacity_factor: PositiveFloat | None = Field(
         None, description="容量系数：每个专家至多处理 系数·token 数·k/专家数 个 token"
@@ -81,7 +100,12 @@ class MOEConfig(ConfigBase):
     drop_policy: Literal["position", "probability"] | None = Field(
         None, description="超出容量时丢弃谁：按位置靠后，或按权重最低"
     )
-    pad_to_capacity: bool | None = Field(None, description="是否把每个专家的输入补齐到容量")
+    drop_renormalize: bool | None = Field(
+        None, description="丢弃之后，是否把其余专家的权重放大到原来的总和"
+    )
+    pad_to_capacity: bool | None = Field(
+        None, description="是否把每个专家的输入补齐到容量；结果不变，CPU 核不需要补齐"
+    )
     quantization: Literal["none", "int8", "int4"] | None = Field(
         None, description="专家权重的量化方式"
     )
@@ -93,6 +117,21 @@ class MOEConfig(ConfigBase):
         None, description="量化后是否保留原权重（保留才能 restore）"
     )
 
+    # 只影响训练时的损失、丢弃与偏置更新，不决定权重形状：改动从下一次调用起生效。
+    live_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "router_jitter",
+            "bias_update_rate",
+            "aux_loss_weight",
+            "sequence_aux_loss_weight",
+            "z_loss_weight",
+            "capacity_factor",
+            "drop_policy",
+            "drop_renormalize",
+            "pad_to_capacity",
+        }
+    )
+
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterable[Conflict]:
         yield from _routing_conflicts(values)
@@ -102,7 +141,7 @@ class MOEConfig(ConfigBase):
             if value is not None and values.get(on) not in allowed:
                 message = f"只用于 {on} 为 {' 或 '.join(allowed)} 时"
                 yield Conflict((field, on), message, value)
-        for field in ("drop_policy", "pad_to_capacity"):
+        for field in ("drop_policy", "drop_renormalize", "pad_to_capacity"):
             value = values.get(field)
             if value is not None and value is not False and values.get("capacity_factor") is None:
                 yield Conflict((field, "capacity_factor"), "需要同时给出 capacity_factor", value)
@@ -115,11 +154,20 @@ def _routing_conflicts(values: Mapping[str, Any]) -> Iterable[Conflict]:
             ("num_experts_per_tok", "num_experts"), f"不能大于 num_experts = {experts}", active
         )
     balance = values.get("balance_strategy")
-    if values.get("routing_strategy") == "expert_choice" and balance not in (None, "none"):
+    if values.get("routing_strategy") == "expert_choice":
+        if balance not in (None, "none"):
+            yield Conflict(
+                ("balance_strategy", "routing_strategy"),
+                "expert_choice 由专家选 token，负载本来就均衡，不能再给均衡策略",
+                balance,
+            )
+        for field in _NOT_FOR_EXPERT_CHOICE:
+            if values.get(field):
+                message = "不能与 routing_strategy = 'expert_choice' 同用：由专家选 token，每个专家取满容量"
+                yield Conflict((field, "routing_strategy"), message, values[field])
+    if values.get("shared_expert_gate") and values.get("num_shared_experts") == 0:
         yield Conflict(
-            ("balance_strategy", "routing_strategy"),
-            "expert_choice 由专家选 token，负载本来就均衡，不能再给均衡策略",
-            balance,
+            ("shared_expert_gate", "num_shared_experts"), "需要 num_shared_experts 大于 0", True
         )
 
 
@@ -128,6 +176,9 @@ def _group_conflicts(values: Mapping[str, Any]) -> Iterable[Conflict]:
     groups, chosen = values.get("n_group"), values.get("topk_group")
     if groups is None:
         return
+    if values.get("routing_strategy") == "topk" and chosen is not None and chosen < groups:
+        message = "routing_strategy 为 topk 时不先选组；请改为 group_limited，或去掉 topk_group"
+        yield Conflict(("topk_group", "n_group", "routing_strategy"), message, chosen)
     if experts is not None and experts % groups:
         message = f"应整除 num_experts = {experts}"
         yield Conflict(("n_group", "num_experts"), message, groups)

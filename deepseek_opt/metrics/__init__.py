@@ -23,6 +23,7 @@ from torch import nn
 
 from deepseek_opt.errors import InputError
 from deepseek_opt.metrics.collector import ATTRIBUTE, DEFAULT_WINDOW, MetricsCollector
+from deepseek_opt.metrics.experts import ExpertStatistics, expert_statistics
 from deepseek_opt.metrics.record import PerformanceMetrics
 from deepseek_opt.metrics.sinks import JSONLSink, PrometheusSink, TensorBoardSink
 
@@ -90,11 +91,13 @@ def stop_metrics(model: nn.Module) -> bool:
 
 
 __all__ = [
+    "ExpertStatistics",
     "JSONLSink",
     "MetricsCollector",
     "PerformanceMetrics",
     "PrometheusSink",
     "TensorBoardSink",
+    "expert_statistics",
     "is_collecting",
     "metrics",
     "paused",
