@@ -1,0 +1,134 @@
+"""专家负载的计数：前向里原地累加，随时可读。"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from deepseek_opt.errors import InputError
+
+
+def in_backward() -> bool:
+    """当前线程是否正处在反向之中。
+
+    激活检查点在反向里重算前向，重算的那一遍不应再计数。torch.utils.checkpoint 自己也用这个编号区分。
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+class LoadCounter:
+    """各专家分到的词元数，int64。
+
+    两套计数：累计的（:meth:`snapshot`，供统计，eval 也计）与待用的（:meth:`pending`，只有训练时的前向
+    才计，:func:`~deepseek_opt.update_expert_bias` 用过即清零）。激活检查点在反向里的重算两套都不计。
+    累加只是一次 O(E) 的原地加法：不求导，不同步设备，可以在多个线程里调用。深拷贝、pickle 得到清零的新计数器。
+
+    参数
+    ----
+    num_experts : 专家数 E。
+
+    抛出 InputError：num_experts 不是正整数；counts 的长度不是 E。
+
+    示例
+    ----
+    >>> import torch
+    >>> from deepseek_opt.load import LoadCounter
+    >>> load = LoadCounter(3)
+    >>> load.add_indices(torch.tensor([[0, 2], [2, 3]]))  # 3 是哨兵，不计
+    >>> load.snapshot()
+    tensor([1, 0, 2])
+    """
+
+    def __init__(self, num_experts: int):
+        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+            raise InputError.expected("num_experts", "正整数", num_experts)
+        self.num_experts = num_experts
+        self._lock = threading.Lock()
+        self._allocate(torch.device("cpu"))
+
+    def _allocate(self, device: torch.device) -> None:
+        # 第 0 行累计，第 1 行待用：训练时一次广播加法更新两行。末列是被丢弃的个数。
+        with torch.inference_mode(False):
+            self._table = torch.zeros(2, self.num_experts, dtype=torch.int64, device=device)
+            self._dropped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(
+        self, counts: Tensor, *, dropped: Tensor | None = None, training: bool | None = None
+    ) -> None:
+        """加上一次前向的计数。
+
+        counts : [E] 整数。dropped : 这次因超出容量被丢弃的（词元，专家）对数，标量，可以没有。
+        training : 是否训练中的前向（计入待用的）；None 时看是否记录梯度。
+        """
+        if in_backward():
+            return
+        if counts.shape != (self.num_experts,) or counts.is_floating_point():
+            raise InputError.expected("counts", f"形状 [{self.num_experts}] 的整数张量", counts)
+        if training is None:
+            training = torch.is_grad_enabled()
+        with self._lock, torch.no_grad():
+            self._follow(counts.device)
+            (self._table if training else self._table[0]).add_(counts)
+            if dropped is not None:
+                self._dropped.add_(dropped)
+
+    def add_indices(self, indices: Tensor, *, training: bool | None = None) -> None:
+        """由专家下标（任意形状的整数，大于等于 E 的是哨兵）计数并加上。"""
+        if in_backward():
+            return
+        flat = indices.reshape(-1).clamp(max=self.num_experts)
+        # 不用 bincount：它在 CUDA 上要同步设备才知道输出的长度
+        counts = flat.new_zeros(self.num_experts + 1, dtype=torch.int64)
+        counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+        self.add(counts[:-1], training=training)
+
+    def _follow(self, device: torch.device) -> None:
+        """计数随模型走：模型换了设备，计数器跟着搬一次。"""
+        if self._table.device != device:
+            with torch.inference_mode(False):
+                self._table = self._table.to(device)
+                self._dropped = self._dropped.to(device)
+
+    def snapshot(self) -> Tensor:
+        """累计的计数 [E]，一份拷贝。"""
+        with self._lock:
+            return self._table[0].clone()
+
+    def pending(self) -> Tensor:
+        """上次 :meth:`clear_pending` 以来训练前向的计数 [E]，一份拷贝。"""
+        with self._lock:
+            return self._table[1].clone()
+
+    def dropped(self) -> int:
+        """因超出容量被丢弃的（词元，专家）对的累计个数。"""
+        with self._lock:
+            return int(self._dropped)
+
+    def clear_pending(self) -> None:
+        """待用的计数清零。"""
+        with self._lock:
+            self._table[1].zero_()
+
+    def reset(self) -> None:
+        """全部清零。"""
+        with self._lock:
+            self._table.zero_()
+            self._dropped.zero_()
+
+    def __reduce__(self):
+        return type(self), (self.num_experts,)
+
+    def __repr__(self) -> str:
+        return f"LoadCounter(num_experts={self.num_experts}, 计数={self.snapshot().tolist()})"
+
+
+def load_holders(module: object) -> list[object]:
+    """module 自身与它的 forward 补丁之中，持有 ``load_counter`` 的。"""
+    patch = getattr(module, "__dict__", {}).get("forward")
+    return [
+        holder
+        for holder in (module, patch)
+        if isinstance(getattr(holder, "load_counter", None), LoadCounter)
+    ]
