@@ -211,7 +211,8 @@ def _shape_reason(module: nn.Module, up: Tensor, down: Tensor) -> str | None:
 
 def _identify(module: nn.Module) -> ExpertsLayout | None:
     """用固定的点核对激活；与哪一种都对不上为 None。"""
-    points = torch.tensor(sorted({*_POINTS, *(-p for p in _POINTS)}))
+    # 双精度：gelu 的尾部在单精度里只剩舍入
+    points = torch.tensor(sorted({*_POINTS, *(-p for p in _POINTS)}), dtype=torch.float64)
     gate, up = torch.cartesian_prod(points, points).T
     transposed, gated = bool(module.is_transposed), bool(module.has_gate)
     with torch.no_grad():
@@ -249,7 +250,7 @@ def _choices(module: nn.Module) -> list[tuple[str, float, float, tuple]]:
 
 def _same(actual: Tensor, expected: Tensor) -> bool:
     return actual.shape == expected.shape and torch.allclose(
-        actual.float(), expected, rtol=1e-4, atol=1e-5
+        actual.double(), expected, rtol=1e-4, atol=1e-5
     )
 
 

@@ -94,14 +94,12 @@ BLOCKS: dict[str, MoeBlockSpec] = {
         *(_hf(*names) for names in _DEEPSEEK),
         *(_hf(*names, **_GATED) for names in _QWEN),
         _hf("afmoe", "AfmoeSparseMoeBlock", gate="router", gate_args=("expert_bias",)),
-        _hf("aria", "AriaTextMoELayer", gate="router", flat_gate=True),
         _hf("axk1", "AXK1MoE", post="post_mlp_layernorm"),
         _hf("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", flat_gate=True),
         _hf("flint", "FlintSparseMoeBlock", shared="shared_expert", flat_gate=True),
         _hf("hunyuan_v1_moe", "HunYuanMoEV1Moe", shared="shared_mlp", flat_gate=True),
         _hf("hy_v3", "HYV3MoE", flat_gate=True, gate_args=("e_score_correction_bias",)),
         _hf("laguna", "LagunaSparseMoeBlock", **_SCALED),
-        _hf("minimax_m3_vl", "MiniMaxM3VLSparseMoeBlock", **_SCALED),
     )
 }
 
@@ -168,6 +166,9 @@ def block_reason(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | N
     """这个块不能整块替换的原因；它的专家应已换上 ExpertsPatch。"""
     if getattr(module, spec.shared, None) is None:
         return "没有共享专家"
+    layout = patch_of(getattr(module, spec.experts)).layout
+    if layout.transposed or not layout.gated or layout.activation != "silu":
+        return "路由专家的权重是转置存放的，或不是 SiLU 门控，不能与共享专家合在一起"
     reason = instance_reason(module) or _shared_reason(module, spec)
     if reason is not None:
         return reason
