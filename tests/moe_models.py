@@ -116,7 +116,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm5_next": (
         "Glm5NextTextConfig",
         "Glm5NextTextModel",
-        {**_DSA, **_SPARSE, "qk_rope_head_dim": 0, "index_kpool": 4, **_LINEAR, "layer_types": ["full_attention"] * 2},
+        {
+            **_DSA,
+            **_SPARSE,
+            "qk_rope_head_dim": 0,
+            "index_kpool": 4,
+            **_LINEAR,
+            "layer_types": ["full_attention"] * 2,
+        },
     ),
     "glm_moe_dsa": ("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", _DSA),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {}),
@@ -150,7 +157,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mimo_v2_flash": (
         "MiMoV2FlashConfig",
         "MiMoV2FlashForCausalLM",
-        {"head_dim": 24, "v_head_dim": 8},
+        {"head_dim": 24, "v_head_dim": 8, "num_key_value_heads": 2},
     ),
     "minimax": ("MiniMaxConfig", "MiniMaxForCausalLM", {}),
     "minimax_m2": ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {}),
@@ -179,9 +186,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def make_config(model_type: str, **overrides: Any) -> Any:
     """小配置。"""
     name, _, extra = MODELS[model_type]
-    module = importlib.import_module(
-        f"transformers.models.{model_type}.configuration_{model_type}"
-    )
+    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
     fields = {**_BASE, **extra, **overrides}
     return getattr(module, name)(**{k: v for k, v in fields.items() if v is not None})
 

@@ -174,8 +174,9 @@ def test_greedy_tokens_match(model_type):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+_EIGHT = {"n_routed_experts": 8, "num_experts": 8, "num_local_experts": 8}
 VARIANTS = [
-    ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+    ("deepseek_v3", {**_EIGHT, "n_group": 4, "topk_group": 2}),
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
     ("deepseek_v3", {"n_shared_experts": 3}),
     ("qwen2_moe", {"norm_topk_prob": True}),

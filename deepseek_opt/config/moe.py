@@ -1,6 +1,6 @@
 """MoE（混合专家）的配置。
 
-本版本只校验和保存这些配置，``optimize`` 会在报告中把 MoE 列为跳过。
+对 transformers 模型，描述结构的字段是核对值；改变路由与均衡的字段只对本库的 MoE 层起作用。
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ GroupSize = Annotated[int, BeforeValidator(_check_group_size)]
 class MOEConfig(ConfigBase):
     """MoE 的配置；所有字段都可省略，省略即“与模型一致”。
 
-    本版本 ``optimize`` 会在报告中把 MoE 列为跳过；这里只校验并保存，供配置文件提前写好。
+    ``optimize`` 替换 transformers 模型的专家计算：专家数、分组等描述结构的字段是核对值，不一致即报错；
+    改变路由、均衡、容量与量化的字段对这些模型不起作用，报告里逐项写明（strict 时报错）。
 
     示例::
 
