@@ -49,7 +49,7 @@ def snapshot(model):
 class OwnExperts(nn.Module):
     """用户自己的类，名字与 transformers 无关。"""
 
-    def __init__(self, config, act=None, scale=1.0):
+    def __init__(self, _config, act=None, scale=1.0):
         super().__init__()
         self.num_experts = 3
         self.gate_up_proj = nn.Parameter(torch.randn(3, 12, 8) * 0.3)
