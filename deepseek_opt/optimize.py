@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
-from deepseek_opt.integrations import apply, bridge
+from deepseek_opt.integrations import apply, apply_moe, bridge
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.metrics import is_collecting, start_metrics, stop_metrics
@@ -23,7 +23,7 @@ logger = logging.getLogger("deepseek_opt")
 _STATE = "_deepseek_opt_state"
 _guard = threading.Lock()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LATER = {"mtp": "MTP（多词元预测）在这个版本中还没有提供", "moe": "MoE 在这个版本中还没有提供"}
+_LATER = {"mtp": "MTP（多词元预测）在这个版本中还没有提供"}
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -235,11 +235,14 @@ def _apply(
 ) -> OptimizationReport:
     if bridge.loaded():
         bridge.check_version()
+        bridge.register_experts()
     runtime = Runtime(profile)
     report = OptimizationReport(type(model).__name__, [], runtime.fallbacks)
     try:
         if profile.mla is not None:
             report.entries += apply.replace_attention(model, profile.mla, runtime, filter_fn)
+        if getattr(profile, "moe", None) is not None:
+            report.entries += apply_moe.replace_moe(model, profile.moe, runtime, filter_fn)
         if getattr(profile, "dense", None) is not None:
             report.entries += apply.replace_dense(model, profile.dense, runtime, filter_fn)
         for part, reason in _LATER.items():

@@ -213,13 +213,13 @@ def test_strict_and_missing_parts(caplog):
 
 
 def test_parts_not_available_yet_are_reported(model):
-    from deepseek_opt import MOEConfig
+    from deepseek_opt import MTPConfig
 
-    wanted = OptimizationProfile(mla=MLAConfig(), moe=MOEConfig())
+    wanted = OptimizationProfile(mla=MLAConfig(), mtp=MTPConfig())
     report = optimize(model, wanted)
-    assert report.replaced and report.unmet[0].part == "moe"
+    assert report.replaced and report.unmet[0].part == "mtp"
     restore(model)
-    with pytest.raises(UnsupportedError, match="moe"):
+    with pytest.raises(UnsupportedError, match="mtp"):
         optimize(model, wanted, strict=True)
     assert not is_optimized(model)
 

@@ -1,6 +1,6 @@
 """MoE（混合专家）的配置：自建模型的 :class:`~deepseek_opt.MoEFeedForward` 由它构造。
 
-本版本 ``optimize`` 只校验和保存这些配置，会在报告中把 MoE 列为跳过。
+对 transformers 模型，描述结构的字段是核对值；改变路由与均衡的字段只对本库的 MoE 层起作用。
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class MOEConfig(ConfigBase):
     """MoE 的配置；所有字段都可省略，省略即“与模型一致”。
 
     自建模型用它构造 :class:`~deepseek_opt.MoEFeedForward`，那时 ``num_experts`` 与
-    ``num_experts_per_tok`` 必须给出，其余省略为常用的默认值。本版本 ``optimize`` 会在报告中把 MoE 列为跳过。
+    ``num_experts_per_tok`` 必须给出，其余省略为常用的默认值。
+
+    ``optimize`` 替换 transformers 模型的专家计算：专家数、分组等描述结构的字段是核对值，不一致即报错；
+    改变路由、均衡、容量与量化的字段对这些模型不起作用，报告里逐项写明（strict 时报错）。
 
     示例::
 

@@ -49,6 +49,14 @@ def original_mask(
     return hf_config.original_mask(module, hidden, kwargs, index)
 
 
+def register_experts() -> None:
+    """导入过 transformers 时，登记名为 deepseek_opt 的 experts 实现。"""
+    if loaded():
+        from deepseek_opt.integrations import experts_interface
+
+        experts_interface.register()
+
+
 def check_version() -> None:
     """transformers 太旧时给出明确的错误。"""
     import transformers

@@ -53,7 +53,7 @@ class GatedFFNPatch(_DensePatch):
     """down(silu(gate x) * up x) 融合。"""
 
     def _reason(self) -> str | None:
-        return _ffn_reason(self.module)
+        return ffn_reason(self.module)
 
     def _run(self, x: Tensor) -> Tensor:
         weights = (getattr(self.module, name).weight for name in _FFN)
@@ -114,11 +114,11 @@ def _find_ffn(model: nn.Module) -> _Found:
     for name, module in model.named_modules():
         if not all(isinstance(getattr(module, part, None), nn.Module) for part in _FFN):
             continue
-        reason = _ffn_reason(module) or _instance_reason(module)
+        reason = ffn_reason(module) or instance_reason(module)
         if reason is None:
             cls = type(module)
             if cls not in checked:
-                checked[cls] = _probe_ffn(module)
+                checked[cls] = probe_ffn(module)
             reason = checked[cls]
         yield name, module, GatedFFNPatch, reason
 
@@ -138,7 +138,7 @@ def _find_linear(model: nn.Module, head: nn.Module | None) -> _Found:
 def _find_norms(model: nn.Module) -> _Found:
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and is_rms_norm(module):
-            yield name, module, NormPatch, _instance_reason(module)
+            yield name, module, NormPatch, instance_reason(module)
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -148,13 +148,13 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _linear_reason(module: nn.Module) -> str | None:
-    reason = _instance_reason(module)
+    reason = instance_reason(module)
     if reason is None and type(module) is not nn.Linear:
         reason = f"是 {type(module).__name__}，不是普通 nn.Linear"
     return reason
 
 
-def _instance_reason(module: nn.Module) -> str | None:
+def instance_reason(module: nn.Module) -> str | None:
     if hasattr(module, "_hf_hook"):
         return "accelerate 的设备钩子改写了 forward"
     if "forward" in module.__dict__ and patch_of(module) is None:
@@ -162,7 +162,7 @@ def _instance_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _ffn_reason(module: nn.Module) -> str | None:
+def ffn_reason(module: nn.Module) -> str | None:
     for part in _FFN:
         linear = getattr(module, part)
         if not is_plain(linear):
@@ -181,7 +181,7 @@ def _is_silu(module: nn.Module) -> bool:
     return False
 
 
-def _probe_ffn(module: nn.Module) -> str | None:
+def probe_ffn(module: nn.Module) -> str | None:
     """用一行随机数核对这个类的 forward 就是 down(silu(gate x) * up x)；每个类只做一次。"""
     gate, up, down = (getattr(module, part).weight for part in _FFN)
     if gate.is_meta:

@@ -30,6 +30,11 @@ class Runtime:
         self.layer_count = 1  # 预算由各层平分
         self._lock = threading.Lock()
         self._bind(profile.mla)
+        self._bind_moe()
+
+    def _bind_moe(self) -> None:
+        moe = getattr(self.profile, "moe", None)
+        self._moe = None if moe is None else (moe, moe.revision, moe.snapshot())
 
     def _bind(self, mla: Any) -> None:
         self._mla = mla
@@ -51,6 +56,16 @@ class Runtime:
             if self._snapshot is not None:
                 mla.require_live(self._snapshot)
             self._bind(mla)
+
+    def require_moe(self) -> None:
+        """MoE 的配置在已优化的模型上被改动则抛出 ConfigError：它描述的是结构，没有能动态修改的字段。"""
+        moe, revision, snapshot = self._moe
+        current = self.profile.__dict__["moe"]
+        if current is moe and moe.revision == revision:
+            return
+        if current is None:
+            raise ConfigError("profile.moe 在已优化的模型上被设为 None；请用 switch 或 restore")
+        current.require_live(snapshot)
 
     @property
     def layer_budget(self) -> int | None:
@@ -75,6 +90,7 @@ class Runtime:
         self._lock = threading.Lock()
         # 深拷贝之后 profile.mla 是副本：重新绑定，免得被当作用户换了配置
         self._bind(getattr(self.profile, "mla", None))
+        self._bind_moe()
 
 
 class RopeMemo:

@@ -1,0 +1,141 @@
+"""遍历模型，决定每个 MoE 块与它的专家换不换、为什么，并装上补丁。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from deepseek_opt.integrations import experts, moe_block
+from deepseek_opt.integrations.dense import instance_reason
+from deepseek_opt.integrations.experts import ExpertsPatch
+from deepseek_opt.integrations.moe_block import MoeBlockPatch
+from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations.runtime import Runtime
+from deepseek_opt.load import LoadCounter
+from deepseek_opt.report import ReportEntry
+
+FilterFn = Callable[[str, nn.Module], bool] | None
+
+_FILTERED = "filter_fn 返回 False"
+# 配置字段 -> transformers 各架构的配置里的名字，取第一个有的。
+_NAMES = {
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"),
+    "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    "scoring_func": ("scoring_func",),
+    "n_group": ("n_group",),
+    "topk_group": ("topk_group",),
+    "routed_scaling_factor": ("routed_scaling_factor",),
+    "norm_topk_prob": ("norm_topk_prob",),
+}
+# 这些值就是 transformers 模型本来的做法，不算要求。
+_NEUTRAL = {"balance_strategy": "none", "quantization": "none", "pad_to_capacity": False}
+
+
+def replace_moe(
+    model: nn.Module, config: Any, runtime: Runtime, filter_fn: FilterFn
+) -> list[ReportEntry]:
+    """替换全部认得的 Experts 实例与 MoE 块；config 为 MOEConfig。"""
+    chosen, entries = _choose(model, filter_fn)
+    known: set[str] = set()
+    for name, module, _ in chosen:
+        actual = _actual(module)
+        config.check_against(actual, name)
+        known.update(actual)
+    for name, module, layout in chosen:
+        ExpertsPatch(module, runtime, name, layout).install()
+        entries.append(ReportEntry(name, "moe", type(module).__name__, True))
+    entries += _replace_blocks(model, runtime, filter_fn)
+    if not entries:
+        entries += _own_layers(model)
+    if not entries:
+        entries.append(ReportEntry("", "moe", "", False, "模型里没有 MoE 专家层", True))
+    return entries + (_unmet_fields(config, known) if chosen else [])
+
+
+def _choose(
+    model: nn.Module, filter_fn: FilterFn
+) -> tuple[list[tuple[str, nn.Module, Any]], list[ReportEntry]]:
+    """(要换的 (名字, 模块, 布局), 不换的条目)。"""
+    chosen, entries = [], []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if experts.resembles_experts(module):
+            if getattr(module, "load_counter", None) is None:
+                reason = "没有接入 transformers 的 experts 接口，不知道它的 forward 怎样计算"
+                entries.append(ReportEntry(name, "moe", kind, False, reason, True))
+            continue
+        if not experts.looks_like_experts(module):
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            entries.append(ReportEntry(name, "moe", kind, False, _FILTERED))
+            continue
+        layout, reason = None, instance_reason(module)
+        if reason is None:
+            layout, reason = experts.layout_of(module)
+        if layout is None:
+            entries.append(ReportEntry(name, "moe", kind, False, reason, True))
+        else:
+            chosen.append((name, module, layout))
+    return chosen, entries
+
+
+def _replace_blocks(
+    model: nn.Module, runtime: Runtime, filter_fn: FilterFn
+) -> Iterator[ReportEntry]:
+    """专家已换上的块里，能连同共享专家一起算的整块替换。"""
+    for name, module in list(model.named_modules()):
+        spec = moe_block.find_block(module)
+        inner = None if spec is None else getattr(module, spec.experts, None)
+        if not isinstance(inner, nn.Module) or not isinstance(patch_of(inner), ExpertsPatch):
+            continue
+        kind = type(module).__name__
+        if filter_fn is not None and not filter_fn(name, module):
+            yield ReportEntry(name, "moe", kind, False, _FILTERED)
+            continue
+        reason = moe_block.block_reason(module, spec, runtime.profile)
+        if reason is None:
+            MoeBlockPatch(module, runtime, name, spec).install()
+            yield ReportEntry(name, "moe", kind, True, "共享专家与路由专家一次算完")
+        else:
+            yield ReportEntry(name, "moe", kind, False, f"共享专家单独计算：{reason}")
+
+
+def _actual(module: nn.Module) -> dict[str, Any]:
+    """这一层的实际结构，供配置核对；查不到的字段不列。"""
+    config = getattr(module, "config", None)
+    actual: dict[str, Any] = {"num_experts": module.num_experts}
+    for field, names in _NAMES.items():
+        values = (getattr(config, name, None) for name in names)
+        value = next((v for v in values if v is not None), None)
+        if value is not None:
+            actual[field] = value
+    grouped = actual.get("n_group", 1) > 1 and getattr(config, "topk_method", "") != "greedy"
+    actual["routing_strategy"] = "group_limited" if grouped else "topk"
+    return actual
+
+
+def _unmet_fields(config: Any, known: set[str]) -> list[ReportEntry]:
+    """给出了、但对 transformers 的 MoE 层不起作用的字段。"""
+    entries = []
+    for field, value in config.to_dict().items():
+        if field in known or _NEUTRAL.get(field) == value:
+            continue
+        if field in _NAMES:
+            reason = "模型的配置里没有这一项，无法核对"
+        else:
+            reason = "对 transformers 的 MoE 层不起作用：路由与均衡仍按模型自己的做法"
+        entries.append(ReportEntry("", "moe", field, False, f"{field}={value!r} {reason}", True))
+    return entries
+
+
+def _own_layers(model: nn.Module) -> list[ReportEntry]:
+    """用本库的层搭的模型：不必替换，也不算没做到。"""
+    return [
+        ReportEntry(
+            name, "moe", type(module).__name__, False, "已经是本库的层，无需替换", native=True
+        )
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "load_counter", None), LoadCounter)
+    ]
