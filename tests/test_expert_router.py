@@ -78,7 +78,7 @@ def assert_same(got, want):
 )
 def test_config_becomes_the_rule(options, want):
     if want is ConfigError:
-        with pytest.raises(ConfigError, match="routing_strategy 为 topk 时不分组"):
+        with pytest.raises(ConfigError, match="routing_strategy 为 topk 时不先选组"):
             router(**options)
         return
     layer = router(**options)
