@@ -66,12 +66,17 @@ def _router(_env: Env, tokens: int, dtype: torch.dtype) -> Work:
     router = shapes.build_router(experts, groups, dtype)
     width = router.weight.shape[1]
     x = torch.randn(tokens, width).to(dtype)
-    limits = (router.num_group, router.topk_group, "top2", router.routed_scaling_factor, 1e-20)
     bias = router.e_score_correction_bias.float()
+    rule = {
+        "top_k": router.top_k,
+        "normalize": router.norm_topk_prob,
+        "n_group": router.num_group,
+        "topk_group": router.topk_group,
+        "scaling": router.routed_scaling_factor,
+    }
 
     def ours() -> Any:
-        score = ("sigmoid", router.norm_topk_prob, False)
-        return ops.moe_route(x, router.weight, None, bias, router.top_k, *score, *limits)
+        return ops.moe_route(x, router.weight, None, bias, **rule)
 
     reads = experts * width * dtype.itemsize
     return Work(ours, partial(router, x), 2 * tokens * experts * width, reads, dtype)

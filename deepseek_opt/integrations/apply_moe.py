@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from deepseek_opt.integrations import experts, moe_block
+from deepseek_opt.integrations import experts, moe_block, router
 from deepseek_opt.integrations.dense import instance_reason
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
@@ -47,6 +47,7 @@ def replace_moe(
         ExpertsPatch(module, runtime, name, layout).install()
         entries.append(ReportEntry(name, "moe", type(module).__name__, True))
     entries += _replace_blocks(model, runtime, filter_fn)
+    entries += _replace_routers(model, runtime, filter_fn)
     if not entries:
         entries += _own_layers(model)
     if not entries:
@@ -100,6 +101,23 @@ def _replace_blocks(
             yield ReportEntry(name, "moe", kind, True, "共享专家与路由专家一次算完")
         else:
             yield ReportEntry(name, "moe", kind, False, f"共享专家单独计算：{reason}")
+
+
+def _replace_routers(
+    model: nn.Module, runtime: Runtime, filter_fn: FilterFn
+) -> Iterator[ReportEntry]:
+    """数学上与 ``moe_route`` 相同的路由器。"""
+    for name, module in list(model.named_modules()):
+        if not router.looks_like_router(module) or patch_of(module) is not None:
+            continue
+        kind = type(module).__name__
+        if filter_fn is not None and not filter_fn(name, module):
+            yield ReportEntry(name, "moe", kind, False, _FILTERED)
+            continue
+        reason = router.router_reason(module)
+        if reason is None:
+            router.install(module, runtime, name)
+        yield ReportEntry(name, "moe", kind, reason is None, reason or "路由一次算完")
 
 
 def _actual(module: nn.Module) -> dict[str, Any]:

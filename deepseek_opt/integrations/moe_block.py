@@ -16,6 +16,7 @@ from deepseek_opt.integrations.dense import ffn_reason, instance_reason, probe_f
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.patch import Patch, patch_of
 from deepseek_opt.integrations.projections import is_plain
+from deepseek_opt.integrations.router import RouterPatch, route
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.integrations.specs import class_path
 
@@ -121,18 +122,28 @@ class MoeBlockPatch(Patch):
             return self.call_original(hidden_states, *args, **kwargs)
         module, spec = self.module, self.spec
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        extra = (getattr(module, name) for name in spec.gate_args)
-        gate = getattr(module, spec.gate)
-        _, weights, indices = gate(flat if spec.flat_gate else hidden_states, *extra)
-        indices, weights = (t.reshape(-1, t.shape[-1]) for t in (indices, weights))
+        patch = patch_of(getattr(module, spec.experts))
+        weights, indices = self._routed(flat, hidden_states, patch)
         if spec.scale is not None:
             weights = weights * getattr(module, spec.scale)
-        patch = patch_of(getattr(module, spec.experts))
-        patch.load_counter.add_indices(indices, training=patch.module.training)
         shared = self._shared(flat)
         out = experts.compute(patch.module, patch.layout, flat, indices, weights, shared)
         out = out.view(hidden_states.shape)
         return out if spec.post is None else getattr(module, spec.post)(out)
+
+    def _routed(self, flat: Tensor, hidden: Tensor, patch: ExpertsPatch) -> tuple[Tensor, Tensor]:
+        """(权重, 下标)，各 [T, k]；顺带计数。"""
+        module, spec, training = self.module, self.spec, patch.module.training
+        gate = getattr(module, spec.gate)
+        if isinstance(patch_of(gate), RouterPatch) and not _hooked(gate):
+            _, weights, indices, counts = route(gate, flat)
+            patch.load_counter.add(counts, training=training)
+            return weights, indices
+        extra = (getattr(module, name) for name in spec.gate_args)
+        _, weights, indices = gate(flat if spec.flat_gate else hidden, *extra)
+        weights, indices = (t.reshape(-1, t.shape[-1]) for t in (weights, indices))
+        patch.load_counter.add_indices(indices, training=training)
+        return weights, indices
 
     def _shared(self, flat: Tensor) -> list[Tensor]:
         """共享专家的三个权重，可再带逐词元的系数 [T]。"""

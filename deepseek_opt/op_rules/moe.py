@@ -20,7 +20,7 @@ def _(x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *opti
 
 @fake("moe_experts_backward")
 def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
-    need_x, need_experts, need_shared = options[6:]
+    *_, need_x, need_experts, need_shared = options
 
     def like(t, wanted):
         return x.new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
