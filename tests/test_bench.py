@@ -310,6 +310,27 @@ def test_suite_registry_and_rows(suite):
         runner.run_suite(suite, only=("zzz",))
 
 
+def test_moe_suite_on_a_tiny_shape():
+    """每一项都真的跑一遍：两边都有读数，屋顶线合理。"""
+    result = runner.run_suite("moe", shape=TINY, quick=True)
+    rows = {row.key: row for row in result.rows}
+    assert set(rows) >= {"layer.1", "layer.train.bf16", "layer.train.memory", "router.512"}
+    assert {"model.decode.1x24", "model.prefill.16", "model.overhead"} <= set(rows)
+    for row in result.rows:
+        assert row.ours is not None and row.peer is not None and row.note == "", row.key
+        assert row.kind == "saving" or (row.ours > 0 and row.roofline > 0), row.key
+
+
+def test_counts_of_the_moe_layer():
+    config = shapes.REFERENCE.config
+    expert = 3 * 2048 * 1408
+    one = counts.moe_layer(config, 1, 2, 6)
+    assert one.flops == 2 * (8 * expert + 64 * 2048)
+    assert one.read_bytes == 2 * (8 * expert + 64 * 2048)
+    assert counts.moe_layer(config, 1, 2, 6, backward=True).flops == 3 * one.flops
+    assert counts.model_prefill(config, 2, 2).flops > 2 * counts.moe_layer(config, 2, 2, 64).flops
+
+
 def test_each_finished_case_is_reported(suite):
     seen = []
     result = runner.run_suite(
