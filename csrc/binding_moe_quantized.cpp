@@ -36,6 +36,10 @@ Stack stack_of(const std::string &name, const Tensor &packed, const Tensor &scal
                const std::optional<Tensor> &zero, int64_t experts, int64_t columns,
                int64_t group_size) {
   const bool int4 = group_size > 0;
+  const std::string scale_name = name + "_scale", zero_name = name + "_zero";
+  expect(packed.defined(), kOp, "：", name, " 应为张量，实际是 None。");
+  expect(scale.defined(), kOp, "：", scale_name,
+         " 应为张量（量化的权重必须有尺度），实际是 None。");
   Stack s{};
   s.type = int4 ? DSO_I4 : DSO_I8, s.group = group_size;
   s.groups = int4 ? (columns + group_size - 1) / group_size : 1;
@@ -46,7 +50,6 @@ Stack stack_of(const std::string &name, const Tensor &packed, const Tensor &scal
     check_codes(name, packed, ScalarType::Char, "int8（group_size 为 0 时）");
   expect_shape(kOp, name.c_str(), packed, {experts, -1, s.width});
   s.rows = packed.size(1);
-  const std::string scale_name = name + "_scale", zero_name = name + "_zero";
   expect_type(kOp, scale_name.c_str(), scale, ScalarType::Float);
   if (int4)
     expect_shape(kOp, scale_name.c_str(), scale, {packed.size(0), s.rows, s.groups});

@@ -74,7 +74,9 @@ def quantize_experts(
     for e in range(count):
         wide = weight[e].detach().float()
         if not wide.isfinite().all():
-            raise InputError.expected(f"weight[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）")
+            raise InputError.expected(
+                f"weight[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）"
+            )
         if bits == 8:
             packed[e], scale[e] = _int8(wide)
             continue

@@ -48,5 +48,6 @@ void test_isa(void);
 void test_dense(void);
 void test_rows(void);
 void test_mla(void);
+void test_quant(void);
 
 #endif

@@ -9,5 +9,6 @@ int main(int argc, char **argv) {
   test_dense();
   test_rows();
   test_mla();
+  test_quant();
   return report();
 }
