@@ -2,11 +2,9 @@
 #include <limits>
 #include <tuple>
 
-#include "binding.h"
+#include "binding_moe.h"
 
 namespace dso {
-namespace {
-
 dso_act_kind act_kind(const char *op, const std::string &name) {
   static const std::pair<const char *, dso_act_kind> known[] = {
       {"silu", DSO_SILU}, {"gelu", DSO_GELU},   {"gelu_tanh", DSO_GELU_TANH},
@@ -18,20 +16,11 @@ dso_act_kind act_kind(const char *op, const std::string &name) {
   return DSO_SILU;
 }
 
+namespace {
+
 // gate_up、down 的布局：[E, 2I, K]、[E, N, I]；transposed 时 [E, K, 2I]、[E, I, N]；没有门时 2I 换成 I。
 struct Layout {
   bool transposed, interleaved, gated;
-};
-
-// 全部张量要活到执行结束。
-struct Experts {
-  Tensor x, gate_up, down, gate_up_bias, down_bias;
-  std::vector<Tensor> shared;
-  std::vector<dso_expert> list;
-  std::vector<int64_t> begin, token, slot, hidden_at, task_at;
-  std::vector<float> weight;
-  int64_t routed = 0, inner = 0, rows = 0;
-  dso_moe_inputs in{};
 };
 
 const char *at(const Tensor &t, dso_dtype type, int64_t index) {
@@ -100,7 +89,8 @@ dso_expert expert_at(const Experts &m, const Layout &layout, dso_dtype type, boo
   return out;
 }
 
-// 路由：按专家排序，混合权重转 fp32。
+}  // namespace
+
 void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tensor &weights,
                   int64_t shared) {
   const int64_t tokens = m.x.size(0);
@@ -129,7 +119,6 @@ void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tenso
     m.weight[static_cast<size_t>(i)] = factor[m.slot[static_cast<size_t>(i)]];
 }
 
-// 共享专家 [gate, up, down]（可再带一个逐词元的系数 [T]）：行是全部词元。
 void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) {
   if (shared.empty()) return;
   const int64_t tokens = m.x.size(0), k = m.x.size(1);
@@ -166,6 +155,17 @@ void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) 
   m.begin[static_cast<size_t>(m.routed + 1)] = m.rows + tokens;
 }
 
+void prepare(const char *op, Experts &m, const dso_act &act, bool backward) {
+  m.in.tokens = m.x.size(0), m.in.k = m.x.size(1);
+  m.in.x = {m.x.const_data_ptr(), m.x.stride(0), float_dtype(op, "x", m.x)};
+  m.in.experts = static_cast<int64_t>(m.list.size()), m.in.expert = m.list.data();
+  m.in.begin = m.begin.data(), m.in.token = m.token.data(), m.in.weight = m.weight.data();
+  m.in.act = act;
+  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
+  dso_moe_prepare(&m.in, backward, m.hidden_at.data(), m.task_at.data());
+}
+
+namespace {
 struct Options {
   std::string activation;
   double alpha, limit;
@@ -192,15 +192,10 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
     m.list.push_back(
         expert_at(m, options.layout, type, gate_up_bias.has_value(), down_bias.has_value(), e));
   fill_shared(op, m, shared);
-  m.in.tokens = x.size(0), m.in.k = x.size(1);
-  m.in.x = {m.x.const_data_ptr(), m.x.stride(0), float_dtype(op, "x", x)};
-  m.in.experts = static_cast<int64_t>(m.list.size()), m.in.expert = m.list.data();
-  m.in.begin = m.begin.data(), m.in.token = m.token.data(), m.in.weight = m.weight.data();
-  m.in.act = {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)};
   m.in.transposed = options.layout.transposed;
   m.in.paired = options.layout.transposed && options.layout.interleaved && options.layout.gated;
-  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
-  dso_moe_prepare(&m.in, options.backward, m.hidden_at.data(), m.task_at.data());
+  prepare(op, m, {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)},
+          options.backward);
 }
 
 Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,

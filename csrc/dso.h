@@ -20,7 +20,8 @@
 extern "C" {
 #endif
 
-typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3 } dso_dtype;
+/* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。 */
+typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3, DSO_I4 = 4 } dso_dtype;
 
 typedef struct {
   int64_t stages;      /* 阶段数 */
@@ -51,6 +52,16 @@ typedef struct {
   int64_t rs;
   dso_dtype dtype;
 } dso_mat;
+
+/* 量化权重 W [n, k] 的尺度：W[n, k] = scale[n, k / group] * (码[n, k] - 零点[n, k / group])。
+ * int8：每行一个尺度（groups 为 1，group 不用），没有零点。
+ * int4：group 为 32 的倍数；k 补齐到 group 的倍数（补的码任意），每 32 个权重 16 字节，第 j 字节的
+ * 低 4 位是第 j 个、高 4 位是第 j + 16 个：一次解开两个向量。zero 为 NULL 时零点都是 8。 */
+typedef struct {
+  const float *scale;  /* [n, groups] */
+  const uint8_t *zero; /* [n, groups] */
+  int64_t group, groups;
+} dso_quant;
 
 /* y [M, N] = x [M, K] Wᵀ + b；W [N, K]（nn.Linear 的布局，原地读取）。 */
 typedef struct {
@@ -201,12 +212,14 @@ typedef struct {
 } dso_act;
 
 /* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
- * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up.data 为 NULL。 */
+ * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up.data 为 NULL。
+ * 量化的（int8、int4）三个权重都量化，不转置，只做前向。 */
 typedef struct {
   int64_t inner;
   dso_mat gate, up, down;
   const void *gate_bias, *up_bias, *down_bias; /* 可为 NULL，dtype 与各自权重相同 */
   int64_t bias_step;                           /* gate_bias、up_bias 相邻两个的间隔，元素数 */
+  dso_quant gate_quant, up_quant, down_quant;
 } dso_expert;
 
 /* 行按专家排好：专家 e 的行是 [begin[e], begin[e + 1])，行 i 属于词元 token[i]（专家内不减；同一词元
@@ -223,7 +236,7 @@ typedef struct {
   const int64_t *hidden_at;                /* [experts + 1]：专家 e 之前的 Σ 行 * inner */
   const int64_t *task_at;                  /* [experts + 1]：专家 e 之前的中间阶段任务数 */
   int64_t most_rows, widest, inner_blocks; /* 最多的行数；K、N、inner 的最大值；inner 最多的段数 */
-  int all_bf16, backward;
+  int all_bf16, backward, quantized;       /* quantized：有量化的专家 */
 } dso_moe_inputs;
 
 /* hidden_at、task_at 各有 experts + 1 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */

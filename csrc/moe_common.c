@@ -4,16 +4,21 @@
 #include "moe_experts.h"
 
 static size_t rows_bytes(const dso_moe_inputs *in) {
-  int64_t rows = dso_min(DSO_MOE_AXPY_ROWS, in->most_rows);
-  return in->transposed ? dso_moe_bytes(rows * in->widest, DSO_F32) : 0;
+  int64_t most = in->quantized ? DSO_MOE_QUANT_ROWS : in->transposed ? DSO_MOE_AXPY_ROWS : 0;
+  return dso_moe_bytes(dso_min(most, in->most_rows) * in->widest, DSO_F32);
+}
+
+static size_t unpacked_bytes(const dso_moe_inputs *in) {
+  return in->quantized && !dso_moe_is_direct(in, in->most_rows) ? (size_t)DSO_NB * DSO_KB_BYTES : 0;
 }
 
 size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs) {
-  return rows_bytes(in) + (packs ? dso_gemm_scratch() : 0);
+  return rows_bytes(in) + unpacked_bytes(in) + (packs ? dso_gemm_scratch() : 0);
 }
 
 dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base) {
-  return (dso_moe_scratch){base, (char *)base + rows_bytes(in)};
+  char *unpacked = (char *)base + rows_bytes(in);
+  return (dso_moe_scratch){base, unpacked, unpacked + unpacked_bytes(in)};
 }
 
 static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, int64_t ldc) {
@@ -24,13 +29,53 @@ static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, i
   }
 }
 
+/* 行数多：沿 k 逐段解成计算格式的 [nc][段长]，再走打包的矩阵乘。段长是 128（最大的组）的倍数。 */
+static void multiply_unpacked(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
+                              float *out, int64_t ldc, const dso_moe_scratch *scratch) {
+  int64_t depth = DSO_KB_BYTES / dso_size_of(fmt);
+  float row[DSO_KB_BYTES / 2];
+  const dso_mat *w = &p->w;
+  for (int64_t k0 = 0; k0 < p->k; k0 += depth) {
+    int64_t kc = dso_min(depth, p->k - k0), at = w->dtype == DSO_I4 ? k0 / 2 : k0;
+    int64_t group = w->dtype == DSO_I4 ? k0 / p->quant->group : 0;
+    for (int64_t j = 0; j < p->nc; j++) {
+      dso_quant q = dso_quant_at(p->quant, p->n0 + j, group);
+      isa->dequant(row, dso_at(w->data, w->dtype, (p->n0 + j) * w->rs + at), w->dtype, &q, kc);
+      isa->from_f32(dso_at_mut(scratch->unpacked, fmt, j * depth), fmt, row, kc);
+    }
+    dso_gemm g = {.isa = isa,
+                  .fmt = fmt,
+                  .k = kc,
+                  .a = {dso_at(p->a, fmt, k0), p->k, fmt},
+                  .b = {scratch->unpacked, depth, fmt},
+                  .b_transposed = 1};
+    dso_gemm_block(&g, 0, p->m, 0, p->nc, out, ldc, k0 > 0, scratch->scratch);
+  }
+}
+
+static void multiply_quantized(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
+                               float *out, int64_t ldc, const dso_moe_scratch *scratch) {
+  if (p->m > DSO_MOE_QUANT_ROWS) {
+    multiply_unpacked(isa, fmt, p, out, ldc, scratch);
+    return;
+  }
+  const dso_mat *w = &p->w;
+  const float *a = p->a;
+  if (fmt != DSO_F32) isa->to_f32(scratch->rows, p->a, fmt, p->m * p->k), a = scratch->rows;
+  dso_quant q = dso_quant_at(p->quant, p->n0, 0);
+  isa->dot_q(p->m, p->nc, p->k, a, p->k, dso_at(w->data, w->dtype, p->n0 * w->rs), w->dtype, w->rs,
+             &q, out, ldc);
+}
+
 void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
                       const dso_moe_product *p, float *out, int64_t ldc,
                       const dso_moe_scratch *scratch) {
   const dso_mat *w = &p->w;
   if (p->k == 0) {
     for (int64_t i = 0; i < p->m; i++) memset(out + i * ldc, 0, (size_t)p->nc * 4);
-  } else if (!dso_moe_is_direct(in, p->m)) {
+  } else if (dso_moe_is_quantized(w)) {
+    multiply_quantized(isa, fmt, p, out, ldc, scratch);
+  } else if (!dso_moe_is_direct_plain(in, p->m)) {
     dso_gemm g = {.isa = isa,
                   .fmt = fmt,
                   .k = p->k,
@@ -61,7 +106,7 @@ static void split_pairs(float *g, float *u, int64_t m, int64_t nc, int64_t ld) {
 void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
                      const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
                      float *g, float *u, int64_t ld, const dso_moe_scratch *scratch) {
-  dso_moe_product p = {m, in->k, n0, nc, x, e->gate, e->gate_bias, e->bias_step};
+  dso_moe_product p = {m, in->k, n0, nc, x, e->gate, e->gate_bias, e->bias_step, &e->gate_quant};
   if (in->paired) {
     p.n0 = 2 * n0, p.nc = 2 * nc;
     dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
@@ -70,7 +115,7 @@ void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt
   }
   dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
   if (!e->up.data) return;
-  p.w = e->up, p.bias = e->up_bias;
+  p.w = e->up, p.bias = e->up_bias, p.quant = &e->up_quant;
   dso_moe_multiply(isa, in, fmt, &p, u, ld, scratch);
 }
 
@@ -98,11 +143,16 @@ int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t
   return lower_bound(in->token, *first, in->begin[e + 1], t1);
 }
 
+/* bf16 的计算格式：量化的权重解开后可以是 bf16。 */
+static int allows_bf16(const dso_mat *w) { return w->dtype == DSO_BF16 || dso_moe_is_quantized(w); }
+
 void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at) {
   in->backward = backward;
   in->hidden_at = hidden_at, in->task_at = task_at;
   in->most_rows = 0, in->widest = dso_max(in->k, in->n), in->inner_blocks = 1;
-  in->all_bf16 = in->x.dtype == DSO_BF16;
+  in->all_bf16 = in->x.dtype == DSO_BF16, in->quantized = 0;
+  for (int64_t i = 0; i < in->experts; i++)
+    in->quantized |= dso_moe_is_quantized(&in->expert[i].down);
   hidden_at[0] = task_at[0] = 0;
   for (int64_t i = 0; i < in->experts; i++) {
     const dso_expert *e = &in->expert[i];
@@ -113,7 +163,7 @@ void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64
     in->most_rows = dso_max(in->most_rows, rows);
     in->widest = dso_max(in->widest, e->inner);
     in->inner_blocks = dso_max(in->inner_blocks, blocks);
-    in->all_bf16 = in->all_bf16 && e->gate.dtype == DSO_BF16 && e->down.dtype == DSO_BF16;
+    in->all_bf16 = in->all_bf16 && allows_bf16(&e->gate) && allows_bf16(&e->down);
   }
 }
 

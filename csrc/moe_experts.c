@@ -93,7 +93,7 @@ static void output(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
     for (; first < last; first += DSO_MB) {
       int64_t m = dso_min(DSO_MB, last - first);
       const void *h = dso_at(s.h, fmt, in->hidden_at[i] + (first - in->begin[i]) * e->inner);
-      dso_moe_product p = {m, e->inner, n0, nc, h, e->down, e->down_bias, 1};
+      dso_moe_product p = {m, e->inner, n0, nc, h, e->down, e->down_bias, 1, &e->down_quant};
       dso_moe_multiply(ctx->isa, in, fmt, &p, c, DSO_NB, &w.scratch);
       for (int64_t j = 0; j < m; j++)
         ctx->isa->vaxpy(sum + (in->token[first + j] - t0) * nc, in->weight[first + j],

@@ -5,10 +5,11 @@
 #include "gemm.h"
 
 enum {
-  DSO_MOE_GATHER = 16,    /* 收集阶段每任务的行数 */
-  DSO_MOE_SEGMENT = 2048, /* 累加阶段每任务的词元数上限：累加器放得进二级缓存 */
-  DSO_MOE_AXPY_ROWS = 8,  /* 转置的权重：至此直接读，再多则打包 */
-  DSO_MOE_WIDE = 512,     /* 反向的宽块；DSO_DOT_MAX_M 行时放得进 DSO_MOE_BLOCK */
+  DSO_MOE_GATHER = 16,     /* 收集阶段每任务的行数 */
+  DSO_MOE_SEGMENT = 2048,  /* 累加阶段每任务的词元数上限：累加器放得进二级缓存 */
+  DSO_MOE_AXPY_ROWS = 8,   /* 转置的权重：至此直接读，再多则打包 */
+  DSO_MOE_QUANT_ROWS = 16, /* 量化的权重：至此边读边解，再多则先解开（只解一遍）再打包 */
+  DSO_MOE_WIDE = 512,      /* 反向的宽块；DSO_DOT_MAX_M 行时放得进 DSO_MOE_BLOCK */
   DSO_MOE_BLOCK = DSO_MB * DSO_NB
 };
 
@@ -40,9 +41,19 @@ static inline int64_t dso_moe_find(const int64_t *at, int64_t count, int64_t tas
   return low;
 }
 
-/* 行数少时直接读权重，不打包。 */
-static inline int dso_moe_is_direct(const dso_moe_inputs *in, int64_t m) {
+static inline int dso_moe_is_quantized(const dso_mat *w) {
+  return w->dtype == DSO_I8 || w->dtype == DSO_I4;
+}
+
+/* 行数少时直接读权重，不打包；没有量化的权重。 */
+static inline int dso_moe_is_direct_plain(const dso_moe_inputs *in, int64_t m) {
   return m <= (in->transposed ? DSO_MOE_AXPY_ROWS : DSO_DOT_MAX_M);
+}
+
+/* 一次调用里的专家：有量化的就按它们的界（其余的至 DSO_DOT_MAX_M 仍直接读）。 */
+static inline int dso_moe_is_direct(const dso_moe_inputs *in, int64_t m) {
+  if (in->quantized) return m <= DSO_MOE_QUANT_ROWS;
+  return dso_moe_is_direct_plain(in, m);
 }
 
 /* out [m, nc] = a [m, k] · W 的第 [n0, n0 + nc) 列（再加偏置）；ldc >= nc 按 16 取整。 */
@@ -52,11 +63,13 @@ typedef struct {
   dso_mat w;
   const void *bias; /* 可为 NULL，dtype 与 w 相同 */
   int64_t bias_step;
+  const dso_quant *quant; /* 只用于量化的 w */
 } dso_moe_product;
 
 typedef struct {
-  float *rows;   /* [至多 DSO_MOE_AXPY_ROWS, widest] */
-  void *scratch; /* dso_gemm_scratch()；全部直接读时没有 */
+  float *rows; /* 转置或量化：A 转成 fp32，[至多 DSO_MOE_AXPY_ROWS、DSO_MOE_QUANT_ROWS, widest] */
+  void *unpacked; /* 量化：解开的一段权重，DSO_NB 行 x DSO_KB_BYTES；全部直接读时没有 */
+  void *scratch;  /* dso_gemm_scratch()；全部直接读时没有 */
 } dso_moe_scratch;
 
 size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs);

@@ -49,7 +49,9 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 #define DOT_NR_WIDE 8
 #define AXPY_MR 2
 #define AXPY_MAX 8
+#define DOT_NR_I4 4
 #include "simd_gemm.h"
+#include "simd_quant.h"
 
 static void pack_t(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dtype dtype,
                    int64_t ld, int64_t n, int64_t k) {
@@ -89,6 +91,8 @@ void dso_isa_init_avx2(dso_isa *isa) {
       .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
+      .dot_q = dot_q,
+      .dequant = dequant,
       .transpose = transpose,
       .softmax_row = softmax_row,
       .softmax_backward = softmax_backward,

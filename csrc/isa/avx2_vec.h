@@ -69,4 +69,19 @@ static inline void v_store_i8(int8_t *p, vf v) {
   _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(h, h));
 }
 
+/* 4 位权重：每个码的值是 scale * 码 + offset。 */
+typedef struct {
+  vf scale, offset;
+} v4;
+static inline v4 v4_make(float scale, float offset) { return (v4){v_set1(scale), v_set1(offset)}; }
+/* 16 字节解成 32 个 fp32；低 4 位是前 16 个，高 4 位是后 16 个。 */
+static inline __attribute__((always_inline)) void v4_unpack(vf *out, const uint8_t *p, v4 t) {
+  for (int i = 0; i < 2; i++) {
+    __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
+    __m256i low = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+    out[i] = v_fma(_mm256_cvtepi32_ps(low), t.scale, t.offset);
+    out[2 + i] = v_fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)), t.scale, t.offset);
+  }
+}
+
 #endif

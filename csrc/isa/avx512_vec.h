@@ -60,6 +60,19 @@ static inline void v_store_i8(int8_t *p, vf v) {
   _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
+/* 4 位权重：16 个码的值（scale * 码 + offset）正好是一个向量，查表即反量化。 */
+typedef vf v4;
+static inline v4 v4_make(float scale, float offset) {
+  vf code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return v_fma(code, v_set1(scale), v_set1(offset));
+}
+/* 16 字节解成 32 个 fp32；低 4 位是前 16 个，高 4 位是后 16 个。查表只看下标的低 4 位，不必先屏蔽。 */
+static inline __attribute__((always_inline)) void v4_unpack(vf *out, const uint8_t *p, v4 t) {
+  __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+  out[0] = _mm512_permutexvar_ps(codes, t);
+  out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), t);
+}
+
 /* 16x16 个 32 位元素转置：四轮蝶形交换。 */
 static inline void v_transpose16(__m512i r[16]) {
   __m512i t[16];

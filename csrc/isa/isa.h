@@ -40,6 +40,12 @@ typedef struct dso_isa {
   void (*axpy_n)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
                  dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc);
 
+  /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A fp32 [m, k] · 反量化(W)ᵀ，
+   * dequant 解开一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。 */
+  void (*dot_q)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc);
+  void (*dequant)(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k);
+
   void (*transpose)(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n);
 
   /* 在线 softmax 的一步：s [n] 乘 scale，更新行最大值 *m 与指数和 *l，
@@ -71,13 +77,20 @@ static inline int64_t dso_round_up(int64_t a, int64_t b) { return dso_ceil_div(a
 static inline int64_t dso_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t dso_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t dso_size_of(dso_dtype dtype) {
-  return dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2;
+  return dtype == DSO_F32 ? 4 : dtype == DSO_I8 || dtype == DSO_I4 ? 1 : 2;
 }
 static inline const void *dso_at(const void *base, dso_dtype dtype, int64_t index) {
   return (const char *)base + index * dso_size_of(dtype);
 }
 static inline void *dso_at_mut(void *base, dso_dtype dtype, int64_t index) {
   return (char *)base + index * dso_size_of(dtype);
+}
+/* 第 row 行、第 group 组起的尺度与零点。 */
+static inline dso_quant dso_quant_at(const dso_quant *q, int64_t row, int64_t group) {
+  dso_quant at = *q;
+  at.scale += row * q->groups + group;
+  if (at.zero) at.zero += row * q->groups + group;
+  return at;
 }
 /* 打包后一个面板的元素数。 */
 static inline int64_t dso_panel_elems(dso_dtype fmt, int64_t k) {

@@ -111,6 +111,31 @@ static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
     }
 }
 
+/* 第 x 个码减零点，乘尺度；int4 的码在 32 个一段的 16 字节里。 */
+static float quantized(const void *w, dso_dtype dtype, const dso_quant *q, int64_t x) {
+  if (dtype == DSO_I8) return q->scale[0] * (float)((const int8_t *)w)[x];
+  int64_t at = x % 32, g = x / q->group;
+  int byte = ((const uint8_t *)w)[x / 32 * 16 + at % 16], zero = q->zero ? q->zero[g] : 8;
+  return q->scale[g] * (float)((at < 16 ? byte & 15 : byte >> 4) - zero);
+}
+
+static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k) {
+  for (int64_t x = 0; x < k; x++) dst[x] = quantized(w, w_dtype, q, x);
+}
+
+static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+  for (int64_t j = 0; j < n; j++) {
+    dso_quant row = dso_quant_at(q, j, 0);
+    const void *wj = dso_at(w, w_dtype, j * ldw);
+    for (int64_t i = 0; i < m; i++) {
+      float acc = 0.0f;
+      for (int64_t x = 0; x < k; x++) acc += a[i * lda + x] * quantized(wj, w_dtype, &row, x);
+      c[i * ldc + j] = acc;
+    }
+  }
+}
+
 static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m,
                       int64_t n) {
   for (int64_t i = 0; i < m; i++)
@@ -240,6 +265,8 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
+      .dot_q = dot_q,
+      .dequant = dequant,
       .transpose = transpose,
       .softmax_row = softmax_row,
       .softmax_backward = softmax_backward,

@@ -28,6 +28,7 @@ from deepseek_opt.ops.mla import (
     rope_,
 )
 from deepseek_opt.ops.moe import ACTIVATIONS, SCORES, moe_experts, moe_route
+from deepseek_opt.ops.moe_quantized import moe_experts_quantized
 from deepseek_opt.ops.spans import (
     make_spans,
     slice_spans,
@@ -48,6 +49,7 @@ __all__ = [
     "mla_layer_decode",
     "mla_prefill",
     "moe_experts",
+    "moe_experts_quantized",
     "moe_route",
     "rms_norm",
     "rope",

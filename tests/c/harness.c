@@ -122,7 +122,7 @@ int report(void) {
 }
 
 const char *dtype_name(dso_dtype dtype) {
-  static const char *const names[] = {"f32", "bf16", "f16", "i8"};
+  static const char *const names[] = {"f32", "bf16", "f16", "i8", "i4"};
   return names[dtype];
 }
 

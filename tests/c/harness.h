@@ -50,5 +50,6 @@ void test_rows(void);
 void test_mla(void);
 void test_moe(void);
 void test_moe_route(void);
+void test_quant(void);
 
 #endif

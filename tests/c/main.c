@@ -11,5 +11,6 @@ int main(int argc, char **argv) {
   test_mla();
   test_moe();
   test_moe_route();
+  test_quant();
   return report();
 }

@@ -1,0 +1,119 @@
+/* 量化权重的向量实现，由 avx2.c、avx512.c 各包含一次（在 simd_gemm.h 之后）。
+ * DOT_NR_I4：行多时一次的列数；一行时 DOT_NR_WIDE 列。
+ *
+ * int4 读入时直接解成 fp32（v4_unpack）再乘加：尺度与零点并进每组一次的表里，不另算组内部分和。
+ * 一行、AVX-512 时每 32 个权重 6 条指令：读、移位、两次查表、两次乘加。 */
+
+#define I4_STEP 32             /* 一段 16 字节 */
+#define I4_VECS (I4_STEP / VL) /* 一段的向量数 */
+#define I4_BYTES(x) ((x) / 2)  /* 第 x 个权重（x 为 I4_STEP 的倍数）的字节位置 */
+
+static inline v4 i4_table(const dso_quant *q, int64_t at) {
+  float scale = q->scale[at], zero = q->zero ? (float)q->zero[at] : 8.0f;
+  return v4_make(scale, -(scale * zero));
+}
+
+/* 一段 I4_STEP 个权重：nr 列各解开一次，供 mr 行使用。 */
+static inline __attribute__((always_inline)) void i4_step(int mr, int nr, const float *a,
+                                                          int64_t lda, const uint8_t *w,
+                                                          int64_t ldw, const v4 *table,
+                                                          vf acc[DOT_MR][DOT_NR_WIDE]) {
+  _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
+    vf wv[I4_VECS];
+    v4_unpack(wv, w + j * ldw, table[j]);
+    _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
+        _Pragma("GCC unroll 4") for (int v = 0; v < I4_VECS; v++) acc[i][j] =
+            v_fma(v_load(a + i * lda + v * VL), wv[v], acc[i][j]);
+  }
+}
+
+/* k 的零头：A 补 0 到一段，补齐的权重因此不起作用。 */
+static inline __attribute__((always_inline)) void i4_tail(int mr, int nr, int64_t rest,
+                                                          const float *a, int64_t lda,
+                                                          const uint8_t *w, int64_t ldw,
+                                                          const v4 *table,
+                                                          vf acc[DOT_MR][DOT_NR_WIDE]) {
+  _Alignas(64) float padded[DOT_MR][I4_STEP] = {{0}};
+  for (int i = 0; i < mr; i++) memcpy(padded[i], a + i * lda, (size_t)rest * 4);
+  i4_step(mr, nr, padded[0], I4_STEP, w, ldw, table, acc);
+}
+
+static inline __attribute__((always_inline)) void i4_tile(int mr, int nr, int64_t k, const float *a,
+                                                          int64_t lda, const uint8_t *w,
+                                                          int64_t ldw, const dso_quant *q, float *c,
+                                                          int64_t ldc) {
+  vf acc[DOT_MR][DOT_NR_WIDE];
+  _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
+      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = v_set1(0.0f);
+  for (int64_t g = 0, x = 0; x < k; g++) {
+    int64_t end = dso_min(x + q->group, k);
+    v4 table[DOT_NR_WIDE];
+    _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) table[j] = i4_table(q, j * q->groups + g);
+    for (; x + I4_STEP <= end; x += I4_STEP)
+      i4_step(mr, nr, a + x, lda, w + I4_BYTES(x), ldw, table, acc);
+    if (x < end) i4_tail(mr, nr, end - x, a + x, lda, w + I4_BYTES(x), ldw, table, acc);
+    x = end;
+  }
+  _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++)
+      _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) c[i * ldc + j] = v_hsum(acc[i][j]);
+}
+
+static inline __attribute__((always_inline)) void i4_group(int nr, int64_t m, int64_t k,
+                                                           const float *a, int64_t lda,
+                                                           const uint8_t *w, int64_t ldw,
+                                                           const dso_quant *q, float *c,
+                                                           int64_t ldc) {
+  int64_t i = 0;
+  for (; i + DOT_MR <= m; i += DOT_MR)
+    i4_tile(DOT_MR, nr, k, a + i * lda, lda, w, ldw, q, c + i * ldc, ldc);
+  for (; i < m; i++) i4_tile(1, nr, k, a + i * lda, lda, w, ldw, q, c + i * ldc, ldc);
+}
+
+static void dot_i4(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const uint8_t *w,
+                   int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+  int64_t j = 0;
+  if (m == 1)
+    for (; j + DOT_NR_WIDE <= n; j += DOT_NR_WIDE) {
+      dso_quant at = dso_quant_at(q, j, 0);
+      i4_tile(1, DOT_NR_WIDE, k, a, lda, w + j * ldw, ldw, &at, c + j, ldc);
+    }
+  for (; j + DOT_NR_I4 <= n; j += DOT_NR_I4) {
+    dso_quant at = dso_quant_at(q, j, 0);
+    i4_group(DOT_NR_I4, m, k, a, lda, w + j * ldw, ldw, &at, c + j, ldc);
+  }
+  for (; j < n; j++) {
+    dso_quant at = dso_quant_at(q, j, 0);
+    i4_group(1, m, k, a, lda, w + j * ldw, ldw, &at, c + j, ldc);
+  }
+}
+
+static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+  if (w_dtype == DSO_I4) {
+    dot_i4(m, n, k, a, lda, (const uint8_t *)w, ldw, q, c, ldc);
+    return;
+  }
+  dot_f32(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) c[i * ldc + j] *= q->scale[j];
+}
+
+static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k) {
+  if (w_dtype == DSO_I8) {
+    to_f32(dst, w, DSO_I8, k);
+    vscale(dst, q->scale[0], k);
+    return;
+  }
+  const uint8_t *codes = (const uint8_t *)w;
+  for (int64_t x = 0; x < k; x += I4_STEP) {
+    vf out[I4_VECS];
+    v4_unpack(out, codes + I4_BYTES(x), i4_table(q, x / q->group));
+    if (x + I4_STEP <= k) {
+      for (int v = 0; v < I4_VECS; v++) v_store(dst + x + v * VL, out[v]);
+    } else {
+      _Alignas(64) float whole[I4_STEP];
+      for (int v = 0; v < I4_VECS; v++) v_store(whole + v * VL, out[v]);
+      memcpy(dst + x, whole, (size_t)(k - x) * 4);
+    }
+  }
+}

@@ -1,0 +1,184 @@
+"""专家权重的量化：int8（每输出通道一个尺度）与 int4（沿输入每组一个尺度，可带零点）。
+
+结果供 ``ops.moe_experts_quantized`` 使用，各张量可以直接放进 state_dict（缓冲区）。
+权重 [E, N, K] 是 nn.Linear 的次序（gate 在前、up 在后），逐个专家处理，临时内存只有一个专家的几倍。
+W[e, n, k] ≈ scale[e, n, 组] * (码[e, n, k] - 零点[e, n, 组])。
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_opt.errors import InputError
+
+GROUP_SIZES = (32, 64, 128)
+# int4 的截断比例：舍去最大的几个权重，换来其余的更细；组内误差最小的胜出。
+_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_HALF = 16  # 16 字节一段：低 4 位是前 16 个权重，高 4 位是后 16 个
+
+
+class QuantizedExperts(NamedTuple):
+    """一叠量化的专家权重。
+
+    属性：
+        packed: int8 [E, N, K]；int4 时 uint8 [E, N, K' / 2]，K' 是 K 补齐到组的倍数，
+            每 32 个权重 16 字节，第 j 字节的低 4 位是第 j 个、高 4 位是第 j + 16 个。
+        scale: fp32，int8 时 [E, N]；int4 时 [E, N, 组数]。
+        zero: uint8 [E, N, 组数]；对称（零点都是 8）与 int8 时为 None。
+        bits: 8 或 4。
+        group_size: int8 为 0；int4 为 32、64 或 128。
+        shape: 原来的 (E, N, K)。
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, int, int]
+
+
+def quantize_experts(
+    weight: Tensor, bits: int = 8, group_size: int | None = None, symmetric: bool = True
+) -> QuantizedExperts:
+    """量化 [E, N, K] 的权重。
+
+    参数：
+        weight: 浮点张量 [E, N, K]，必须有限。
+        bits: 8 或 4。
+        group_size: int4 的组大小 32、64、128，默认 128；int8 不分组，只能是 None 或 0。
+        symmetric: False 时带零点（只用于 int4）：范围偏在一侧的权重误差更小。
+
+    抛出 InputError：参数不合要求，或权重有 NaN、无穷。
+
+    示例::
+
+        packed = quantize_experts(experts.gate_up_proj.data, bits=4, group_size=64)
+        dequantize(packed)   # 与原来相差约一成（int8 约千分之几）
+    """
+    group = _check(weight, bits, group_size, symmetric)
+    count, rows, columns = weight.shape
+    groups = -(-columns // group) if group else 1
+    if bits == 8:
+        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = weight.new_empty(count, rows, dtype=torch.float32)
+        zero = None
+    else:
+        width = groups * group // 2
+        packed = torch.empty(count, rows, width, dtype=torch.uint8, device=weight.device)
+        scale = weight.new_empty(count, rows, groups, dtype=torch.float32)
+        zero = None if symmetric else torch.empty_like(scale, dtype=torch.uint8)
+    for e in range(count):
+        wide = weight[e].detach().float()
+        if not wide.isfinite().all():
+            raise InputError.expected(
+                f"weight[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）"
+            )
+        if bits == 8:
+            packed[e], scale[e] = _int8(wide)
+            continue
+        codes, scale[e], zeros = _int4(wide, groups, group, symmetric)
+        packed[e] = _pack(codes)
+        if zero is not None:
+            zero[e] = zeros
+    return QuantizedExperts(packed, scale, zero, bits, group, (count, rows, columns))
+
+
+def dequantize(experts: QuantizedExperts, dtype: torch.dtype = torch.float32) -> Tensor:
+    """还原成 [E, N, K]。
+
+    示例::
+
+        weight = dequantize(quantize_experts(weight, bits=4), torch.bfloat16)
+    """
+    packed, scale, zero, bits, group, shape = experts
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    for e in range(shape[0]):
+        if bits == 8:
+            out[e] = packed[e].float() * scale[e, :, None]
+            continue
+        codes = _unpack(packed[e]).unflatten(-1, (-1, group)).float()
+        shift = 8.0 if zero is None else zero[e, :, :, None].float()
+        out[e] = ((codes - shift) * scale[e, :, :, None]).flatten(-2)[:, : shape[2]]
+    return out
+
+
+def _check(weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> int:
+    """返回组大小（int8 为 0）。"""
+    if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
+        raise InputError.expected("weight", "三维浮点张量 [E, N, K]", weight)
+    if bits not in (4, 8):
+        raise InputError.expected("bits", " 8 或 4", bits)
+    if bits == 8:
+        if group_size not in (None, 0):
+            raise InputError.expected("group_size", " None 或 0（int8 不分组）", group_size)
+        if not symmetric:
+            raise InputError.expected("symmetric", " True（int8 没有零点）", symmetric)
+        return 0
+    if group_size not in (None, *GROUP_SIZES):
+        raise InputError.expected("group_size", " 32、64 或 128", group_size)
+    return group_size or GROUP_SIZES[-1]
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """全 0（或小到尺度下溢）的组取 1：码都是零点。"""
+    return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def _int8(wide: Tensor) -> tuple[Tensor, Tensor]:
+    if wide.shape[-1] == 0:
+        return wide.to(torch.int8), wide.new_ones(wide.shape[0])
+    scale = _nonzero(wide.abs().amax(-1) / 127)
+    return (wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _int4(wide: Tensor, groups: int, group: int, symmetric: bool):
+    """（码 [N, 组数, 组]，尺度 [N, 组数]，零点 [N, 组数]）。"""
+    rows, columns = wide.shape
+    grouped = wide.new_zeros(rows, groups * group)
+    grouped[:, :columns] = wide
+    grouped = grouped.view(rows, groups, group)
+    best = None
+    for ratio in _RATIOS:
+        found = _round(grouped, ratio, symmetric)
+        if best is None:
+            best = found
+            continue
+        better = found[3] < best[3]
+        best = tuple(
+            torch.where(better[..., None] if new.dim() == 3 else better, new, old)
+            for new, old in zip(found, best, strict=True)
+        )
+    return best[:3]
+
+
+def _round(grouped: Tensor, ratio: float, symmetric: bool):
+    """按截断比例取整：（码，尺度，零点，平方误差）。"""
+    if grouped.shape[-2] == 0:
+        empty = grouped.new_zeros(grouped.shape[:-1])
+        return grouped.to(torch.uint8), empty, empty.to(torch.uint8), empty
+    low, high = grouped.amin(-1) * ratio, grouped.amax(-1) * ratio
+    if symmetric:
+        # 码为 -8..7：绝对值最大的一侧落在 -8，尺度因此可为负，16 个码都用上。
+        scale = _nonzero(torch.where(high.abs() > low.abs(), -high, -low) / 8)
+        zero = torch.full_like(scale, 8)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = _nonzero(high / 15 - low / 15)
+        zero = (-low / scale).round().clamp(0, 15)
+    codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(0, 15)
+    error = ((codes - zero[..., None]) * scale[..., None] - grouped).square().sum(-1)
+    return codes.to(torch.uint8), scale, zero.to(torch.uint8), error
+
+
+def _pack(codes: Tensor) -> Tensor:
+    pairs = codes.flatten(-2).unflatten(-1, (-1, 2, _HALF))
+    return (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(-2)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    bytes_ = packed.unflatten(-1, (-1, _HALF))
+    return torch.stack((bytes_ & 15, bytes_ >> 4), -2).flatten(-3)

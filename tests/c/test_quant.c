@@ -1,0 +1,149 @@
+/* 量化权重的原语与整个算子，对照 double；每个缓冲大小恰好，读写越界由 ASan 报告。 */
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.h"
+
+/* 一个量化矩阵 [rows, k]：恰好大小的码、尺度、零点，与反量化的 double 值。 */
+typedef struct {
+  dso_mat mat;
+  dso_quant quant;
+  double *value;
+} matrix;
+
+static int int4_code(const uint8_t *row, int64_t x) {
+  int byte = row[x / 32 * 16 + x % 16];
+  return x % 32 < 16 ? byte & 15 : byte >> 4;
+}
+
+/* group 为 0 时 int8。 */
+static matrix new_matrix(int64_t rows, int64_t k, int64_t group, int zero) {
+  int64_t groups = group ? dso_ceil_div(k, group) : 1, width = group ? groups * group / 2 : k;
+  buf codes = new_random(DSO_I8, rows * width, 1.0), scale = new_random(DSO_F32, rows * groups, 1);
+  matrix m = {.mat = {codes.data, width, group ? DSO_I4 : DSO_I8},
+              .quant = {scale.data, NULL, group, groups},
+              .value = doubles(rows * k)};
+  for (int64_t i = 0; i < rows * groups; i++)
+    put(&scale, i, get(&scale, i) / ((group ? 8 : 127) * sqrt((double)k)));
+  if (zero) {
+    buf zeros = new_random(DSO_I8, rows * groups, 1.0);
+    for (int64_t i = 0; i < rows * groups; i++) ((uint8_t *)zeros.data)[i] &= 15;
+    m.quant.zero = zeros.data;
+  }
+  for (int64_t i = 0; i < rows * k; i++) {
+    int64_t row = i / k, x = i % k, at = row * groups + (group ? x / group : 0);
+    int code = group ? int4_code((const uint8_t *)codes.data + row * width, x)
+                     : ((const int8_t *)codes.data)[row * width + x];
+    int shift = !group ? 0 : zero ? m.quant.zero[at] : 8;
+    m.value[i] = get(&scale, at) * (code - shift);
+  }
+  return m;
+}
+
+static void product(const dso_isa *isa, int64_t m, int64_t n, int64_t k, int64_t group, int zero) {
+  int64_t lda = k + random_below(4), ldc = n + random_below(4);
+  matrix w = new_matrix(n, k, group, zero);
+  buf a = new_random(DSO_F32, (m - 1) * lda + k, 1.0), c = new_zeros(DSO_F32, (m - 1) * ldc + n);
+  isa->dot_q(m, n, k, a.data, lda, w.mat.data, w.mat.dtype, w.mat.rs, &w.quant, c.data, ldc);
+  double *want = doubles(c.n);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t x = 0; x < k; x++)
+        want[i * ldc + j] += get(&a, i * lda + x) * w.value[j * k + x];
+  char label[96];
+  snprintf(label, sizeof label, "%s dot_q m=%d n=%d k=%d 组=%d", isa->name, (int)m, (int)n, (int)k,
+           (int)group);
+  check_close(label, &c, want, 2e-5, 1.0);
+  buf row = new_buf(DSO_F32, k);
+  dso_quant last = dso_quant_at(&w.quant, n - 1, 0);
+  isa->dequant(row.data, dso_at(w.mat.data, w.mat.dtype, (n - 1) * w.mat.rs), w.mat.dtype, &last,
+               k);
+  snprintf(label, sizeof label, "%s dequant k=%d 组=%d", isa->name, (int)k, (int)group);
+  check_close(label, &row, w.value + (n - 1) * k, 2e-6, 1.0);
+  free_all();
+}
+
+/* 两个量化的专家（行数不同），silu。 */
+enum { EXPERTS = 2 };
+
+static double silu(double x) { return x / (1.0 + exp(-x)); }
+
+static void expert_row(const matrix *w, int64_t inner, const dso_moe_inputs *in, const double *x,
+                       double factor, double *y) {
+  double *h = doubles(inner);
+  for (int64_t j = 0; j < inner; j++) {
+    double g = 0.0, u = 0.0;
+    for (int64_t i = 0; i < in->k; i++)
+      g += x[i] * w[0].value[j * in->k + i], u += x[i] * w[1].value[j * in->k + i];
+    h[j] = silu(g) * u;
+  }
+  for (int64_t j = 0; j < in->n; j++)
+    for (int64_t i = 0; i < inner; i++) y[j] += factor * h[i] * w[2].value[j * inner + i];
+}
+
+static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t group, int zero) {
+  int64_t k = 130, inner = 37, n = 70, few = dso_min(tokens, 3);
+  matrix w[EXPERTS][3];
+  dso_expert experts[EXPERTS] = {0};
+  for (int e = 0; e < EXPERTS; e++) {
+    w[e][0] = new_matrix(inner, k, group, zero), w[e][1] = new_matrix(inner, k, group, zero);
+    w[e][2] = new_matrix(n, inner, group, zero);
+    experts[e] = (dso_expert){.inner = inner,
+                              .gate = w[e][0].mat,
+                              .up = w[e][1].mat,
+                              .down = w[e][2].mat,
+                              .bias_step = 1,
+                              .gate_quant = w[e][0].quant,
+                              .up_quant = w[e][1].quant,
+                              .down_quant = w[e][2].quant};
+  }
+  int64_t begin[EXPERTS + 1] = {0, tokens, tokens + few}, hidden_at[EXPERTS + 1],
+                          task_at[EXPERTS + 1], token[64];
+  float weight[64];
+  for (int64_t i = 0; i < tokens + few; i++)
+    token[i] = i < tokens ? i : i - tokens, weight[i] = (float)(0.1 * (double)(i % 7) + 0.2);
+  buf x = new_random(dtype, tokens * k, 1.0), y = new_buf(dtype, tokens * n);
+  dso_moe_params p = {.in = {.tokens = tokens,
+                             .k = k,
+                             .n = n,
+                             .experts = EXPERTS,
+                             .x = {x.data, k, dtype},
+                             .expert = experts,
+                             .begin = begin,
+                             .token = token,
+                             .weight = weight},
+                      .y = y.data};
+  dso_moe_prepare(&p.in, 0, hidden_at, task_at);
+  buf *outs[] = {&y};
+  char label[96];
+  snprintf(label, sizeof label, "%s moe_experts %s T=%d 组=%d", isa->name, dtype_name(dtype),
+           (int)tokens, (int)group);
+  execute(label, &dso_moe_experts, &p, isa, outs, 1);
+  double *want = doubles(y.n), *row = doubles(k);
+  for (int e = 0; e < EXPERTS; e++)
+    for (int64_t i = begin[e]; i < begin[e + 1]; i++) {
+      for (int64_t j = 0; j < k; j++) row[j] = get(&x, token[i] * k + j);
+      expert_row(w[e], inner, &p.in, row, weight[i], want + token[i] * n);
+    }
+  check_close(label, &y, want, tolerance(dtype), 1.0);
+  free_all();
+}
+
+void test_quant(void) {
+  static const int64_t groups[] = {0, 32, 64, 128}, ms[] = {1, 2, 3, 4, 5, 9};
+  static const int64_t ns[] = {1, 4, 7, 8, 13}, ks[] = {1, 15, 31, 32, 33, 64, 100, 257};
+  const dso_isa *isas[8];
+  int count = list_isas(isas, 8);
+  for (int s = 0; s < count; s++)
+    for (size_t g = 0; g < 4; g++)
+      for (int zero = 0; zero <= (groups[g] > 0); zero++) {
+        for (size_t m = 0; m < sizeof ms / sizeof *ms; m++)
+          for (size_t n = 0; n < sizeof ns / sizeof *ns; n++)
+            for (size_t k = 0; k < sizeof ks / sizeof *ks; k++)
+              product(isas[s], ms[m], ns[n], ks[k], groups[g], zero);
+        for (int t = DSO_F32; t <= DSO_F16; t++) {
+          whole(isas[s], (dso_dtype)t, 1, groups[g], zero);
+          whole(isas[s], (dso_dtype)t, 40, groups[g], zero);
+        }
+      }
+}
