@@ -63,6 +63,8 @@ def compare(model, actual, expected):
     assert any("experts" in name for name in expected[1]), type(model).__name__
     for name, grad in expected[1].items():
         limit = 1e-4 * max(float(grad.abs().max()), 1e-3)
+        if grad.numel() == 1:  # 单个系数的梯度是大量互相抵消的项之和
+            limit = max(limit, 5e-5)
         torch.testing.assert_close(
             actual[1][name], grad, rtol=1e-3, atol=limit, msg=lambda m, n=name: f"{n}：{m}"
         )
