@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from deepseek_opt import MOEConfig, OptimizationProfile, optimize, restore
 from deepseek_opt.integrations import moe_block
@@ -74,6 +75,8 @@ def compare(model, actual, expected):
 def test_matches_eager(model_type):
     model = make_moe(model_type).train()
     found = experts_in(model)
+    if not found and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("这个版本的 transformers 里它还没有接入 experts 接口")
     assert found
     expected = results(model)
     report = optimize(model, OptimizationProfile(**PROFILE), strict=model_type not in SKIPPED)
