@@ -14,6 +14,7 @@ import torch
 
 from deepseek_opt.benchmarks import counts, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, SpeedCase, Work, register_suite
+from deepseek_opt.benchmarks.decode_work import model_decode
 from deepseek_opt.benchmarks.memory_cases import LengthCase, MemoryCase
 from deepseek_opt.benchmarks.overhead import OverheadCase
 
@@ -104,18 +105,7 @@ def _ffn(env: Env, rows: int, dtype: torch.dtype) -> Work:
 
 def _model_decode(env: Env, rows: int, context: int, dtype: torch.dtype) -> Work:
     """整个模型、每行一个新词元；MoE 是 transformers 的。"""
-    shape = env.shape
-    model = shapes.build_model(shape, dtype)
-    fast = _optimized_twin(model, dense=True)
-    layers = shape.config["num_hidden_layers"]
-    ids = torch.randint(0, shape.config["vocab_size"], (rows, 1))
-
-    def step(module: Any) -> Callable[[], Any]:
-        cache = shapes.make_cache(shape, rows, context, layers, dtype)
-        return lambda: module(ids, past_key_values=cache)
-
-    cost = counts.model_decode(shape.config, rows, context, dtype.itemsize)
-    return Work(step(fast), step(model), *cost, dtype)
+    return model_decode(env, partial(_optimized_twin, dense=True), rows, context, dtype)
 
 
 def _attention_cases(env: Env) -> list[Case]:

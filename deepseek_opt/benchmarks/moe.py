@@ -6,7 +6,6 @@ AVX512-BF16、形状 V2-Lite-3L 上的倍数。
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from deepseek_opt.benchmarks import counts, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, Row, SpeedCase, Work, register_suite
+from deepseek_opt.benchmarks.decode_work import model_decode
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _PEER = "transformers grouped_mm"
@@ -84,18 +84,7 @@ def _router(_env: Env, tokens: int, dtype: torch.dtype) -> Work:
 
 def _model_decode(env: Env, rows: int, context: int, dtype: torch.dtype) -> Work:
     """整个模型、每行一个新词元；注意力、稠密层、MoE 都是本库的。"""
-    shape = env.shape
-    model = shapes.build_model(shape, dtype)
-    fast = _optimized_twin(model, everything=True)
-    layers = shape.config["num_hidden_layers"]
-    ids = torch.randint(0, shape.config["vocab_size"], (rows, 1))
-
-    def step(module: Any) -> Callable[[], Any]:
-        cache = shapes.make_cache(shape, rows, context, layers, dtype)
-        return lambda: module(ids, past_key_values=cache)
-
-    cost = counts.model_decode(shape.config, rows, context, dtype.itemsize)
-    return Work(step(fast), step(model), *cost, dtype)
+    return model_decode(env, partial(_optimized_twin, everything=True), rows, context, dtype)
 
 
 def _model_prefill(env: Env, tokens: int, dtype: torch.dtype) -> Work:

@@ -15,12 +15,11 @@ from deepseek_opt.integrations import experts
 from deepseek_opt.integrations.dense import ffn_reason, instance_reason, probe_ffn
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.patch import Patch, patch_of
-from deepseek_opt.integrations.projections import is_plain
+from deepseek_opt.integrations.projections import is_hooked, is_plain
 from deepseek_opt.integrations.router import RouterPatch, route
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.integrations.specs import class_path
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FFN = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -135,7 +134,7 @@ class MoeBlockPatch(Patch):
         """(权重, 下标)，各 [T, k]；顺带计数。"""
         module, spec, training = self.module, self.spec, patch.module.training
         gate = getattr(module, spec.gate)
-        if isinstance(patch_of(gate), RouterPatch) and not _hooked(gate):
+        if isinstance(patch_of(gate), RouterPatch) and not is_hooked(gate):
             _, weights, indices, counts = route(gate, flat)
             patch.load_counter.add(counts, training=training)
             return weights, indices
@@ -160,7 +159,7 @@ class MoeBlockPatch(Patch):
         patch = patch_of(inner)
         if not isinstance(patch, ExpertsPatch):
             return "专家的补丁已被取下"
-        reason = "专家" + _BY_HOOKS if _hooked(inner) else patch.refusal(hidden)
+        reason = "专家" + _BY_HOOKS if is_hooked(inner) else patch.refusal(hidden)
         return reason or _shared_reason(self.module, self.spec)
 
 
@@ -183,7 +182,7 @@ def block_reason(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | N
     reason = instance_reason(module) or _shared_reason(module, spec)
     if reason is not None:
         return reason
-    if any(_hooked(part) for part in module.modules()):
+    if any(is_hooked(part) for part in module.modules()):
         return "块内有钩子"
     return probe_ffn(getattr(module, spec.shared)) or _probe(module, spec, profile)
 
@@ -191,15 +190,11 @@ def block_reason(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | N
 _BY_HOOKS = "上有钩子，合在一起算就不会触发它"
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(module.__dict__[name] for name in _HOOKS)
-
-
 def _shared_reason(module: nn.Module, spec: MoeBlockSpec) -> str | None:
     mlp = getattr(module, spec.shared, None)
     if not all(isinstance(getattr(mlp, part, None), nn.Module) for part in _FFN):
         return f"{spec.shared} 不是 gate_proj、up_proj、down_proj 的门控 FFN"
-    if _hooked(mlp):
+    if is_hooked(mlp):
         return spec.shared + _BY_HOOKS
     reason = instance_reason(mlp) or ffn_reason(mlp)
     if reason is None and spec.shared_gate is not None:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from deepseek_opt import ops, reference
 from deepseek_opt.integrations.stamp import stamp
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: Any) -> bool:
     """是否是没有钩子、没有被改写的 nn.Linear（参数化会换掉类，因此也不算）。"""
@@ -54,8 +52,13 @@ def norm_eps(module: Any) -> float | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """模块实例上有没有钩子或被改写的 forward。"""
+    return "forward" in module.__dict__ or is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """模块实例上有没有前向或反向的钩子（不管 forward 有没有被改写，例如被本库的补丁）。"""
     state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return True
     return bool(state["_backward_hooks"] or state["_backward_pre_hooks"])
 
@@ -86,7 +89,7 @@ def effective_weight(module: nn.Module) -> tuple[Tensor | None, str | None]:
 def _lora_weight(module: Any) -> tuple[Tensor | None, str | None]:
     """PEFT 的 LoRA：W + Σ B·A·scaling；不训练时按参数版本缓存。"""
     base = module.get_base_layer()
-    if not is_plain(base) or base.bias is not None or any(module.__dict__[n] for n in _HOOKS):
+    if not is_plain(base) or base.bias is not None or is_hooked(module):
         return None, "kv_b_proj 的 LoRA 底层不是普通 nn.Linear"
     if module.disable_adapters or module.merged:
         return base.weight, None
