@@ -1,9 +1,7 @@
 // torch.ops.deepseek_opt 的模式（schema）与执行器。各算子的实现在 binding_*.cpp。
 #include "binding.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "binding_buffers.h"
 
 namespace dso {
 
@@ -11,20 +9,29 @@ namespace {
 constexpr size_t kAlign = 64;
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-}  // namespace
 
-void advise_huge_pages(Tensor &t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096, large = size_t{1} << 22;
-  const auto bytes = static_cast<uintptr_t>(t.numel() * t.element_size());
-  if (bytes < large) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) / page * page;
-  madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
+// 算子的暂存：大的从池里来，执行完归还。
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    pooled_ = bytes >= kPooledBytes ? buffer_take(bytes) : nullptr;
+    if (pooled_ == nullptr)
+      small_ = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  ~Scratch() {
+    if (pooled_ != nullptr) buffer_give(pooled_);
+  }
+  char *data() {
+    return static_cast<char *>(pooled_ != nullptr ? pooled_ : small_->mutable_data_ptr());
+  }
+
+ private:
+  void *pooled_;
+  std::optional<Tensor> small_;
+};
+}  // namespace
 
 void execute(const dso_op &op, const void *params) {
   const dso_isa *isa = dso_isa_current();
@@ -37,10 +44,8 @@ void execute(const dso_op &op, const void *params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = threads < most ? threads : most;
   const size_t shared = aligned(plan.shared_bytes), each = aligned(plan.worker_bytes);
-  const auto total = static_cast<int64_t>(shared + each * static_cast<size_t>(workers) + kAlign);
-  Tensor scratch = torch::stable::empty({total}, ScalarType::Byte);
-  advise_huge_pages(scratch);
-  auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+  Scratch scratch(shared + each * static_cast<size_t>(workers) + kAlign);
+  auto address = reinterpret_cast<uintptr_t>(scratch.data());
   char *base = reinterpret_cast<char *>(aligned(address));
   for (int64_t stage = 0; stage < plan.stages; stage++) {
     const int64_t tasks = op.tasks(params, stage);
@@ -62,6 +67,7 @@ void execute(const dso_op &op, const void *params) {
 namespace {
 std::string isa_name() { return dso_isa_name(dso_isa_current()); }
 std::string isa_available() { return dso_isa_available(); }
+int64_t release_buffers() { return buffer_release(); }
 std::string isa_compiled() { return dso_isa_compiled(); }
 void isa_set(std::string name) {
   expect(dso_isa_set(name.c_str()) == 0, "指令集 ", name, " 不可用（可用：", dso_isa_available(),
@@ -76,6 +82,7 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("_available_isas() -> str");
   m.def("_compiled_isas() -> str");
   m.def("_set_isa(str name) -> ()");
+  m.def("_release_buffers() -> int");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
@@ -143,5 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&dso::isa_name));
   m.impl("_available_isas", TORCH_BOX(&dso::isa_available));
   m.impl("_compiled_isas", TORCH_BOX(&dso::isa_compiled));
+  m.impl("_release_buffers", TORCH_BOX(&dso::release_buffers));
   m.impl("_set_isa", TORCH_BOX(&dso::isa_set));
 }

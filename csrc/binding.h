@@ -140,10 +140,6 @@ inline std::vector<int64_t> sizes_with_last(const Tensor &t, int64_t last) {
 // 逐阶段执行；每阶段的任务由各线程从同一计数器领取，负载自动均衡，结果与领取次序无关。
 void execute(const dso_op &op, const void *params);
 
-// 新分配的大张量（4 MiB 起）用 2 MiB 的页：首次写入的缺页少两个数量级，训练时几百 MiB 的梯度快近一倍。
-// 只是提示，失败无妨。
-void advise_huge_pages(Tensor &t);
-
 // linear 算子本身：别的算子的绑定也用它。
 Tensor linear(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias);
 

@@ -1,5 +1,6 @@
 // linear、swiglu_mlp、rms_norm 及其反向的 CPU 绑定。
 #include "binding.h"
+#include "binding_buffers.h"
 
 namespace dso {
 
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor &grad, const Ten
                   w_type = float_dtype("linear_backward", "weight", weight);
   Tensor g = as_rows(grad), rows = as_rows(x), w = row_major(weight);
   Tensor dx = need_x ? torch::stable::new_empty(x, sizes_with_last(x, k)) : none_like(x);
-  Tensor dw = need_weight ? torch::stable::new_empty(weight, {n, k}) : none_like(weight);
+  Tensor dw = need_weight ? pooled_empty(weight, {n, k}) : none_like(weight);
   Tensor db = need_bias ? torch::stable::new_empty(weight, {n}) : none_like(weight);
   const int64_t m = rows_of(x);
   if (m == 0) {
@@ -115,9 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_mlp_backward(const Tensor &gra
   Tensor gr = as_rows(grad), rows = as_rows(x), g = row_major(gate), u = row_major(up),
          o = row_major(down);
   Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, d.k));
-  Tensor dg = torch::stable::new_empty(gate, {d.inner, d.k}),
-         du = torch::stable::new_empty(up, {d.inner, d.k});
-  Tensor dd = torch::stable::new_empty(down, {d.n, d.inner});
+  Tensor dg = pooled_empty(gate, {d.inner, d.k}), du = pooled_empty(up, {d.inner, d.k});
+  Tensor dd = pooled_empty(down, {d.n, d.inner});
   const int64_t m = rows_of(x);
   if (m == 0 || d.k == 0 || d.inner == 0 || d.n == 0) {  // 空的求和
     for (Tensor *t : {&dx, &dg, &du, &dd}) torch::stable::zero_(*t);

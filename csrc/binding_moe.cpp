@@ -2,6 +2,7 @@
 #include <limits>
 #include <tuple>
 
+#include "binding_buffers.h"
 #include "binding_moe.h"
 
 namespace dso {
@@ -236,9 +237,7 @@ Tensor grad_like(const Tensor &t, bool wanted) {
   if (!wanted) return nothing(t);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < t.dim(); i++) sizes.push_back(t.size(i));
-  Tensor out = torch::stable::new_empty(t, sizes);
-  advise_huge_pages(out);
-  return out;
+  return pooled_empty(t, sizes);
 }
 
 Tensor grad_like(const std::optional<Tensor> &t, const Tensor &other, bool wanted) {

@@ -87,3 +87,50 @@ void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64
     g->isa->gemm(g->fmt, mc, panels, k_pad, a, lda, packed, panel_stride, c, ldc, add);
   }
 }
+
+/* out 的一行：加上原有的值（要加时），转成它的类型。 */
+static void store_row(const dso_gemm *g, const dso_gemm_out *out, int64_t i, int64_t n0, int64_t nc,
+                      float *row, float *old) {
+  void *to = dso_at_mut(out->data, out->dtype, i * out->rs + n0);
+  if (out->add) {
+    g->isa->to_f32(old, to, out->dtype, nc);
+    g->isa->vaxpy(row, 1.0f, old, nc);
+  }
+  (out->stream ? g->isa->stream : g->isa->from_f32)(to, out->dtype, row, nc);
+}
+
+enum { STORE_COLUMNS = 256 }; /* 一个面板的行 x 这么多列：中转 16 KiB，留在一级缓存里 */
+
+/* 一个面板的行，k 的一段；last 时随即写出。 */
+static void store_panel(const dso_gemm *g, const dso_gemm_out *out, int64_t m0, int64_t mc,
+                        int64_t n0, int64_t nc, int64_t kc, const void *rows, const void *packed,
+                        float *c, int64_t ldc, int add, int last, float *old) {
+  int64_t stride = dso_panel_elems(g->fmt, kc), k_pad = stride / DSO_PANEL;
+  for (int64_t j = 0; j < nc; j += STORE_COLUMNS) {
+    int64_t width = dso_min(STORE_COLUMNS, nc - j);
+    g->isa->gemm_t(g->fmt, mc, dso_ceil_div(width, DSO_PANEL), k_pad, rows, stride,
+                   dso_at(packed, g->fmt, j / DSO_PANEL * stride), stride, c + j, ldc, add);
+    for (int64_t r = 0; last && r < mc; r++)
+      store_row(g, out, m0 + r, n0 + j, width, c + r * ldc + j, old);
+  }
+}
+
+/* k 的最后一段逐面板算完就写出，趁结果还在一级缓存里；只有一段时中转只用得到一个面板的行。 */
+void dso_gemm_store(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc,
+                    const dso_gemm_out *out, float *c, int64_t ldc, void *scratch) {
+  int64_t depth = depth_of(g->fmt, nc);
+  char *packed = scratch, *rows = packed + (size_t)DSO_NB * DSO_KB_BYTES;
+  float *old = (float *)(rows + (size_t)DSO_MB * DSO_KB_BYTES);
+  for (int64_t k0 = 0; k0 < g->k || k0 == 0; k0 += depth) {
+    int64_t kc = dso_min(depth, g->k - k0), stride = dso_panel_elems(g->fmt, kc);
+    int last = k0 + kc == g->k, once = k0 == 0 && last;
+    pack_b(g, n0, nc, k0, kc, packed, stride);
+    const void *from = dso_at(g->a.data, g->a.dtype, k0 * g->a.rs + m0);
+    g->isa->pack_n(rows, g->fmt, stride, from, g->a.dtype, g->a.rs, mc, kc);
+    for (int64_t i = 0; i < mc; i += DSO_PANEL)
+      store_panel(g, out, m0 + i, dso_min(DSO_PANEL, mc - i), n0, nc, kc,
+                  dso_at(rows, g->fmt, i / DSO_PANEL * stride), packed, once ? c : c + i * ldc, ldc,
+                  k0 > 0, last, old);
+  }
+  if (out->stream) g->isa->stream_end();
+}

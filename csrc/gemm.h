@@ -30,6 +30,19 @@ size_t dso_gemm_scratch(void); /* 一块所需暂存，字节 */
 void dso_gemm_block(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc, float *c,
                     int64_t ldc, int accumulate, void *scratch);
 
+/* 结果直接写到的地方：第 (i, j) 个元素在 data[i * rs + j]。 */
+typedef struct {
+  void *data;
+  int64_t rs;
+  dso_dtype dtype;
+  int add;    /* 1：加到原有的值上 */
+  int stream; /* 1：绕过缓存写出 */
+} dso_gemm_out;
+
+/* 同上，但 A 转置存放，结果转成 out 的类型写出；c [mc, ldc] 是中转。 */
+void dso_gemm_store(const dso_gemm *g, int64_t m0, int64_t mc, int64_t n0, int64_t nc,
+                    const dso_gemm_out *out, float *c, int64_t ldc, void *scratch);
+
 /* 输出 [m, n] 划成 (行块, 列块)；行块尽量均匀，每块不超过 DSO_MB，列块 DSO_NB。 */
 typedef struct {
   int64_t m0, mc, n0, nc;

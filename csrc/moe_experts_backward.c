@@ -251,10 +251,8 @@ static void one_weight_grad(const dso_ctx *ctx, const weight_grad *g, int64_t ta
                    .a = g->left,
                    .b = g->right,
                    .a_transposed = 1};
-  dso_gemm_block(&gemm, m0, mc, n0, nc, w.a, DSO_MOE_WIDE, 0, w.scratch.scratch);
-  for (int64_t i = 0; i < mc; i++)
-    ctx->isa->from_f32(dso_at_mut(g->out, g->dtype, (m0 + i) * g->out_rs + n0), g->dtype,
-                       w.a + i * DSO_MOE_WIDE, nc);
+  dso_gemm_out out = {g->out, g->out_rs, g->dtype, 0, 1};
+  dso_gemm_store(&gemm, m0, mc, n0, nc, &out, w.a, DSO_MOE_WIDE, w.scratch.scratch);
 }
 
 /* 按列求和：out[j * step] = Σ_i scale_i · rows[i, j]。 */

@@ -29,6 +29,7 @@ _EXPORTS = {
     "metrics": "metrics",
     "PerformanceMetrics": "metrics",
     "estimate_memory": "memory",
+    "release_buffers": "buffers",
     "MoEFeedForward": "layers",
     "aux_loss": "layers",
     "ExpertStatistics": "metrics",

@@ -133,6 +133,11 @@ def set_isa(name: str) -> None:
     _call("_set_isa", name)
 
 
+def release_buffers() -> int:
+    """回收池里空闲的内存还给系统，返回字节数。"""
+    return _call("_release_buffers")
+
+
 def build_info() -> dict[str, object]:
     """本地库的构建与运行信息，供 ``deepseek-opt doctor`` 与基准结果记录。
 

@@ -80,11 +80,15 @@ static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, i
   dot_f32(m, n, k, (const float *)a, lda, w, w_dtype, ldw, c, ldc);
 }
 
+static void stream_end(void) {}
+
 void dso_isa_init_avx2(dso_isa *isa) {
   *isa = (dso_isa){
       .name = "avx2",
       .to_f32 = to_f32,
       .from_f32 = from_f32,
+      .stream = from_f32,
+      .stream_end = stream_end,
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,

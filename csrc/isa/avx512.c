@@ -61,17 +61,24 @@ static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, co
 
 #include "gemm_layouts.h"
 
+#define STREAM_REST from_f32
+#include "avx512_stream.h"
+
 static void dot(dso_dtype fmt, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                 const void *w, dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc) {
   (void)fmt;
   dot_f32(m, n, k, (const float *)a, lda, w, w_dtype, ldw, c, ldc);
 }
 
+static void stream_end(void) { _mm_sfence(); }
+
 void dso_isa_init_avx512(dso_isa *isa) {
   *isa = (dso_isa){
       .name = "avx512",
       .to_f32 = to_f32,
       .from_f32 = from_f32,
+      .stream = stream,
+      .stream_end = stream_end,
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,

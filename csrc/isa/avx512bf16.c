@@ -68,6 +68,9 @@ static void gemm_strided(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, co
 
 #include "gemm_layouts.h"
 
+#define STREAM_REST base.from_f32
+#include "avx512_stream.h"
+
 static void gemm_any(dso_dtype fmt, int64_t m, int64_t panels, int64_t k, const void *a,
                      int64_t lda, const void *b, int64_t ps, float *c, int64_t ldc,
                      int accumulate) {
@@ -257,6 +260,7 @@ void dso_isa_init_avx512bf16(dso_isa *isa) {
   base = *isa;
   isa->name = "avx512_bf16";
   isa->native_bf16 = 1;
+  isa->stream = stream;
   isa->gemm = gemm_any;
   isa->gemm_t = gemm_t_any;
   isa->dot = dot;

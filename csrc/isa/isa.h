@@ -18,6 +18,11 @@ typedef struct dso_isa {
   void (*to_f32)(float *dst, const void *src, dso_dtype dtype, int64_t n);
   void (*from_f32)(void *dst, dso_dtype dtype, const float *src, int64_t n);
 
+  /* 同 from_f32，但可以绕过缓存（写出大而近期不读的结果，省去先读后写）；次正规的 bf16 可以成 0。
+   * 一个任务的写出之后调用一次 stream_end。 */
+  void (*stream)(void *dst, dso_dtype dtype, const float *src, int64_t n);
+  void (*stream_end)(void);
+
   /* 打包 B：pack_t 的源是 [n][k]（k 连续），pack_n 的源是 [k][n]（n 连续）；ld 为源的行距。
    * panel_stride 为目标面板间距（目标 fmt 的元素数）。 */
   void (*pack_t)(void *dst, dso_dtype fmt, int64_t panel_stride, const void *src, dso_dtype dtype,

@@ -44,6 +44,8 @@ static void from_f32(void *dst, dso_dtype dtype, const float *src, int64_t n) {
   for (int64_t i = 0; i < n; i++) store(dst, dtype, i, src[i]);
 }
 
+static void stream_end(void) {}
+
 /* 面板内 (k, j) 的元素下标。 */
 static int64_t slot(dso_dtype fmt, int64_t k, int64_t j) {
   return fmt == DSO_BF16 ? (k / 2 * DSO_PANEL + j) * 2 + k % 2 : k * DSO_PANEL + j;
@@ -259,6 +261,8 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .name = "scalar",
       .to_f32 = to_f32,
       .from_f32 = from_f32,
+      .stream = from_f32,
+      .stream_end = stream_end,
       .pack_t = pack_t,
       .pack_n = pack_n,
       .gemm = gemm,

@@ -59,6 +59,14 @@ static void conversions(void) {
       scalar->from_f32(c.data, TYPES[t], wide.data, n);
       tested->from_f32(d.data, TYPES[t], wide.data, n);
       check_same("from_f32", &d, &c, n);
+      buf e = new_buf(TYPES[t], n + 64); /* 对齐与没有对齐的目标 */
+      for (int64_t at = 0; TYPES[t] != DSO_I8 && at < 2; at++) {
+        void *to = dso_at_mut((void *)(((uintptr_t)e.data + 63) / 64 * 64), TYPES[t], at);
+        tested->stream(to, TYPES[t], wide.data, n);
+        tested->stream_end();
+        memcpy(d.data, to, (size_t)(n * dso_size_of(TYPES[t])));
+        check_same("stream", &d, &c, n);
+      }
       free_all();
     }
   buf all = new_buf(DSO_F16, 65536), a = new_buf(DSO_F32, 65536), b = new_buf(DSO_F32, 65536);
