@@ -212,7 +212,7 @@ typedef struct {
 } dso_act;
 
 /* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
- * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up.data 为 NULL。
+ * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up 不用。
  * 量化的（int8、int4）三个权重都量化，不转置，只做前向。 */
 typedef struct {
   int64_t inner;
@@ -231,7 +231,7 @@ typedef struct {
   const int64_t *begin, *token;
   const float *weight;
   dso_act act;
-  int transposed, paired;
+  int transposed, paired, gated; /* gated：有 up（权重为空时也可以是空指针，不能靠指针分辨） */
   /* 由 dso_moe_prepare 填，任务因此不必逐个专家数过来。 */
   const int64_t *hidden_at;                /* [experts + 1]：专家 e 之前的 Σ 行 * inner */
   const int64_t *task_at;                  /* [experts + 1]：专家 e 之前的中间阶段任务数 */

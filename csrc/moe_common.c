@@ -114,7 +114,7 @@ void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt
     return;
   }
   dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
-  if (!e->up.data) return;
+  if (!in->gated) return;
   p.w = e->up, p.bias = e->up_bias, p.quant = &e->up_quant;
   dso_moe_multiply(isa, in, fmt, &p, u, ld, scratch);
 }

@@ -73,7 +73,7 @@ static void hidden(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
   int64_t base = in->hidden_at[b.expert] + b.row * e->inner + b.n0;
   for (int64_t i = 0; i < b.m; i++) {
     float *row = g + i * DSO_NB;
-    ctx->isa->activate(&in->act, row, dso_moe_has_up(in, e) ? u + i * DSO_NB : NULL, b.nc);
+    ctx->isa->activate(&in->act, row, in->gated ? u + i * DSO_NB : NULL, b.nc);
     ctx->isa->from_f32(dso_at_mut(s.h, fmt, base + i * e->inner), fmt, row, b.nc);
   }
 }

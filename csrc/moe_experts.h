@@ -19,10 +19,6 @@ static inline int64_t dso_moe_rows(const dso_moe_inputs *in, int64_t e) {
 
 static inline int64_t dso_moe_total(const dso_moe_inputs *in) { return in->begin[in->experts]; }
 
-static inline int dso_moe_has_up(const dso_moe_inputs *in, const dso_expert *e) {
-  return in->paired || e->up.data != NULL;
-}
-
 /* 权重都是 bf16 且 x 也是时用 bf16 点积。 */
 static inline dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in) {
   return dso_compute_format(isa, in->all_bf16);

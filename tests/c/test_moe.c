@@ -95,6 +95,7 @@ static void connect(problem *p, int backward) {
                            .weight = p->weight,
                            .act = {p->s.act, 1.702f, 0.8f},
                            .transposed = p->s.transposed,
+                           .gated = p->s.gated,
                            .paired = p->s.paired};
   dso_moe_prepare(&p->in, backward, p->hidden_at, p->task_at);
 }

@@ -111,7 +111,8 @@ static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t g
                              .expert = experts,
                              .begin = begin,
                              .token = token,
-                             .weight = weight},
+                             .weight = weight,
+                             .gated = 1},
                       .y = y.data};
   dso_moe_prepare(&p.in, 0, hidden_at, task_at);
   buf *outs[] = {&y};
