@@ -313,7 +313,7 @@ extern const dso_op dso_moe_route, dso_moe_route_backward;
 extern const dso_op dso_moe_experts, dso_moe_experts_backward;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 
-/* 指令集：名字为 scalar、avx2、avx512、avx512_bf16。 */
+/* 指令集：名字为 scalar、avx2、avx512、avx512_vnni、avx512_bf16。 */
 const struct dso_isa *dso_isa_current(void);
 const char *dso_isa_name(const struct dso_isa *isa);
 const char *dso_isa_available(void); /* 本机可用，逗号分隔 */

@@ -8,17 +8,24 @@ static size_t rows_bytes(const dso_moe_inputs *in) {
   return dso_moe_bytes(dso_min(most, in->most_rows) * in->widest, DSO_F32);
 }
 
+/* 边读边解时 A 化为定点。 */
+static size_t fixed_bytes(const dso_moe_inputs *in) {
+  int64_t rows = in->quantized ? dso_min(DSO_MOE_QUANT_ROWS, in->most_rows) : 0;
+  return ((size_t)rows * dso_fixed_bytes(in->widest) + 63) / 64 * 64;
+}
+
 static size_t unpacked_bytes(const dso_moe_inputs *in) {
   return in->quantized && !dso_moe_is_direct(in, in->most_rows) ? (size_t)DSO_NB * DSO_KB_BYTES : 0;
 }
 
 size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs) {
-  return rows_bytes(in) + unpacked_bytes(in) + (packs ? dso_gemm_scratch() : 0);
+  size_t rows = rows_bytes(in) + fixed_bytes(in);
+  return rows + unpacked_bytes(in) + (packs ? dso_gemm_scratch() : 0);
 }
 
 dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base) {
-  char *unpacked = (char *)base + rows_bytes(in);
-  return (dso_moe_scratch){base, unpacked, unpacked + unpacked_bytes(in)};
+  char *fixed = (char *)base + rows_bytes(in), *unpacked = fixed + fixed_bytes(in);
+  return (dso_moe_scratch){base, fixed, unpacked, unpacked + unpacked_bytes(in)};
 }
 
 static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, int64_t ldc) {
@@ -64,7 +71,7 @@ static void multiply_quantized(const dso_isa *isa, dso_dtype fmt, const dso_moe_
   if (fmt != DSO_F32) isa->to_f32(scratch->rows, p->a, fmt, p->m * p->k), a = scratch->rows;
   dso_quant q = dso_quant_at(p->quant, p->n0, 0);
   isa->dot_q(p->m, p->nc, p->k, a, p->k, dso_at(w->data, w->dtype, p->n0 * w->rs), w->dtype, w->rs,
-             &q, out, ldc);
+             &q, out, ldc, scratch->fixed);
 }
 
 void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,

@@ -41,9 +41,11 @@ typedef struct dso_isa {
                  dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc);
 
   /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A fp32 [m, k] · 反量化(W)ᵀ，
-   * dequant 解开一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。 */
+   * dequant 解开一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。
+   * scratch 至少 min(m, DSO_DOT_Q_ROWS) * dso_fixed_bytes(k) 字节：有的指令集把 A 化为定点。 */
   void (*dot_q)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc);
+                dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                void *scratch);
   void (*dequant)(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k);
 
   void (*transpose)(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n);
@@ -70,6 +72,7 @@ typedef struct dso_isa {
 void dso_isa_init_scalar(dso_isa *isa);
 void dso_isa_init_avx2(dso_isa *isa);
 void dso_isa_init_avx512(dso_isa *isa);
+void dso_isa_init_avx512vnni(dso_isa *isa);
 void dso_isa_init_avx512bf16(dso_isa *isa);
 
 static inline int64_t dso_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -91,6 +94,12 @@ static inline dso_quant dso_quant_at(const dso_quant *q, int64_t row, int64_t gr
   at.scale += row * q->groups + group;
   if (at.zero) at.zero += row * q->groups + group;
   return at;
+}
+/* dot_q 的 A 一行化为定点：每个元素两字节（k 补齐到 128），每组（至少 32 个）两个 fp32，再加 128。 */
+enum { DSO_DOT_Q_ROWS = 16 }; /* 一次至多这么多行 */
+static inline size_t dso_fixed_bytes(int64_t k) {
+  int64_t groups = dso_round_up(dso_ceil_div(k, 32), 16);
+  return (size_t)(2 * dso_round_up(k, 128) + 8 * groups + 128);
 }
 /* 打包后一个面板的元素数。 */
 static inline int64_t dso_panel_elems(dso_dtype fmt, int64_t k) {

@@ -124,7 +124,9 @@ static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quan
 }
 
 static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                  void *scratch) {
+  (void)scratch;
   for (int64_t j = 0; j < n; j++) {
     dso_quant row = dso_quant_at(q, j, 0);
     const void *wj = dso_at(w, w_dtype, j * ldw);

@@ -88,7 +88,9 @@ static void dot_i4(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
 }
 
 static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                  void *scratch) {
+  (void)scratch;
   if (w_dtype == DSO_I4) {
     dot_i4(m, n, k, a, lda, (const uint8_t *)w, ldw, q, c, ldc);
     return;

@@ -68,6 +68,4 @@ def moe_experts_quantized(
     """
     first, last = (gate_up, gate_up_scale, gate_up_zero), (down, down_scale, down_zero)
     options = (group_size, activation, alpha, limit, gated, list(shared_scale), list(shared_zero))
-    return run(
-        "moe_experts_quantized", x, indices, weights, *first, *last, list(shared), *options
-    )
+    return run("moe_experts_quantized", x, indices, weights, *first, *last, list(shared), *options)
