@@ -170,8 +170,8 @@ void prepare(const char *op, Experts &m, const dso_act &act, bool backward) {
   m.in.experts = static_cast<int64_t>(m.list.size()), m.in.expert = m.list.data();
   m.in.begin = m.begin.data(), m.in.token = m.token.data(), m.in.weight = m.weight.data();
   m.in.act = act;
-  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
-  dso_moe_prepare(&m.in, backward, m.hidden_at.data(), m.task_at.data());
+  m.at.resize(3 * (m.list.size() + 1));
+  dso_moe_prepare(&m.in, backward, m.at.data());
 }
 
 namespace {

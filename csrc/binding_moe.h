@@ -10,7 +10,7 @@ struct Experts {
   Tensor x, gate_up, down, gate_up_bias, down_bias;
   std::vector<Tensor> shared;
   std::vector<dso_expert> list;
-  std::vector<int64_t> begin, token, slot, hidden_at, task_at;
+  std::vector<int64_t> begin, token, slot, at;
   std::vector<float> weight;
   int64_t routed = 0, inner = 0, rows = 0;
   dso_moe_inputs in{};

@@ -98,7 +98,7 @@ dso_expert expert_of(const Stack &gate, int64_t gate_row, const Stack &up, int64
   return one;
 }
 
-// 量化的共享专家：三个矩阵的格式由类型分辨，int8 的可与 int4 的路由专家同用。kept 留住张量。
+// 量化的共享专家：格式由 gate 的类型分辨，int8 的可与 int4 的路由专家同用。kept 留住张量。
 void fill_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
                            const std::vector<Tensor> &scale, const std::vector<Tensor> &zero,
                            int64_t group_size, std::vector<Stack> &kept) {
@@ -109,9 +109,9 @@ void fill_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
   expect(zero.empty() || zero.size() == 3, kOp, "：shared_zero 应为空，或 3 个，实际有 ",
          zero.size(), " 个。");
   const int64_t k = m.x.size(1);
+  const bool int8 = shared[0].scalar_type() == ScalarType::Char;
   for (size_t i = 0; i < 3; i++) {
     const std::string at = "[" + std::to_string(i) + "]";
-    const bool int8 = shared[i].scalar_type() == ScalarType::Char;
     const Want want{kSingle,
                     i == 0   ? -1
                     : i == 1 ? kept[0].rows

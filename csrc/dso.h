@@ -235,12 +235,13 @@ typedef struct {
   /* 由 dso_moe_prepare 填，任务因此不必逐个专家数过来。 */
   const int64_t *hidden_at;                /* [experts + 1]：专家 e 之前的 Σ 行 * inner */
   const int64_t *task_at;                  /* [experts + 1]：专家 e 之前的中间阶段任务数 */
+  const int64_t *packed_at;                /* [experts + 1]：专家 e 之前边读边解的量化专家的行数 */
   int64_t most_rows, widest, inner_blocks; /* 最多的行数；K、N、inner 的最大值；inner 最多的段数 */
   int all_bf16, backward, quantized;       /* quantized：有量化的专家 */
 } dso_moe_inputs;
 
-/* hidden_at、task_at 各有 experts + 1 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
-void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at);
+/* at 有 3 (experts + 1) 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
+void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *at);
 
 typedef struct {
   dso_moe_inputs in;

@@ -16,12 +16,13 @@
 #include "avx512_vec.h"
 
 enum {
-  COLUMNS = 8,        /* 一次的列数：它们的权重留在一级缓存里，依次服务各行块 */
-  ROWS = 4,           /* 一次至多的行数 */
-  I8_STEP = 64,       /* 一次读入的权重 */
-  I4_STEP = 128,      /* 同上，64 字节 */
-  I8_MAX_K = 1 << 20, /* 再长 int32 放不下 */
-  LEVELS_16 = 32639,  /* 127 * 256 + 127：hi、lo 都不出界 */
+  COLUMNS = 8,       /* 一次的列数：它们的权重留在一级缓存里，依次服务各行块 */
+  ROWS = 4,          /* 一次至多的行数 */
+  I8_STEP = 64,      /* 一次读入的权重 */
+  I4_STEP = 128,     /* 同上，64 字节 */
+  CHUNK = 128,       /* 一次转成 fp32 的激活：最大的组 */
+  MAX_K = 1 << 20,   /* 再长 int8 的累加放不下 */
+  LEVELS_16 = 32639, /* 127 * 256 + 127：hi、lo 都不出界 */
 };
 
 static dso_isa base; /* 被覆盖之前的 AVX-512 原语；只在初始化时写 */
@@ -36,13 +37,12 @@ static inline __m512i dp(__m512i acc, __m512i w, __m512i x) {
 typedef struct {
   int8_t *codes;
   float *step; /* int4：[组数]；int8：一个 */
-  float *
-      sum; /* int4：[组数]，step * Σ (256 hi + lo)；int8 为 -128 Σ hi、-128 Σ lo 的 2 * 16 个 int32 */
+  float
+      *sum; /* int4：[组数]，step * Σ (256 hi + lo)；int8：-128 Σ hi、-128 Σ lo，2 * 16 个 int32 */
 } fixed_row;
 
-/* 见 dso_fixed_bytes：k 补齐到 128 的倍数，组数到 16 的倍数。 */
-static fixed_row fixed_at(void *scratch, int64_t i, int64_t k, int64_t groups) {
-  int8_t *codes = (int8_t *)scratch + i * (int64_t)dso_fixed_bytes(k);
+static inline fixed_row fixed_at(const void *packed, int64_t k, int64_t groups) {
+  int8_t *codes = (int8_t *)packed;
   float *step = (float *)(codes + 2 * dso_round_up(k, I4_STEP));
   return (fixed_row){codes, step, step + dso_round_up(groups, VL)};
 }
@@ -51,85 +51,124 @@ static inline __mmask16 mask_of(int64_t rest) {
   return rest >= VL ? 0xffff : (__mmask16)((1u << rest) - 1);
 }
 
-/* 最大绝对值换成 (尺度，它的倒数)。绝对值的位按整数比较：NaN 最大，不会丢。 */
-static float step_of(const float *a, int64_t n, float *inverse) {
-  __m512i top = _mm512_setzero_si512(), sign = _mm512_set1_epi32(0x7fffffff);
-  for (int64_t i = 0; i < n; i += VL) {
-    __m512i bits = _mm512_maskz_loadu_epi32(mask_of(n - i), a + i);
-    top = _mm512_max_epu32(top, _mm512_and_si512(bits, sign));
-  }
+/* n 个元素（至多 CHUNK）转成 fp32，补 0 到 16 的倍数。 */
+static void load_chunk(float *to, const void *src, dso_dtype dtype, int64_t at, int64_t n) {
+  base.to_f32(to, dso_at(src, dtype, at), dtype, n);
+  memset(to + n, 0, (size_t)(dso_round_up(n, VL) - n) * sizeof *to);
+}
+
+/* 绝对值的位，逐道取大。按整数比较：NaN、无穷最大，不会丢。 */
+static inline __m512i top_of(__m512i top, const float *a, int64_t n) {
+  __m512i sign = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < n; i += VL)
+    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_loadu_si512(a + i), sign));
+  return top;
+}
+
+/* 尺度与它的倒数；不是有限的为 NaN、0。 */
+static float step_of(__m512i top, float *inverse) {
   uint32_t bits = _mm512_reduce_max_epu32(top);
   float most;
   memcpy(&most, &bits, sizeof most);
   *inverse = 0.0f;
   if (bits >= 0x7f800000) return NAN;
-  most = most > 1e-30f ? most : 1e-30f; /* 倒数不上溢；更小的数算作 0 */
+  most = most > 1e-30f ? most : 1e-30f; /* 倒数不上溢；再小的数算作 0 */
   *inverse = LEVELS_16 / most;
   return most / LEVELS_16;
 }
 
 /* 16 个数的 hi、lo 字节；返回 16 位的值。lo 就是低字节：256 hi 的低字节为 0。 */
-static inline __m512i put_fixed(int8_t *hi, int8_t *lo, const float *a, int64_t n, float inverse) {
-  __m512 x = _mm512_maskz_loadu_ps(mask_of(n), a);
-  __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+static inline __m512i put_fixed(int8_t *hi, int8_t *lo, const float *a, float inverse) {
+  __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(a), _mm512_set1_ps(inverse)));
   __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
   _mm_storeu_si128((__m128i *)hi, _mm512_cvtepi32_epi8(high));
   _mm_storeu_si128((__m128i *)lo, _mm512_cvtepi32_epi8(v));
   return v;
 }
 
-static void fix_i8(fixed_row row, const float *a, int64_t k) {
-  float inverse;
-  int64_t steps = dso_ceil_div(k, I8_STEP);
-  memset(row.codes + (steps - 1) * 2 * I8_STEP, 0, 2 * I8_STEP);
-  *row.step = step_of(a, k, &inverse);
-  for (int64_t x = 0; x < k; x += VL) {
-    int8_t *hi = row.codes + x / I8_STEP * 2 * I8_STEP + x % I8_STEP;
-    put_fixed(hi, hi + I8_STEP, a + x, k - x, inverse);
+static void pack_i8(fixed_row row, const void *src, dso_dtype dtype, int64_t k) {
+  float a[CHUNK], inverse;
+  __m512i top = _mm512_setzero_si512(), high = top, low = top;
+  for (int64_t x = 0; x < k; x += CHUNK) {
+    load_chunk(a, src, dtype, x, dso_min(CHUNK, k - x));
+    top = top_of(top, a, dso_min(CHUNK, k - x));
   }
-  __m512i high = _mm512_setzero_si512(), low = high, shift = _mm512_set1_epi8((char)128);
-  for (int64_t s = 0; s < steps; s++) {
-    const int8_t *at = row.codes + s * 2 * I8_STEP;
+  *row.step = step_of(top, &inverse);
+  for (int64_t x = 0; x < k; x += CHUNK) {
+    int64_t n = dso_min(CHUNK, k - x);
+    load_chunk(a, src, dtype, x, n);
+    for (int64_t i = 0; i < n; i += VL) {
+      int8_t *hi = row.codes + (x + i) / I8_STEP * 2 * I8_STEP + i % I8_STEP;
+      put_fixed(hi, hi + I8_STEP, a + i, inverse);
+    }
+  }
+  __m512i shift = _mm512_set1_epi8((char)128), zero = _mm512_setzero_si512();
+  for (const int8_t *at = row.codes; at < row.codes + 2 * k; at += 2 * I8_STEP) {
     high = dp(high, shift, _mm512_loadu_si512(at));
     low = dp(low, shift, _mm512_loadu_si512(at + I8_STEP));
   }
-  __m512i zero = _mm512_setzero_si512();
   _mm512_storeu_si512(row.sum, _mm512_sub_epi32(zero, high));
   _mm512_storeu_si512(row.sum + VL, _mm512_sub_epi32(zero, low));
 }
 
-static void fix_i4(fixed_row row, const float *a, int64_t k, int64_t group) {
-  int64_t steps = dso_ceil_div(k, I4_STEP), padded = dso_round_up(dso_ceil_div(k, group), VL);
-  memset(row.codes + (steps - 1) * 2 * I4_STEP, 0, 2 * I4_STEP);
+static void pack_i4(fixed_row row, const void *src, dso_dtype dtype, int64_t k, int64_t group) {
+  int64_t padded = dso_round_up(dso_ceil_div(k, group), VL);
   memset(row.step, 0, (size_t)padded * 2 * sizeof(float)); /* step 与 sum 相连 */
-  for (int64_t g = 0, x = 0; x < k; g++) {
-    int64_t end = dso_min(x + group, k);
-    float inverse, step = step_of(a + x, end - x, &inverse);
+  for (int64_t g = 0, x = 0; x < k; g++, x += group) {
+    float a[CHUNK], inverse;
+    int64_t n = dso_min(group, k - x);
+    load_chunk(a, src, dtype, x, n);
+    float step = step_of(top_of(_mm512_setzero_si512(), a, n), &inverse);
     __m512i sum = _mm512_setzero_si512();
-    for (; x < end; x += VL) {
-      int64_t r = x % I4_STEP / VL; /* 第 r 个 16：低 4 位（偶数）还是高 4 位，第几段 16 字节 */
+    for (int64_t i = 0; i < n; i += VL) {
+      int64_t r = (x + i) % I4_STEP / VL; /* 偶数是低 4 位；r / 2 是第几段 16 字节 */
       int8_t *hi = row.codes + x / I4_STEP * 2 * I4_STEP + r % 2 * 64 + r / 2 * VL;
-      sum = _mm512_add_epi32(sum, put_fixed(hi, hi + I4_STEP, a + x, end - x, inverse));
+      sum = _mm512_add_epi32(sum, put_fixed(hi, hi + I4_STEP, a + i, inverse));
     }
     row.step[g] = step, row.sum[g] = step * (float)_mm512_reduce_add_epi32(sum);
-    x = end;
   }
+}
+
+static void pack_q(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
+                   int64_t group) {
+  if (k > MAX_K) {
+    base.pack_q(dst, src, dtype, k, w_dtype, group);
+    return;
+  }
+  fixed_row row = fixed_at(dst, k, w_dtype == DSO_I8 ? 1 : dso_ceil_div(k, group));
+  int64_t last = dso_round_up(k, I4_STEP) - I4_STEP;
+  memset(row.codes + 2 * last, 0, 2 * I4_STEP); /* 末一步多出的 */
+  if (w_dtype == DSO_I8)
+    pack_i8(row, src, dtype, k);
+  else
+    pack_i4(row, src, dtype, k, group);
+}
+
+/* 若干列权重，与同时要预取的另外几列（各列行距相同）。 */
+typedef struct {
+  const char *at, *ahead;
+  int64_t ld;
+} columns;
+
+/* 第 j 列 offset 处的 64 字节；bytes 不足 64 时只读 bytes 字节，其余为 0。 */
+static inline __attribute__((always_inline)) __m512i load_column(const columns *w, int64_t j,
+                                                                 int64_t offset, int64_t bytes) {
+  const char *p = w->at + j * w->ld + offset;
+  _mm_prefetch(w->ahead + j * w->ld + offset, _MM_HINT_T1);
+  return bytes >= 64 ? _mm512_loadu_si512(p)
+                     : _mm512_maskz_loadu_epi8(((__mmask64)1 << bytes) - 1, p);
 }
 
 /* ---- int8 ---- */
 
 /* 一步 64 个权重；rest 不足 64 时只读 rest 个。 */
-static inline __attribute__((always_inline)) void i8_step(int mr, int nr, int64_t rest,
-                                                          const fixed_row *row, int64_t at,
-                                                          const int8_t *w, int64_t ldw,
+static inline __attribute__((always_inline)) void i8_step(int mr, int nr, int64_t rest, int64_t at,
+                                                          const fixed_row *row, const columns *w,
                                                           __m512i high[ROWS][COLUMNS],
                                                           __m512i low[ROWS][COLUMNS]) {
   __m512i flip = _mm512_set1_epi8((char)128);
   _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
-    const int8_t *p = w + j * ldw;
-    __m512i wv = rest >= I8_STEP ? _mm512_loadu_si512(p)
-                                 : _mm512_maskz_loadu_epi8(((__mmask64)1 << rest) - 1, p);
-    wv = _mm512_xor_si512(wv, flip);
+    __m512i wv = _mm512_xor_si512(load_column(w, j, at, rest), flip);
     _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) {
       high[i][j] = dp(high[i][j], wv, _mm512_loadu_si512(row[i].codes + 2 * at));
       low[i][j] = dp(low[i][j], wv, _mm512_loadu_si512(row[i].codes + 2 * at + I8_STEP));
@@ -138,8 +177,8 @@ static inline __attribute__((always_inline)) void i8_step(int mr, int nr, int64_
 }
 
 static inline __attribute__((always_inline)) void i8_tile(int mr, int nr, int64_t k,
-                                                          const fixed_row *row, const int8_t *w,
-                                                          int64_t ldw, const float *scale, float *c,
+                                                          const fixed_row *row, columns w,
+                                                          const float *scale, float *c,
                                                           int64_t ldc) {
   __m512i high[ROWS][COLUMNS], low[ROWS][COLUMNS];
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
@@ -148,8 +187,8 @@ static inline __attribute__((always_inline)) void i8_tile(int mr, int nr, int64_
     low[i][j] = _mm512_loadu_si512(row[i].sum + VL);
   }
   int64_t x = 0;
-  for (; x + I8_STEP <= k; x += I8_STEP) i8_step(mr, nr, I8_STEP, row, x, w + x, ldw, high, low);
-  if (x < k) i8_step(mr, nr, k - x, row, x, w + x, ldw, high, low);
+  for (; x + I8_STEP <= k; x += I8_STEP) i8_step(mr, nr, I8_STEP, x, row, &w, high, low);
+  if (x < k) i8_step(mr, nr, k - x, x, row, &w, high, low);
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
     vf sum = v_fma(_mm512_cvtepi32_ps(high[i][j]), v_set1(256.0f), _mm512_cvtepi32_ps(low[i][j]));
@@ -171,17 +210,15 @@ static inline __attribute__((always_inline)) vf spread(int per, const float *p, 
 /* 一步；bytes 不足 64 时只读 bytes 字节，groups 是余下的组数。 */
 static inline __attribute__((always_inline)) void i4_step(int mr, int nr, int per, int64_t bytes,
                                                           int64_t s, int64_t groups,
-                                                          const fixed_row *row, const uint8_t *w,
-                                                          int64_t ldw, const dso_quant *q,
+                                                          const fixed_row *row, const columns *w,
+                                                          const dso_quant *q,
                                                           vf acc[ROWS][COLUMNS]) {
   __m512i nibble = _mm512_set1_epi8(15);
   vf step[ROWS];
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) step[i] =
       spread(per, row[i].step + s * per, per);
   _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
-    const uint8_t *p = w + j * ldw + s * 64;
-    __m512i both = bytes >= 64 ? _mm512_loadu_si512(p)
-                               : _mm512_maskz_loadu_epi8(((__mmask64)1 << bytes) - 1, p);
+    __m512i both = load_column(w, j, s * 64, bytes);
     __m512i w0 = _mm512_and_si512(both, nibble);
     __m512i w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
     vf scale = spread(per, q->scale + j * q->groups + s * per, groups);
@@ -215,16 +252,16 @@ static inline __attribute__((always_inline)) void i4_zeros(int mr, int nr, const
 }
 
 static inline __attribute__((always_inline)) void i4_tile(int mr, int nr, int per,
-                                                          const fixed_row *row, const uint8_t *w,
-                                                          int64_t ldw, const dso_quant *q, float *c,
+                                                          const fixed_row *row, columns w,
+                                                          const dso_quant *q, float *c,
                                                           int64_t ldc) {
   vf acc[ROWS][COLUMNS];
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = v_set1(0.0f);
   int64_t steps = q->groups / per;
-  for (int64_t s = 0; s < steps; s++) i4_step(mr, nr, per, 64, s, per, row, w, ldw, q, acc);
+  for (int64_t s = 0; s < steps; s++) i4_step(mr, nr, per, 64, s, per, row, &w, q, acc);
   int64_t rest = q->groups - steps * per;
-  if (rest) i4_step(mr, nr, per, rest * 64 / per, steps, rest, row, w, ldw, q, acc);
+  if (rest) i4_step(mr, nr, per, rest * 64 / per, steps, rest, row, &w, q, acc);
   i4_zeros(mr, nr, row, q, acc);
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) c[i * ldc + j] = v_hsum(acc[i][j]);
@@ -233,72 +270,67 @@ static inline __attribute__((always_inline)) void i4_tile(int mr, int nr, int pe
 /* ---- 行与列的划分 ---- */
 
 typedef struct {
-  int64_t m, n, k, ldw, ldc;
-  const void *w;
+  int64_t m, n, k, a_stride, ldw, ldc;
+  const char *a, *w;
   dso_quant q;
   float *c;
 } product;
 
-/* 第 i 行起 mr 行、第 j 列起 nr 列；per 为 0 时 int8。 */
+/* 第 i 行起 mr 行、第 j 列起 nr 列；ahead 为要预取的那组列的第一行。per 为 0 时 int8。 */
 static inline __attribute__((always_inline)) void tile(int mr, int nr, int per, const product *p,
-                                                       const fixed_row *row, int64_t i, int64_t j) {
+                                                       int64_t i, int64_t j, const char *ahead) {
+  fixed_row row[ROWS];
+  _Pragma("GCC unroll 4") for (int r = 0; r < mr; r++) row[r] =
+      fixed_at(p->a + (i + r) * p->a_stride, p->k, p->q.groups);
   float *c = p->c + i * p->ldc + j;
-  const char *w = (const char *)p->w + j * p->ldw;
+  columns w = {p->w + j * p->ldw, ahead, p->ldw};
   dso_quant q = dso_quant_at(&p->q, j, 0);
   if (per == 0)
-    i8_tile(mr, nr, p->k, row + i, (const int8_t *)w, p->ldw, q.scale, c, p->ldc);
+    i8_tile(mr, nr, p->k, row, w, q.scale, c, p->ldc);
   else
-    i4_tile(mr, nr, per, row + i, (const uint8_t *)w, p->ldw, &q, c, p->ldc);
+    i4_tile(mr, nr, per, row, w, &q, c, p->ldc);
 }
 
-/* mr 行、COLUMNS 列：寄存器放得下 8 / mr 列的 int8 累加器。 */
+/* mr 行、COLUMNS 列，每次 nr 列。 */
 static inline __attribute__((always_inline)) void block(int mr, int nr, int per, const product *p,
-                                                        const fixed_row *row, int64_t i,
-                                                        int64_t j) {
-  for (int64_t end = j + COLUMNS; j < end; j += nr) tile(mr, nr, per, p, row, i, j);
+                                                        int64_t i, int64_t j, const char *ahead) {
+  for (int64_t x = 0; x < COLUMNS; x += nr) tile(mr, nr, per, p, i, j + x, ahead + x * p->ldw);
 }
 
-static inline __attribute__((always_inline)) void run(int per, const product *p,
-                                                      const fixed_row *row) {
+/* 一组列依次服务各行块；第一个行块顺带预取下一组列。 */
+static inline __attribute__((always_inline)) void run(int per, const product *p, const char *next) {
   int64_t j = 0;
   for (; j + COLUMNS <= p->n; j += COLUMNS) {
+    const char *here = p->w + j * p->ldw;
+    const char *ahead = j + 2 * COLUMNS <= p->n ? here + COLUMNS * p->ldw : next ? next : here;
     int64_t i = 0;
-    for (; i + 4 <= p->m; i += 4) block(4, per ? 4 : 2, per, p, row, i, j);
-    if (p->m - i == 3) block(3, per ? 4 : 2, per, p, row, i, j);
-    if (p->m - i == 2) block(2, 4, per, p, row, i, j);
-    if (p->m - i == 1) block(1, 8, per, p, row, i, j);
+    for (; i + 4 <= p->m; i += 4, ahead = here) block(4, per ? 4 : 2, per, p, i, j, ahead);
+    if (p->m - i == 3) block(3, per ? 4 : 2, per, p, i, j, ahead);
+    if (p->m - i == 2) block(2, 4, per, p, i, j, ahead);
+    if (p->m - i == 1) block(1, 8, per, p, i, j, ahead);
   }
   for (; j < p->n; j++)
-    for (int64_t i = 0; i < p->m; i++) tile(1, 1, per, p, row, i, j);
+    for (int64_t i = 0; i < p->m; i++) tile(1, 1, per, p, i, j, p->w + j * p->ldw);
 }
 
-static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
+static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
                   dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
-                  void *scratch) {
-  if (k > I8_MAX_K) {
-    base.dot_q(m, n, k, a, lda, w, w_dtype, ldw, q, c, ldc, scratch);
+                  const void *next) {
+  if (k > MAX_K) {
+    base.dot_q(m, n, k, a, a_stride, w, w_dtype, ldw, q, c, ldc, next);
     return;
   }
-  for (int64_t i = 0; i < m; i += DSO_DOT_Q_ROWS) {
-    fixed_row row[DSO_DOT_Q_ROWS];
-    product p = {dso_min(DSO_DOT_Q_ROWS, m - i), n, k, ldw, ldc, w, *q, c + i * ldc};
-    for (int64_t r = 0; r < p.m; r++) {
-      row[r] = fixed_at(scratch, r, k, q->groups);
-      if (w_dtype == DSO_I8)
-        fix_i8(row[r], a + (i + r) * lda, k);
-      else
-        fix_i4(row[r], a + (i + r) * lda, k, q->group);
-    }
-    int64_t per = w_dtype == DSO_I8 ? 0 : I4_STEP / q->group;
-    if (per == 0) run(0, &p, row);
-    if (per == 1) run(1, &p, row);
-    if (per == 2) run(2, &p, row);
-    if (per == 4) run(4, &p, row);
-  }
+  product p = {m, n, k, a_stride, ldw, ldc, a, w, *q, c};
+  int64_t per = w_dtype == DSO_I8 ? 0 : I4_STEP / q->group;
+  if (per == 0) run(0, &p, next);
+  if (per == 1) run(1, &p, next);
+  if (per == 2) run(2, &p, next);
+  if (per == 4) run(4, &p, next);
 }
 
 void dso_isa_init_avx512vnni(dso_isa *isa) {
   base = *isa;
   isa->name = "avx512_vnni";
+  isa->pack_q = pack_q;
   isa->dot_q = dot_q;
 }
