@@ -166,12 +166,16 @@ static inline __attribute__((always_inline)) void i8_step(int mr, int nr, int64_
                                                           const fixed_row *row, const columns *w,
                                                           __m512i high[ROWS][COLUMNS],
                                                           __m512i low[ROWS][COLUMNS]) {
-  __m512i flip = _mm512_set1_epi8((char)128);
+  __m512i flip = _mm512_set1_epi8((char)128), xh[ROWS], xl[ROWS];
+  _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) {
+    xh[i] = _mm512_loadu_si512(row[i].codes + 2 * at);
+    xl[i] = _mm512_loadu_si512(row[i].codes + 2 * at + I8_STEP);
+  }
   _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
     __m512i wv = _mm512_xor_si512(load_column(w, j, at, rest), flip);
     _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) {
-      high[i][j] = dp(high[i][j], wv, _mm512_loadu_si512(row[i].codes + 2 * at));
-      low[i][j] = dp(low[i][j], wv, _mm512_loadu_si512(row[i].codes + 2 * at + I8_STEP));
+      high[i][j] = dp(high[i][j], wv, xh[i]);
+      low[i][j] = dp(low[i][j], wv, xl[i]);
     }
   }
 }
@@ -198,55 +202,53 @@ static inline __attribute__((always_inline)) void i8_tile(int mr, int nr, int64_
 
 /* ---- int4 ---- */
 
-/* 一步 128 个权重涉及 1、2 或 4 组：各组的数铺到它那一段权重的 int32 上。 */
-static inline __attribute__((always_inline)) vf spread(int per, const float *p, int64_t rest) {
+/* 一步 128 个权重涉及 per = 1、2 或 4 组：各组的尺度铺到它那一段权重的 int32 上。 */
+static inline __attribute__((always_inline)) vf spread(int per, const float *p) {
   if (per == 1) return v_set1(*p);
   __m512i index = per == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  __mmask8 mask = (__mmask8)((1u << dso_min(per, rest)) - 1);
-  return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_maskz_loadu_ps(mask, p)));
+  __m128 four =
+      per == 2 ? _mm_castpd_ps(_mm_load_sd((const double *)(const void *)p)) : _mm_loadu_ps(p);
+  return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(four));
 }
 
-/* 一步；bytes 不足 64 时只读 bytes 字节，groups 是余下的组数。 */
+/* 一步；bytes 不足 64 时只读 bytes 字节。scale 指向这一步的尺度。 */
 static inline __attribute__((always_inline)) void i4_step(int mr, int nr, int per, int64_t bytes,
-                                                          int64_t s, int64_t groups,
-                                                          const fixed_row *row, const columns *w,
-                                                          const dso_quant *q,
-                                                          vf acc[ROWS][COLUMNS]) {
+                                                          int64_t s, const fixed_row *row,
+                                                          const columns *w,
+                                                          float scale[ROWS][COLUMNS][VL],
+                                                          int64_t at, vf acc[ROWS][COLUMNS]) {
   __m512i nibble = _mm512_set1_epi8(15);
-  vf step[ROWS];
-  _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) step[i] =
-      spread(per, row[i].step + s * per, per);
   _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
     __m512i both = load_column(w, j, s * 64, bytes);
     __m512i w0 = _mm512_and_si512(both, nibble);
     __m512i w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    vf scale = spread(per, q->scale + j * q->groups + s * per, groups);
     _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) {
       const int8_t *x = row[i].codes + s * 2 * I4_STEP;
       __m512i t = dp(_mm512_setzero_si512(), w0, _mm512_loadu_si512(x));
       t = _mm512_slli_epi32(dp(t, w1, _mm512_loadu_si512(x + 64)), 8);
       t = dp(dp(t, w0, _mm512_loadu_si512(x + 128)), w1, _mm512_loadu_si512(x + 192));
-      acc[i][j] = v_fma(_mm512_cvtepi32_ps(t) * step[i], scale, acc[i][j]);
+      acc[i][j] = v_fma(_mm512_cvtepi32_ps(t), spread(per, scale[i][j] + at), acc[i][j]);
     }
   }
 }
 
-/* 减去零点的部分：Σ_组 尺度 * 零点 * 组内激活之和，一次 16 组。 */
-static inline __attribute__((always_inline)) void i4_zeros(int mr, int nr, const fixed_row *row,
-                                                           const dso_quant *q,
-                                                           vf acc[ROWS][COLUMNS]) {
-  for (int64_t g = 0; g < q->groups; g += VL) {
-    __mmask16 mask = mask_of(q->groups - g);
-    _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
-      int64_t at = j * q->groups + g;
-      vf zero =
-          q->zero
-              ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->zero + at)))
-              : v_set1(8.0f);
-      vf shift = _mm512_maskz_loadu_ps(mask, q->scale + at) * zero;
-      _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) acc[i][j] =
-          _mm512_fnmadd_ps(shift, v_load(row[i].sum + g), acc[i][j]);
+/* 第 g 组起至多 16 组：权重与激活的尺度之积（其余为 0）；减去零点的部分 Σ 尺度 * 零点 * 激活之和。 */
+static inline __attribute__((always_inline)) void i4_scales(int mr, int nr, int64_t g,
+                                                            const fixed_row *row,
+                                                            const dso_quant *q,
+                                                            float product[ROWS][COLUMNS][VL],
+                                                            vf acc[ROWS][COLUMNS]) {
+  __mmask16 mask = mask_of(q->groups - g);
+  _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
+    int64_t at = j * q->groups + g;
+    vf zero =
+        q->zero ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->zero + at)))
+                : v_set1(8.0f);
+    vf scale = _mm512_maskz_loadu_ps(mask, q->scale + at), shift = scale * zero;
+    _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++) {
+      v_store(product[i][j], scale * v_load(row[i].step + g));
+      acc[i][j] = _mm512_fnmadd_ps(shift, v_load(row[i].sum + g), acc[i][j]);
     }
   }
 }
@@ -256,13 +258,18 @@ static inline __attribute__((always_inline)) void i4_tile(int mr, int nr, int pe
                                                           const dso_quant *q, float *c,
                                                           int64_t ldc) {
   vf acc[ROWS][COLUMNS];
+  _Alignas(64) float scale[ROWS][COLUMNS][VL];
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) acc[i][j] = v_set1(0.0f);
-  int64_t steps = q->groups / per;
-  for (int64_t s = 0; s < steps; s++) i4_step(mr, nr, per, 64, s, per, row, &w, q, acc);
-  int64_t rest = q->groups - steps * per;
-  if (rest) i4_step(mr, nr, per, rest * 64 / per, steps, rest, row, &w, q, acc);
-  i4_zeros(mr, nr, row, q, acc);
+  for (int64_t g = 0; g < q->groups; g += VL) {
+    i4_scales(mr, nr, g, row, q, scale, acc);
+    int64_t groups = dso_min(VL, q->groups - g), steps = groups / per, first = g / per;
+    for (int64_t s = 0; s < steps; s++)
+      i4_step(mr, nr, per, 64, first + s, row, &w, scale, s * per, acc);
+    int64_t rest = groups - steps * per;
+    if (rest)
+      i4_step(mr, nr, per, rest * 64 / per, first + steps, row, &w, scale, steps * per, acc);
+  }
   _Pragma("GCC unroll 4") for (int i = 0; i < mr; i++)
       _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) c[i * ldc + j] = v_hsum(acc[i][j]);
 }
@@ -291,26 +298,37 @@ static inline __attribute__((always_inline)) void tile(int mr, int nr, int per, 
     i4_tile(mr, nr, per, row, w, &q, c, p->ldc);
 }
 
-/* mr 行、COLUMNS 列，每次 nr 列。 */
-static inline __attribute__((always_inline)) void block(int mr, int nr, int per, const product *p,
-                                                        int64_t i, int64_t j, const char *ahead) {
-  for (int64_t x = 0; x < COLUMNS; x += nr) tile(mr, nr, per, p, i, j + x, ahead + x * p->ldw);
-}
+/* 各种块各成一个函数：合在一个里，编译器的寄存器分配会变差。X(per, 行, 列)。 */
+/* clang-format off */
+#define I8_TILES(X) X(0, 1, 8) X(0, 2, 4) X(0, 3, 2) X(0, 4, 2) X(0, 1, 1)
+#define I4_TILES(X, PER) X(PER, 1, 8) X(PER, 2, 4) X(PER, 3, 4) X(PER, 4, 4) X(PER, 1, 1)
+#define TILES(X) I8_TILES(X) I4_TILES(X, 1) I4_TILES(X, 2) I4_TILES(X, 4)
+/* clang-format on */
+#define DEFINE_TILE(PER, MR, NR)                                                                 \
+  static __attribute__((noinline)) void tile_##PER##_##MR##x##NR(const product *p, int64_t i,    \
+                                                                 int64_t j, const char *ahead) { \
+    tile(MR, NR, PER, p, i, j, ahead);                                                           \
+  }
+TILES(DEFINE_TILE)
+
+typedef void (*tile_fn)(const product *, int64_t, int64_t, const char *);
+#define NAME_TILE(PER, MR, NR) [PER][MR][NR] = tile_##PER##_##MR##x##NR,
+static const tile_fn TILE[5][ROWS + 1][COLUMNS + 1] = {TILES(NAME_TILE)};
 
 /* 一组列依次服务各行块；第一个行块顺带预取下一组列。 */
-static inline __attribute__((always_inline)) void run(int per, const product *p, const char *next) {
+static void run(int64_t per, const product *p, const char *next) {
   int64_t j = 0;
   for (; j + COLUMNS <= p->n; j += COLUMNS) {
     const char *here = p->w + j * p->ldw;
     const char *ahead = j + 2 * COLUMNS <= p->n ? here + COLUMNS * p->ldw : next ? next : here;
-    int64_t i = 0;
-    for (; i + 4 <= p->m; i += 4, ahead = here) block(4, per ? 4 : 2, per, p, i, j, ahead);
-    if (p->m - i == 3) block(3, per ? 4 : 2, per, p, i, j, ahead);
-    if (p->m - i == 2) block(2, 4, per, p, i, j, ahead);
-    if (p->m - i == 1) block(1, 8, per, p, i, j, ahead);
+    for (int64_t i = 0, mr; i < p->m; i += mr, ahead = here) {
+      mr = dso_min(ROWS, p->m - i);
+      int64_t nr = mr == 1 ? 8 : mr > 2 && per == 0 ? 2 : 4;
+      for (int64_t x = 0; x < COLUMNS; x += nr) TILE[per][mr][nr](p, i, j + x, ahead + x * p->ldw);
+    }
   }
   for (; j < p->n; j++)
-    for (int64_t i = 0; i < p->m; i++) tile(1, 1, per, p, i, j, p->w + j * p->ldw);
+    for (int64_t i = 0; i < p->m; i++) TILE[per][1][1](p, i, j, p->w + j * p->ldw);
 }
 
 static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
@@ -322,10 +340,7 @@ static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stri
   }
   product p = {m, n, k, a_stride, ldw, ldc, a, w, *q, c};
   int64_t per = w_dtype == DSO_I8 ? 0 : I4_STEP / q->group;
-  if (per == 0) run(0, &p, next);
-  if (per == 1) run(1, &p, next);
-  if (per == 2) run(2, &p, next);
-  if (per == 4) run(4, &p, next);
+  run(per, &p, next);
 }
 
 void dso_isa_init_avx512vnni(dso_isa *isa) {
