@@ -28,9 +28,15 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x0
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2_FLAGS]
-AVX512BF16_FLAGS = ["-mavx512bf16", *AVX512_FLAGS]
+AVX512VNNI_FLAGS = ["-mavx512vnni", *AVX512_FLAGS]
+AVX512BF16_FLAGS = ["-mavx512bf16", *AVX512VNNI_FLAGS]
 # 由低到高，后一级包含前一级（csrc/isa/select.c 按同样的次序逐级覆盖）。
-ISA_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": AVX512BF16_FLAGS}
+ISA_FLAGS = {
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512vnni": AVX512VNNI_FLAGS,
+    "avx512bf16": AVX512BF16_FLAGS,
+}
 
 CUDA_ARCH = [
     "-gencode=arch=compute_80,code=sm_80",

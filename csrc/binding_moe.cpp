@@ -120,12 +120,16 @@ void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tenso
     m.weight[static_cast<size_t>(i)] = factor[m.slot[static_cast<size_t>(i)]];
 }
 
-void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) {
-  if (shared.empty()) return;
-  const int64_t tokens = m.x.size(0), k = m.x.size(1);
+void check_shared_count(const char *op, const std::vector<Tensor> &shared) {
   expect(shared.size() == 3 || shared.size() == 4, op,
          "：shared 应为空，或 [gate, up, down]，或再加逐词元的系数，实际有 ", shared.size(),
          " 个。");
+}
+
+void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) {
+  if (shared.empty()) return;
+  check_shared_count(op, shared);
+  const int64_t k = m.x.size(1);
   const Tensor &gate = shared[0], &up = shared[1], &down = shared[2];
   expect_shape(op, "shared[0]", gate, {-1, k});
   expect_shape(op, "shared[1]", up, {gate.size(0), k});
@@ -139,6 +143,11 @@ void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) 
   e.gate = mat_of(m.shared[0], type), e.up = mat_of(m.shared[1], type),
   e.down = mat_of(m.shared[2], type);
   m.list.push_back(e);
+  fill_shared_rows(op, m, shared);
+}
+
+void fill_shared_rows(const char *op, Experts &m, const std::vector<Tensor> &shared) {
+  const int64_t tokens = m.x.size(0);
   const float *scale = nullptr;
   if (shared.size() == 4) {
     expect_shape(op, "shared[3]", shared[3], {tokens});
@@ -147,7 +156,7 @@ void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared) 
         torch::stable::contiguous(shared[3].scalar_type() == ScalarType::Float
                                       ? shared[3]
                                       : torch::stable::to(shared[3], ScalarType::Float)));
-    scale = static_cast<const float *>(m.shared[3].const_data_ptr());
+    scale = static_cast<const float *>(m.shared.back().const_data_ptr());
   }
   for (int64_t t = 0; t < tokens; t++) {
     const auto i = static_cast<size_t>(m.rows + t);
@@ -162,8 +171,8 @@ void prepare(const char *op, Experts &m, const dso_act &act, bool backward) {
   m.in.experts = static_cast<int64_t>(m.list.size()), m.in.expert = m.list.data();
   m.in.begin = m.begin.data(), m.in.token = m.token.data(), m.in.weight = m.weight.data();
   m.in.act = act;
-  m.hidden_at.resize(m.list.size() + 1), m.task_at.resize(m.list.size() + 1);
-  dso_moe_prepare(&m.in, backward, m.hidden_at.data(), m.task_at.data());
+  m.at.resize(3 * (m.list.size() + 1));
+  dso_moe_prepare(&m.in, backward, m.at.data());
 }
 
 namespace {
@@ -193,7 +202,7 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
     m.list.push_back(
         expert_at(m, options.layout, type, gate_up_bias.has_value(), down_bias.has_value(), e));
   fill_shared(op, m, shared);
-  m.in.transposed = options.layout.transposed;
+  m.in.transposed = options.layout.transposed, m.in.gated = options.layout.gated;
   m.in.paired = options.layout.transposed && options.layout.interleaved && options.layout.gated;
   prepare(op, m, {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)},
           options.backward);

@@ -10,7 +10,7 @@ struct Experts {
   Tensor x, gate_up, down, gate_up_bias, down_bias;
   std::vector<Tensor> shared;
   std::vector<dso_expert> list;
-  std::vector<int64_t> begin, token, slot, hidden_at, task_at;
+  std::vector<int64_t> begin, token, slot, at;
   std::vector<float> weight;
   int64_t routed = 0, inner = 0, rows = 0;
   dso_moe_inputs in{};
@@ -24,6 +24,10 @@ void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tenso
 
 // 共享专家 [gate, up, down]（可再带一个逐词元的系数 [T]）：行是全部词元。接在 list 的路由专家之后。
 void fill_shared(const char *op, Experts &m, const std::vector<Tensor> &shared);
+
+// fill_shared 的两头：张量个数的检查；（list 里已有共享专家时）它的行与系数。
+void check_shared_count(const char *op, const std::vector<Tensor> &shared);
+void fill_shared_rows(const char *op, Experts &m, const std::vector<Tensor> &shared);
 
 // list、路由填好之后：填 in 的其余部分，dso_moe_prepare。
 void prepare(const char *op, Experts &m, const dso_act &act, bool backward);

@@ -5,9 +5,11 @@ namespace dso {
 namespace {
 
 constexpr const char *kOp = "moe_experts_quantized";
+constexpr int64_t kSingle = -2;  // 共享专家：没有专家这一维
 
 // 一叠量化的矩阵 [E, R, C]：int8 [E, R, C] 与尺度 [E, R]；int4 每行 ⌈C / 组⌉ 组，打包成
-// [E, R, 组数 * 组 / 2] uint8，尺度、零点 [E, R, 组数]。张量要活到执行结束。
+// [E, R, 组数 * 组 / 2] uint8，尺度、零点 [E, R, 组数]。共享专家是单个矩阵，没有 E 这一维。
+// 张量要活到执行结束。
 struct Stack {
   Tensor packed, scale, zero;
   dso_dtype type;
@@ -31,37 +33,97 @@ void check_codes(const std::string &name, const Tensor &t, ScalarType want, cons
          t.scalar_type() == ScalarType::Byte ? "uint8" : dtype_name(t.scalar_type()), "。");
 }
 
-// experts、rows 为 -1 时任意；columns 是没有打包时的列数。
-Stack stack_of(const std::string &name, const Tensor &packed, const Tensor &scale,
-               const std::optional<Tensor> &zero, int64_t experts, int64_t columns,
-               int64_t group_size) {
+// 要求的形状：专家数（-1 任意，kSingle 没有这一维）、行数（-1 任意）、没有打包时的列数。
+struct Want {
+  int64_t experts, rows, columns;
+
+  void check(const std::string &name, const Tensor &t, int64_t r, int64_t c) const {
+    if (experts == kSingle)
+      expect_shape(kOp, name.c_str(), t, {r, c});
+    else
+      expect_shape(kOp, name.c_str(), t, {experts, r, c});
+  }
+  void check(const std::string &name, const Tensor &t, int64_t r) const {
+    if (experts == kSingle)
+      expect_shape(kOp, name.c_str(), t, {r});
+    else
+      expect_shape(kOp, name.c_str(), t, {experts, r});
+  }
+};
+
+struct Names {
+  std::string packed, scale, zero;
+};
+
+Stack stack_of(const Names &name, const Tensor &packed, const Tensor &scale,
+               const std::optional<Tensor> &zero, Want want, int64_t group_size) {
   const bool int4 = group_size > 0;
-  const std::string scale_name = name + "_scale", zero_name = name + "_zero";
-  expect(packed.defined(), kOp, "：", name, " 应为张量，实际是 None。");
-  expect(scale.defined(), kOp, "：", scale_name,
+  expect(packed.defined(), kOp, "：", name.packed, " 应为张量，实际是 None。");
+  expect(scale.defined(), kOp, "：", name.scale,
          " 应为张量（量化的权重必须有尺度），实际是 None。");
   Stack s{};
   s.type = int4 ? DSO_I4 : DSO_I8, s.group = group_size;
-  s.groups = int4 ? (columns + group_size - 1) / group_size : 1;
-  s.width = int4 ? s.groups * group_size / 2 : columns;
+  s.groups = int4 ? (want.columns + group_size - 1) / group_size : 1;
+  s.width = int4 ? s.groups * group_size / 2 : want.columns;
   if (int4)
-    check_codes(name, packed, ScalarType::Byte, "uint8（group_size 大于 0 时是 int4）");
+    check_codes(name.packed, packed, ScalarType::Byte, "uint8（group_size 大于 0 时是 int4）");
   else
-    check_codes(name, packed, ScalarType::Char, "int8（group_size 为 0 时）");
-  expect_shape(kOp, name.c_str(), packed, {experts, -1, s.width});
-  s.rows = packed.size(1);
-  expect_type(kOp, scale_name.c_str(), scale, ScalarType::Float);
+    check_codes(name.packed, packed, ScalarType::Char, "int8（group_size 为 0 时）");
+  want.check(name.packed, packed, want.rows, s.width);
+  s.rows = packed.size(packed.dim() - 2);
+  if (want.experts != kSingle) want.experts = packed.size(0);
+  expect_type(kOp, name.scale.c_str(), scale, ScalarType::Float);
   if (int4)
-    expect_shape(kOp, scale_name.c_str(), scale, {packed.size(0), s.rows, s.groups});
+    want.check(name.scale, scale, s.rows, s.groups);
   else
-    expect_shape(kOp, scale_name.c_str(), scale, {packed.size(0), s.rows});
+    want.check(name.scale, scale, s.rows);
   s.packed = torch::stable::contiguous(packed), s.scale = torch::stable::contiguous(scale);
   if (!zero) return s;
-  expect(int4, kOp, "：", zero_name, " 应为 None（int8 没有零点），实际给了。");
-  check_codes(zero_name, *zero, ScalarType::Byte, "uint8");
-  expect_shape(kOp, zero_name.c_str(), *zero, {packed.size(0), s.rows, s.groups});
+  expect(int4, kOp, "：", name.zero, " 应为 None（int8 没有零点），实际给了。");
+  check_codes(name.zero, *zero, ScalarType::Byte, "uint8");
+  want.check(name.zero, *zero, s.rows, s.groups);
   s.zero = torch::stable::contiguous(*zero);
   return s;
+}
+
+Names named(const std::string &name) { return {name, name + "_scale", name + "_zero"}; }
+
+dso_expert expert_of(const Stack &gate, int64_t gate_row, const Stack &up, int64_t up_row,
+                     const Stack &down, int64_t e, int64_t inner) {
+  dso_expert one{};
+  one.inner = inner, one.bias_step = 1;
+  one.gate = gate.mat(e, gate_row), one.gate_quant = gate.quant(e, gate_row);
+  one.up = up.mat(e, up_row), one.up_quant = up.quant(e, up_row);
+  one.down = down.mat(e, 0), one.down_quant = down.quant(e, 0);
+  return one;
+}
+
+// 量化的共享专家：格式由 gate 的类型分辨，int8 的可与 int4 的路由专家同用。kept 留住张量。
+void fill_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
+                           const std::vector<Tensor> &scale, const std::vector<Tensor> &zero,
+                           int64_t group_size, std::vector<Stack> &kept) {
+  if (!shared.empty()) check_shared_count(kOp, shared);
+  expect(!shared.empty() && scale.size() == 3, kOp,
+         "：shared_scale 应为空，或与 shared 的 gate、up、down 一一对应的 3 个，实际有 ",
+         scale.size(), " 个，shared 有 ", shared.size(), " 个。");
+  expect(zero.empty() || zero.size() == 3, kOp, "：shared_zero 应为空，或 3 个，实际有 ",
+         zero.size(), " 个。");
+  const int64_t k = m.x.size(1);
+  const bool int8 = shared[0].scalar_type() == ScalarType::Char;
+  for (size_t i = 0; i < 3; i++) {
+    const std::string at = "[" + std::to_string(i) + "]";
+    const Want want{kSingle,
+                    i == 0   ? -1
+                    : i == 1 ? kept[0].rows
+                             : m.in.n,
+                    i == 2 ? kept[0].rows : k};
+    std::optional<Tensor> zeros;
+    if (!zero.empty()) zeros = zero[i];
+    kept.push_back(stack_of({"shared" + at, "shared_scale" + at, "shared_zero" + at}, shared[i],
+                            scale[i], zeros, want, int8 ? 0 : group_size));
+  }
+  m.list.push_back(expert_of(kept[0], 0, kept[1], 0, kept[2], 0, kept[0].rows));
+  fill_shared_rows(kOp, m, shared);
 }
 
 Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -69,7 +131,8 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
                              const std::optional<Tensor> &gate_up_zero, const Tensor &down,
                              const Tensor &down_scale, const std::optional<Tensor> &down_zero,
                              std::vector<Tensor> shared, int64_t group_size, std::string activation,
-                             double alpha, double limit, bool gated) {
+                             double alpha, double limit, bool gated,
+                             std::vector<Tensor> shared_scale, std::vector<Tensor> shared_zero) {
   expect_shape(kOp, "x", x, {-1, -1});
   expect(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, kOp,
          "：group_size 应为 0（int8）或 32、64、128（int4），实际是 ", group_size, "。");
@@ -77,26 +140,25 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   expect(kind != DSO_CLIPPED || (gated && limit > 0), kOp,
          "：activation 为 clipped 时应有门，limit 应大于 0，实际是 ", limit, "。");
   expect(shared.empty() || gated, kOp, "：有 shared 时必须有门。");
-  const Stack up =
-      stack_of("gate_up", gate_up, gate_up_scale, gate_up_zero, -1, x.size(1), group_size);
+  const Stack up = stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero,
+                            {-1, -1, x.size(1)}, group_size);
   expect(!gated || up.rows % 2 == 0, kOp, "：gate_up 应由等宽的 gate 与 up 组成，实际宽 ", up.rows,
          "。");
   Experts m;
   m.x = row_major(x), m.routed = gate_up.size(0), m.inner = gated ? up.rows / 2 : up.rows;
-  const Stack last = stack_of("down", down, down_scale, down_zero, m.routed, m.inner, group_size);
+  const Stack last =
+      stack_of(named("down"), down, down_scale, down_zero, {m.routed, -1, m.inner}, group_size);
   m.in.n = last.rows;
   fill_routing(kOp, m, indices, weights, shared.empty() ? 0 : 1);
   m.list.reserve(static_cast<size_t>(m.routed + 1));
-  for (int64_t e = 0; e < m.routed; e++) {
-    dso_expert one{};
-    one.inner = m.inner, one.bias_step = 1;
-    one.gate = up.mat(e, 0), one.gate_quant = up.quant(e, 0);
-    one.up.dtype = up.type;
-    if (gated) one.up = up.mat(e, m.inner), one.up_quant = up.quant(e, m.inner);
-    one.down = last.mat(e, 0), one.down_quant = last.quant(e, 0);
-    m.list.push_back(one);
-  }
-  fill_shared(kOp, m, shared);
+  for (int64_t e = 0; e < m.routed; e++)
+    m.list.push_back(expert_of(up, 0, up, gated ? m.inner : 0, last, e, m.inner));
+  std::vector<Stack> kept;
+  if (shared_scale.empty() && shared_zero.empty())
+    fill_shared(kOp, m, shared);
+  else
+    fill_quantized_shared(m, shared, shared_scale, shared_zero, group_size, kept);
+  m.in.gated = gated;
   prepare(kOp, m, {kind, static_cast<float>(alpha), static_cast<float>(limit)}, false);
   Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
   dso_moe_params p{m.in, y.mutable_data_ptr()};

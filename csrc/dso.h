@@ -212,7 +212,7 @@ typedef struct {
 } dso_act;
 
 /* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
- * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up.data 为 NULL。
+ * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up 不用。
  * 量化的（int8、int4）三个权重都量化，不转置，只做前向。 */
 typedef struct {
   int64_t inner;
@@ -231,16 +231,17 @@ typedef struct {
   const int64_t *begin, *token;
   const float *weight;
   dso_act act;
-  int transposed, paired;
+  int transposed, paired, gated; /* gated：有 up（权重为空时也可以是空指针，不能靠指针分辨） */
   /* 由 dso_moe_prepare 填，任务因此不必逐个专家数过来。 */
   const int64_t *hidden_at;                /* [experts + 1]：专家 e 之前的 Σ 行 * inner */
   const int64_t *task_at;                  /* [experts + 1]：专家 e 之前的中间阶段任务数 */
+  const int64_t *packed_at;                /* [experts + 1]：专家 e 之前边读边解的量化专家的行数 */
   int64_t most_rows, widest, inner_blocks; /* 最多的行数；K、N、inner 的最大值；inner 最多的段数 */
   int all_bf16, backward, quantized;       /* quantized：有量化的专家 */
 } dso_moe_inputs;
 
-/* hidden_at、task_at 各有 experts + 1 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
-void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at);
+/* at 有 3 (experts + 1) 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
+void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *at);
 
 typedef struct {
   dso_moe_inputs in;
@@ -313,7 +314,7 @@ extern const dso_op dso_moe_route, dso_moe_route_backward;
 extern const dso_op dso_moe_experts, dso_moe_experts_backward;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 
-/* 指令集：名字为 scalar、avx2、avx512、avx512_bf16。 */
+/* 指令集：名字为 scalar、avx2、avx512、avx512_vnni、avx512_bf16。 */
 const struct dso_isa *dso_isa_current(void);
 const char *dso_isa_name(const struct dso_isa *isa);
 const char *dso_isa_available(void); /* 本机可用，逗号分隔 */

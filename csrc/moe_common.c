@@ -4,7 +4,7 @@
 #include "moe_experts.h"
 
 static size_t rows_bytes(const dso_moe_inputs *in) {
-  int64_t most = in->quantized ? DSO_MOE_QUANT_ROWS : in->transposed ? DSO_MOE_AXPY_ROWS : 0;
+  int64_t most = in->transposed ? DSO_MOE_AXPY_ROWS : 0;
   return dso_moe_bytes(dso_min(most, in->most_rows) * in->widest, DSO_F32);
 }
 
@@ -55,16 +55,14 @@ static void multiply_unpacked(const dso_isa *isa, dso_dtype fmt, const dso_moe_p
 
 static void multiply_quantized(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
                                float *out, int64_t ldc, const dso_moe_scratch *scratch) {
-  if (p->m > DSO_MOE_QUANT_ROWS) {
+  if (!p->packed_stride) {
     multiply_unpacked(isa, fmt, p, out, ldc, scratch);
     return;
   }
   const dso_mat *w = &p->w;
-  const float *a = p->a;
-  if (fmt != DSO_F32) isa->to_f32(scratch->rows, p->a, fmt, p->m * p->k), a = scratch->rows;
   dso_quant q = dso_quant_at(p->quant, p->n0, 0);
-  isa->dot_q(p->m, p->nc, p->k, a, p->k, dso_at(w->data, w->dtype, p->n0 * w->rs), w->dtype, w->rs,
-             &q, out, ldc);
+  isa->dot_q(p->m, p->nc, p->k, p->a, p->packed_stride, dso_at(w->data, w->dtype, p->n0 * w->rs),
+             w->dtype, w->rs, &q, out, ldc, p->next);
 }
 
 void dso_moe_multiply(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
@@ -106,16 +104,27 @@ static void split_pairs(float *g, float *u, int64_t m, int64_t nc, int64_t ld) {
 void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt,
                      const dso_expert *e, int64_t m, int64_t n0, int64_t nc, const void *x,
                      float *g, float *u, int64_t ld, const dso_moe_scratch *scratch) {
-  dso_moe_product p = {m, in->k, n0, nc, x, e->gate, e->gate_bias, e->bias_step, &e->gate_quant};
+  dso_moe_product p = {m,
+                       in->k,
+                       n0,
+                       nc,
+                       x,
+                       e->gate,
+                       e->gate_bias,
+                       e->bias_step,
+                       &e->gate_quant,
+                       dso_moe_packed_stride(in, e - in->expert),
+                       NULL};
   if (in->paired) {
     p.n0 = 2 * n0, p.nc = 2 * nc;
     dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
     split_pairs(g, u, m, nc, ld);
     return;
   }
+  if (p.packed_stride && in->gated) p.next = dso_at(e->up.data, e->up.dtype, n0 * e->up.rs);
   dso_moe_multiply(isa, in, fmt, &p, g, ld, scratch);
-  if (!e->up.data) return;
-  p.w = e->up, p.bias = e->up_bias, p.quant = &e->up_quant;
+  if (!in->gated) return;
+  p.w = e->up, p.bias = e->up_bias, p.quant = &e->up_quant, p.next = NULL;
   dso_moe_multiply(isa, in, fmt, &p, u, ld, scratch);
 }
 
@@ -146,20 +155,24 @@ int64_t dso_moe_rows_in(const dso_moe_inputs *in, int64_t e, int64_t t0, int64_t
 /* bf16 的计算格式：量化的权重解开后可以是 bf16。 */
 static int allows_bf16(const dso_mat *w) { return w->dtype == DSO_BF16 || dso_moe_is_quantized(w); }
 
-void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *hidden_at, int64_t *task_at) {
+void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *at) {
+  int64_t *hidden_at = at, *task_at = hidden_at + in->experts + 1,
+          *packed_at = task_at + in->experts + 1;
   in->backward = backward;
-  in->hidden_at = hidden_at, in->task_at = task_at;
+  in->hidden_at = hidden_at, in->task_at = task_at, in->packed_at = packed_at;
   in->most_rows = 0, in->widest = dso_max(in->k, in->n), in->inner_blocks = 1;
   in->all_bf16 = in->x.dtype == DSO_BF16, in->quantized = 0;
   for (int64_t i = 0; i < in->experts; i++)
     in->quantized |= dso_moe_is_quantized(&in->expert[i].down);
-  hidden_at[0] = task_at[0] = 0;
+  hidden_at[0] = task_at[0] = packed_at[0] = 0;
   for (int64_t i = 0; i < in->experts; i++) {
     const dso_expert *e = &in->expert[i];
     int64_t rows = dso_moe_rows(in, i),
             blocks = dso_ceil_div(e->inner, dso_moe_hidden_columns(in, i));
+    int packed = dso_moe_is_quantized(&e->down) && rows <= DSO_MOE_QUANT_ROWS;
     hidden_at[i + 1] = hidden_at[i] + rows * e->inner;
     task_at[i + 1] = task_at[i] + dso_ceil_div(rows, DSO_MB) * blocks;
+    packed_at[i + 1] = packed_at[i] + (packed ? rows : 0);
     in->most_rows = dso_max(in->most_rows, rows);
     in->widest = dso_max(in->widest, e->inner);
     in->inner_blocks = dso_max(in->inner_blocks, blocks);

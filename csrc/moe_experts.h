@@ -19,10 +19,6 @@ static inline int64_t dso_moe_rows(const dso_moe_inputs *in, int64_t e) {
 
 static inline int64_t dso_moe_total(const dso_moe_inputs *in) { return in->begin[in->experts]; }
 
-static inline int dso_moe_has_up(const dso_moe_inputs *in, const dso_expert *e) {
-  return in->paired || e->up.data != NULL;
-}
-
 /* 权重都是 bf16 且 x 也是时用 bf16 点积。 */
 static inline dso_dtype dso_moe_format(const dso_isa *isa, const dso_moe_inputs *in) {
   return dso_compute_format(isa, in->all_bf16);
@@ -56,18 +52,25 @@ static inline int dso_moe_is_direct(const dso_moe_inputs *in, int64_t m) {
   return dso_moe_is_direct_plain(in, m);
 }
 
+/* 量化而行数少的专家：边读边解，它的行先由 pack_q 打包。返回打包的行距（字节），不是这样的为 0。 */
+static inline int64_t dso_moe_packed_stride(const dso_moe_inputs *in, int64_t e) {
+  return in->packed_at[e] < in->packed_at[e + 1] ? (int64_t)dso_pack_q_bytes(in->widest) : 0;
+}
+
 /* out [m, nc] = a [m, k] · W 的第 [n0, n0 + nc) 列（再加偏置）；ldc >= nc 按 16 取整。 */
 typedef struct {
   int64_t m, k, n0, nc;
-  const void *a; /* 计算格式，行距 k */
+  const void *a; /* 计算格式，行距 k；packed_stride 不为 0 时是打包的行（量化的 w） */
   dso_mat w;
   const void *bias; /* 可为 NULL，dtype 与 w 相同 */
   int64_t bias_step;
   const dso_quant *quant; /* 只用于量化的 w */
+  int64_t packed_stride;
+  const void *next; /* 接下来要读的权重，见 dot_q */
 } dso_moe_product;
 
 typedef struct {
-  float *rows; /* 转置或量化：A 转成 fp32，[至多 DSO_MOE_AXPY_ROWS、DSO_MOE_QUANT_ROWS, widest] */
+  float *rows;    /* 转置：A 转成 fp32，[至多 DSO_MOE_AXPY_ROWS, widest] */
   void *unpacked; /* 量化：解开的一段权重，DSO_NB 行 x DSO_KB_BYTES；全部直接读时没有 */
   void *scratch;  /* dso_gemm_scratch()；全部直接读时没有 */
 } dso_moe_scratch;

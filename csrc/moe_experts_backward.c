@@ -110,7 +110,7 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   dso_moe_block b = dso_moe_hidden_block(in, task);
   const dso_expert *e = &in->expert[b.expert];
   worker_view w = worker_of(ctx);
-  int64_t first = in->begin[b.expert] + b.row, has_up = dso_moe_has_up(in, e);
+  int64_t first = in->begin[b.expert] + b.row;
   int64_t width = dso_moe_hidden_columns(in, b.expert), ld = dso_max(DSO_NB, width);
   dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b, ld,
                   &w.scratch);
@@ -129,9 +129,9 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
     float weight = in->weight[first + i];
     memcpy(raw, dh, (size_t)b.nc * 4);
     isa->vscale(dh, weight, b.nc);
-    isa->activate_backward(&in->act, g, has_up ? u : NULL, dh, b.nc);
+    isa->activate_backward(&in->act, g, in->gated ? u : NULL, dh, b.nc);
     s.partial[(first + i) * in->inner_blocks + block] = isa->vdot(raw, dh, b.nc);
-    store_hidden_grad(ctx, fmt, &to, b.row + i, b.n0, b.nc, g, has_up ? u : NULL);
+    store_hidden_grad(ctx, fmt, &to, b.row + i, b.n0, b.nc, g, in->gated ? u : NULL);
     isa->vscale(dh, weight, b.nc);
     isa->from_f32(dso_at_mut(s.wh, fmt, base + i * e->inner), fmt, dh, b.nc);
   }
@@ -169,7 +169,7 @@ static void input_grad(const dso_ctx *ctx, int64_t task) {
                     .b = e->gate,
                     .b_transposed = in->transposed};
       dso_gemm_block(&g, 0, m, n0, nc, c, width, 0, w.scratch.scratch);
-      if (e->up.data) {
+      if (in->gated && !in->paired) {
         g.a.data = dso_at(h.u, fmt, row * h.rs), g.b = e->up;
         dso_gemm_block(&g, 0, m, n0, nc, c, width, 1, w.scratch.scratch);
       }

@@ -107,7 +107,7 @@ def _names(text: str) -> list[str]:
 
 
 def isa() -> str:
-    """正在使用的指令集：scalar、avx2、avx512 或 avx512_bf16。"""
+    """正在使用的指令集：scalar、avx2、avx512、avx512_vnni 或 avx512_bf16。"""
     return _call("_isa")
 
 

@@ -126,7 +126,7 @@ def experts(
     )
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "") -> None:
+def close(got: Tensor, want: Tensor, dtype: torch.dtype | str, what: str = "") -> None:
     """以最大值归一后比较。"""
     size = max(1.0, want.abs().max().item()) if want.numel() else 1.0
 

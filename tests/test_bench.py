@@ -315,6 +315,7 @@ def test_moe_suite_on_a_tiny_shape():
     result = runner.run_suite("moe", shape=TINY, quick=True)
     rows = {row.key: row for row in result.rows}
     assert set(rows) >= {"layer.1", "layer.train.bf16", "layer.train.memory", "router.512"}
+    assert {"experts.int8.1", "experts.int4-g128.8", "experts.int4-g32.1"} <= set(rows)
     assert {"model.decode.1x24", "model.prefill.16", "model.overhead"} <= set(rows)
     for row in result.rows:
         assert row.ours is not None and row.peer is not None and row.note == "", row.key
@@ -329,6 +330,15 @@ def test_counts_of_the_moe_layer():
     assert one.read_bytes == 2 * (8 * expert + 64 * 2048)
     assert counts.moe_layer(config, 1, 2, 6, backward=True).flops == 3 * one.flops
     assert counts.model_prefill(config, 2, 2).flops > 2 * counts.moe_layer(config, 2, 2, 64).flops
+
+
+def test_counts_of_quantized_experts():
+    config = shapes.REFERENCE.config
+    expert, rows = 3 * 2048 * 1408, 8 * 2 * 1408 + 7 * 2048
+    eight = counts.quantized_experts(config, 1, 6, 8, 0)
+    assert eight.flops == 2 * 8 * expert and eight.read_bytes == 8 * expert + 4 * rows
+    four = counts.quantized_experts(config, 1, 6, 4, 128)
+    assert four.flops == eight.flops and four.read_bytes == 8 * expert * (0.5 + 4 / 128)
 
 
 def test_each_finished_case_is_reported(suite):

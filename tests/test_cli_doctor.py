@@ -10,7 +10,7 @@ from deepseek_opt import cli
 from deepseek_opt.cli import checks, doctor
 from deepseek_opt.errors import UnsupportedError
 
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 
 def make_native(isa="avx512bf16", compiled=ISAS, available=ISAS, error=None, **extra):
@@ -87,7 +87,7 @@ def test_everything_present(fake, capsys):
 
 
 def test_isa_spelling(fake):
-    spelled = [*ISAS[:-1], "avx512_bf16"]
+    spelled = [*ISAS[:-2], "avx512_vnni", "avx512_bf16"]
     found = fake(native=make_native(isa="avx512_bf16", compiled=spelled, available=spelled))
     assert found["使用的指令集"].value == "AVX-512-BF16"
     assert found["指令集"].status == "ok"
@@ -192,7 +192,11 @@ def test_isa_not_compiled_in(fake, monkeypatch):
             ["scalar", "avx2", "avx512"],
         ),
         (
-            "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n",
+            "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni\n",
+            list(ISAS[:-1]),
+        ),
+        (
+            "flags : avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16\n",
             list(ISAS),
         ),
         ("Features : asimd\n", ["scalar"]),

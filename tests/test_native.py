@@ -13,7 +13,7 @@ import torch
 from deepseek_opt import _native
 from deepseek_opt.errors import InputError, UnsupportedError
 
-ORDER = ["scalar", "avx2", "avx512", "avx512_bf16"]
+ORDER = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 
 
 @pytest.fixture

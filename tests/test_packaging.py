@@ -97,6 +97,7 @@ def test_no_compiled_files_tracked():
     "name, isa",
     [
         ("csrc/isa/avx512bf16.c", "avx512bf16"),
+        ("csrc/isa/avx512vnni.c", "avx512vnni"),
         ("csrc/isa/avx512_gemm.c", "avx512"),
         ("csrc/isa/avx2.c", "avx2"),
         ("csrc/isa/select.c", "scalar"),
@@ -131,7 +132,7 @@ def test_scalar_only_build(tree, monkeypatch):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="只有 x86-64 有多个指令集")
 def test_isa_flags_stay_in_their_files(tree, monkeypatch):
     """AVX 标志只给自己的文件：基础代码在没有 AVX 的机器上也能跑。"""
-    for unit in units(tree, monkeypatch, "scalar,avx2,avx512,avx512_bf16"):
+    for unit in units(tree, monkeypatch, "scalar,avx2,avx512,avx512_vnni,avx512_bf16"):
         has = "-mavx2" in unit.command
         assert has == unit.source.name.startswith("avx"), unit.source
         if unit.source.name == "select.c":

@@ -85,6 +85,7 @@ void dso_isa_init_avx512(dso_isa *isa) {
       .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
+      .pack_q = pack_q,
       .dot_q = dot_q,
       .dequant = dequant,
       .transpose = transpose,

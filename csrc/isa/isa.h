@@ -45,10 +45,15 @@ typedef struct dso_isa {
   void (*axpy_n)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
                  dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc);
 
-  /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A fp32 [m, k] · 反量化(W)ᵀ，
-   * dequant 解开一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。 */
-  void (*dot_q)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc);
+  /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A [m, k] · 反量化(W)ᵀ，dequant 解开
+   * 一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。A 的各行先由 pack_q 换成本指令集要的样子
+   * （fp32 或定点，dso_pack_q_bytes(k) 字节，w_dtype、group 是要乘的权重的），行距 a_stride 字节。
+   * next 是接下来要用的同样行距的权重（可为 NULL）：顺带预取。 */
+  void (*pack_q)(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
+                 int64_t group);
+  void (*dot_q)(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
+                dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                const void *next);
   void (*dequant)(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k);
 
   void (*transpose)(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n);
@@ -75,6 +80,7 @@ typedef struct dso_isa {
 void dso_isa_init_scalar(dso_isa *isa);
 void dso_isa_init_avx2(dso_isa *isa);
 void dso_isa_init_avx512(dso_isa *isa);
+void dso_isa_init_avx512vnni(dso_isa *isa);
 void dso_isa_init_avx512bf16(dso_isa *isa);
 
 static inline int64_t dso_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -96,6 +102,10 @@ static inline dso_quant dso_quant_at(const dso_quant *q, int64_t row, int64_t gr
   at.scale += row * q->groups + group;
   if (at.zero) at.zero += row * q->groups + group;
   return at;
+}
+/* pack_q 的一行：fp32，或定点的每元素两字节加每组（至少 32 个）两个 fp32；64 的倍数。 */
+static inline size_t dso_pack_q_bytes(int64_t k) {
+  return (size_t)(4 * dso_round_up(k, 128) + 256);
 }
 /* 打包后一个面板的元素数。 */
 static inline int64_t dso_panel_elems(dso_dtype fmt, int64_t k) {

@@ -125,14 +125,23 @@ static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quan
   for (int64_t x = 0; x < k; x++) dst[x] = quantized(w, w_dtype, q, x);
 }
 
-static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+static void pack_q(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
+                   int64_t group) {
+  (void)w_dtype, (void)group;
+  to_f32(dst, src, dtype, k);
+}
+
+static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                  const void *next) {
+  (void)next;
   for (int64_t j = 0; j < n; j++) {
     dso_quant row = dso_quant_at(q, j, 0);
     const void *wj = dso_at(w, w_dtype, j * ldw);
     for (int64_t i = 0; i < m; i++) {
+      const float *x = (const float *)((const char *)a + i * a_stride);
       float acc = 0.0f;
-      for (int64_t x = 0; x < k; x++) acc += a[i * lda + x] * quantized(wj, w_dtype, &row, x);
+      for (int64_t at = 0; at < k; at++) acc += x[at] * quantized(wj, w_dtype, &row, at);
       c[i * ldc + j] = acc;
     }
   }
@@ -269,6 +278,7 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .gemm_t = gemm_t,
       .dot = dot,
       .axpy_n = axpy_n,
+      .pack_q = pack_q,
       .dot_q = dot_q,
       .dequant = dequant,
       .transpose = transpose,

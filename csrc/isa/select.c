@@ -10,8 +10,8 @@
 #define DSO_X86 1
 #endif
 
-enum { SCALAR, AVX2, AVX512, AVX512_BF16, LEVELS };
-static const char *const NAMES[LEVELS] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+enum { SCALAR, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, LEVELS };
+static const char *const NAMES[LEVELS] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 static dso_isa table[LEVELS];
 static int best = -1; /* 本机可用的最高级别；-1 为尚未初始化 */
@@ -33,7 +33,8 @@ static int cpu_level(void) {
   if (!__get_cpuid_count(7, 0, &ext, &b, &c, &d) || !(b & bit_AVX2)) return SCALAR;
   unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
   if ((b & wide) != wide || (saved_state() & 0xe6) != 0xe6) return AVX2;
-  if (ext < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return AVX512;
+  if (!(c & (1u << 11))) return AVX512;
+  if (ext < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return AVX512_VNNI;
   return AVX512_BF16;
 }
 #else
@@ -43,6 +44,8 @@ static int cpu_level(void) { return SCALAR; }
 static int compiled_level(void) {
 #if defined(DSO_HAVE_AVX512BF16)
   return AVX512_BF16;
+#elif defined(DSO_HAVE_AVX512VNNI)
+  return AVX512_VNNI;
 #elif defined(DSO_HAVE_AVX512)
   return AVX512;
 #elif defined(DSO_HAVE_AVX2)
@@ -60,8 +63,12 @@ static void fill_table(void) {
 #if defined(DSO_HAVE_AVX512)
   dso_isa_init_avx512(&table[AVX512]);
 #endif
+#if defined(DSO_HAVE_AVX512VNNI)
+  table[AVX512_VNNI] = table[AVX512];
+  dso_isa_init_avx512vnni(&table[AVX512_VNNI]);
+#endif
 #if defined(DSO_HAVE_AVX512BF16)
-  table[AVX512_BF16] = table[AVX512];
+  table[AVX512_BF16] = table[AVX512_VNNI];
   dso_isa_init_avx512bf16(&table[AVX512_BF16]);
 #endif
 }
@@ -97,7 +104,8 @@ const char *dso_isa_name(const dso_isa *isa) { return isa->name; }
 
 static const char *list_up_to(int level) {
   static const char *const LISTS[LEVELS] = {"scalar", "scalar,avx2", "scalar,avx2,avx512",
-                                            "scalar,avx2,avx512,avx512_bf16"};
+                                            "scalar,avx2,avx512,avx512_vnni",
+                                            "scalar,avx2,avx512,avx512_vnni,avx512_bf16"};
   return LISTS[level];
 }
 

@@ -87,13 +87,23 @@ static void dot_i4(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
   }
 }
 
-static void dot_q(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
-                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc) {
+static void pack_q(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
+                   int64_t group) {
+  (void)w_dtype, (void)group;
+  to_f32((float *)dst, src, dtype, k);
+}
+
+static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
+                  dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
+                  const void *next) {
+  (void)next;
+  const float *x = (const float *)a;
+  int64_t lda = a_stride / (int64_t)sizeof *x;
   if (w_dtype == DSO_I4) {
-    dot_i4(m, n, k, a, lda, (const uint8_t *)w, ldw, q, c, ldc);
+    dot_i4(m, n, k, x, lda, (const uint8_t *)w, ldw, q, c, ldc);
     return;
   }
-  dot_f32(m, n, k, a, lda, w, DSO_I8, ldw, c, ldc);
+  dot_f32(m, n, k, x, lda, w, DSO_I8, ldw, c, ldc);
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) c[i * ldc + j] *= q->scale[j];
 }

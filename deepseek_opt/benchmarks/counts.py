@@ -93,6 +93,19 @@ def moe_layer(
     return Cost(times * 2 * tokens * each, times * weights * itemsize)
 
 
+def quantized_experts(
+    config: dict[str, Any], tokens: int, touched: int, bits: int, group: int
+) -> Cost:
+    """量化的路由专家与共享专家（不含路由）：码与 fp32 的尺度；group 为 0 时每输出通道一个尺度。"""
+    width, inner = config["hidden_size"], config["moe_intermediate_size"]
+    shared, top = config["n_shared_experts"], config["num_experts_per_tok"]
+    expert = 3 * width * inner
+    weights = (touched + shared) * expert
+    rows = (touched + shared) * 2 * inner + (touched + 1) * width
+    scales = weights / group if group else rows
+    return Cost(2 * tokens * (top + shared) * expert, weights * bits / 8 + scales * 4)
+
+
 def model_prefill(config: dict[str, Any], tokens: int, itemsize: int) -> Cost:
     """整个模型从头预填充一行；LM head 只算最后一个词元。"""
     layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepseek_opt.benchmarks import counts, shapes
+from deepseek_opt.benchmarks import counts, moe_quantized, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, Row, SpeedCase, Work, register_suite
 from deepseek_opt.benchmarks.decode_work import model_decode
 
@@ -214,7 +214,7 @@ def build(env: Env) -> list[Case]:
         )
         for tokens in (1, 512)
     ]
-    return [*_layer_cases(env), *routers, *_model_cases(env)]
+    return [*_layer_cases(env), *routers, *moe_quantized.build(), *_model_cases(env)]
 
 
 register_suite("moe", "MoE：专家、路由、整个模型", build)

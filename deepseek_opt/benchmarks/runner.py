@@ -22,7 +22,17 @@ from deepseek_opt.benchmarks.shapes import REFERENCE, Shape
 from deepseek_opt.errors import InputError, UnsupportedError
 
 SCHEMA = 1
-_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16")
+_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+)
 _SMALL = 10
 
 Progress = Callable[[int, int, str], None]

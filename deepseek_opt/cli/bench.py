@@ -28,7 +28,9 @@ def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     ] = None,
     isa: Annotated[
         str | None,
-        typer.Option("--isa", help="本库限用的指令集：scalar、avx2、avx512、avx512_bf16"),
+        typer.Option(
+            "--isa", help="本库限用的指令集：scalar、avx2、avx512、avx512_vnni、avx512_bf16"
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="线程数")] = None,
     only: Annotated[

@@ -21,17 +21,20 @@ NEWEST_TESTED_TRANSFORMERS = (5, 23)
 _ISA_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
 }
 _ISA_NAMES = {
     "scalar": "标量",
     "avx2": "AVX2",
     "avx512": "AVX-512",
+    "avx512vnni": "AVX-512-VNNI",
     "avx512bf16": "AVX-512-BF16",
 }
 _COMPILERS = {
     "avx2": "GCC ≥ 5 或 Clang ≥ 4",
     "avx512": "GCC ≥ 6 或 Clang ≥ 4",
+    "avx512vnni": "GCC ≥ 8 或 Clang ≥ 6",
     "avx512bf16": "GCC ≥ 10 或 Clang ≥ 9",
 }
 _REBUILD = "在仓库根目录运行 pip install . --no-build-isolation"

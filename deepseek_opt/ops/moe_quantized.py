@@ -26,6 +26,8 @@ def moe_experts_quantized(
     limit: float = 7.0,
     *,
     gated: bool = True,
+    shared_scale: Sequence[Tensor] = (),
+    shared_zero: Sequence[Tensor] = (),
 ) -> Tensor:
     """int8、int4 的稀疏专家：与 ``moe_experts`` 相同，权重在读入时反量化，以 fp32 累加；只做推理。
 
@@ -39,9 +41,12 @@ def moe_experts_quantized(
         gate_up_scale: fp32，int8 时 [E, 2I]，int4 时 [E, 2I, 组数]。
         gate_up_zero: uint8 [E, 2I, 组数]；None 是对称的（零点 8），int8 只能是 None。
         down, down_scale, down_zero: 同上，[E, N, I]。
-        shared: 没有量化的共享专家，同 ``moe_experts``。
+        shared: 共享专家，同 ``moe_experts``；给了 shared_scale 时 gate、up、down 是量化的，形状同上，
+            没有 E 这一维。int8 的共享专家可与 int4 的专家同用，int4 的与专家同一个 group_size。
         group_size: int8 为 0；int4 为 32、64 或 128。
         activation, alpha, limit: 同 ``moe_experts``。
+        shared_scale: 共享专家没有量化时为空；否则 gate、up、down 三个的尺度。
+        shared_zero: 同样三个零点；空是对称的。
 
     Returns:
         [T, N]，dtype 随 x。不可求导：反向时报错。
@@ -62,7 +67,5 @@ def moe_experts_quantized(
         torch.Size([5, 64])
     """
     first, last = (gate_up, gate_up_scale, gate_up_zero), (down, down_scale, down_zero)
-    act = (activation, alpha, limit, gated)
-    return run(
-        "moe_experts_quantized", x, indices, weights, *first, *last, list(shared), group_size, *act
-    )
+    options = (group_size, activation, alpha, limit, gated, list(shared_scale), list(shared_zero))
+    return run("moe_experts_quantized", x, indices, weights, *first, *last, list(shared), *options)

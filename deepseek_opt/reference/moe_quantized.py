@@ -41,11 +41,19 @@ def moe_experts_quantized(
     limit: float = 7.0,
     *,
     gated: bool = True,
+    shared_scale: Sequence[Tensor] = (),
+    shared_zero: Sequence[Tensor] = (),
 ) -> Tensor:
     """反量化（x 是 fp64 时以 fp64），再逐个专家计算。"""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     inner = gate_up.shape[1] // (2 if gated else 1)
     first = dequantize(gate_up, gate_up_scale, gate_up_zero, group_size, x.shape[1], dtype)
     last = dequantize(down, down_scale, down_zero, group_size, inner, dtype)
+    if shared_scale:
+        zeros = shared_zero or (None,) * 3
+        columns = (x.shape[1], x.shape[1], shared[0].shape[0])
+        formats = (0 if t.dtype == torch.int8 else group_size for t in shared[:3])
+        matrices = zip(shared, shared_scale, zeros, formats, columns)
+        shared = [*(dequantize(*m, dtype) for m in matrices), *shared[3:]]
     options = (shared, activation, alpha, limit)
     return moe_experts(x, indices, weights, first, None, last, None, *options, gated=gated)

@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
   shape s;
   dso_dtype dtype;
-  int64_t rows, begin[MOST + 1], *token, *slot, hidden_at[MOST + 1], task_at[MOST + 1];
+  int64_t rows, begin[MOST + 1], *token, *slot, at[3 * (MOST + 1)];
   float *weight;
   buf x, gate, up, down, gate_bias, up_bias, down_bias;
   dso_expert expert[MOST];
@@ -95,8 +95,9 @@ static void connect(problem *p, int backward) {
                            .weight = p->weight,
                            .act = {p->s.act, 1.702f, 0.8f},
                            .transposed = p->s.transposed,
+                           .gated = p->s.gated,
                            .paired = p->s.paired};
-  dso_moe_prepare(&p->in, backward, p->hidden_at, p->task_at);
+  dso_moe_prepare(&p->in, backward, p->at);
 }
 
 /* ---- double 参考 ---- */
