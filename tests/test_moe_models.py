@@ -33,9 +33,6 @@ PROFILE = {"moe": MOEConfig()}
 
 # 不替换的架构及报告里应有的原因：融合核没有这种激活，或专家之后另有归一化。
 SKIPPED = {
-    "deepseek_v4": "激活不是",
-    "glm5_next": "激活不是",
-    "hy_v4": "激活不是",
     "inkling2": "激活不是",
     "muse_spark": "has_post_expert_norm",
 }

@@ -46,8 +46,7 @@ def _experts_backward(ctx, grad):
     inputs, shared = tensors[:_SHARED], list(tensors[_SHARED:])
     given = ctx.needs_input_grad
     experts = (_GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS)
-    wanted = given[_SHARED]
-    need_shared = any(wanted) if isinstance(wanted, (list, tuple)) else bool(wanted)
+    need_shared = _any(given[_SHARED])
     needs = (given[_X], any(given[i] for i in experts), need_shared)
     dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(
         grad.contiguous(), *inputs, shared, *ctx.options, *needs
@@ -60,6 +59,58 @@ def _experts_backward(ctx, grad):
 
 autograd("moe_experts", _experts_backward, _experts_setup)
 autocast("moe_experts", keep=(_WEIGHTS,))
+
+
+# ---- 每个专家的权重单独给出：三个张量之后是七个列表（最后一个是 shared） ----
+
+_LISTS = slice(3, 10)
+
+
+@fake("moe_experts_list")
+def _(x, indices, weights, gate, up, down, *options):
+    return x.new_empty((x.shape[0], down[0].shape[0]))
+
+
+@fake("moe_experts_list_backward")
+def _(grad, x, indices, weights, *rest):
+    lists, (*_, need_x, need_experts, need_shared) = rest[:7], rest[7:]
+
+    def like(t, wanted):
+        return t.new_empty(t.shape if wanted else (0,))
+
+    experts = ([like(t, need_experts) for t in group] for group in lists[:-1])
+    shared = [like(t, need_shared) for t in lists[-1]]
+    return like(x, need_x), weights.new_empty(weights.shape), *experts, shared
+
+
+def _list_setup(ctx, inputs, output):
+    lists = inputs[_LISTS]
+    ctx.options = inputs[_LISTS.stop :]
+    ctx.sizes = [len(group) for group in lists]
+    ctx.save_for_backward(*inputs[: _LISTS.start], *(t for group in lists for t in group))
+
+
+def _any(wanted):
+    return any(wanted) if isinstance(wanted, (list, tuple)) else bool(wanted)
+
+
+def _list_backward(ctx, grad):
+    x, indices, weights, *flat = ctx.saved_tensors
+    remaining = iter(flat)
+    lists = [[next(remaining) for _ in range(size)] for size in ctx.sizes]
+    wanted = [_any(w) for w in ctx.needs_input_grad[_LISTS]]
+    needs = (ctx.needs_input_grad[_X], any(wanted[:-1]), wanted[-1])
+    dx, dw, *found = OPS.moe_experts_list_backward(
+        grad.contiguous(), x, indices, weights, *lists, *ctx.options, *needs
+    )
+    pairs = zip(found, wanted, ctx.sizes, strict=True)
+    grads = [list(group) if want else [None] * size for group, want, size in pairs]
+    plain = (dx if needs[0] else None, None, dw if ctx.needs_input_grad[_WEIGHTS] else None)
+    return (*plain, *grads, *(None for _ in ctx.options))
+
+
+autograd("moe_experts_list", _list_backward, _list_setup)
+autocast("moe_experts_list", keep=(_WEIGHTS,))
 
 
 # ---- 路由：logits 与权重一律 fp32，autocast 里也不降精度（不登记 autocast，按原样的输入计算） ----
