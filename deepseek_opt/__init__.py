@@ -35,6 +35,8 @@ _EXPORTS = {
     "expert_statistics": "metrics",
     "update_expert_bias": "balance",
     "BalanceCallback": "integrations.trainer",
+    "MoeAdapter": "integrations",
+    "register_moe": "integrations",
     "upcycle_ffn": "upcycle",
     "upcycle_model": "upcycle",
     "restore_ffn": "upcycle",

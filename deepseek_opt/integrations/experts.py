@@ -151,7 +151,7 @@ def state_reason(module: nn.Module) -> str | None:
         return "专家并行：每个进程只有一部分专家"
     up, down = (getattr(module, name, None) for name in _weight_names(module))
     for name, weight in zip(_weight_names(module), (up, down), strict=True):
-        reason = _weight_reason(name, weight)
+        reason = weight_reason(name, weight)
         if reason is not None:
             return reason
     if up.dtype != down.dtype:
@@ -182,7 +182,7 @@ def _class_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _weight_reason(name: str, weight: Any) -> str | None:
+def weight_reason(name: str, weight: Any) -> str | None:
     if not isinstance(weight, Tensor):
         return f"没有权重 {name}（可能已被量化）"
     if is_traceable_wrapper_subclass(weight):
