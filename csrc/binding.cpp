@@ -134,6 +134,16 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       " Tensor down, Tensor? down_bias, Tensor[] shared, str activation, float alpha, float limit,"
       " bool transposed, bool interleaved, bool gated) -> Tensor");
   m.def(
+      "moe_experts_list(Tensor x, Tensor indices, Tensor weights, Tensor[] gate, Tensor[] up, "
+      "Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, Tensor[] shared,"
+      " str activation, float alpha, float limit, bool gated) -> Tensor");
+  m.def(
+      "moe_experts_list_backward(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor[] "
+      "gate, Tensor[] up, Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias,"
+      " Tensor[] shared, str activation, float alpha, float limit, bool gated, bool need_x, bool "
+      "need_experts, bool need_shared)"
+      " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
+  m.def(
       "moe_experts_quantized(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor "
       "gate_up_scale, Tensor? gate_up_zero, Tensor down, Tensor down_scale, Tensor? down_zero,"
       " Tensor[] shared, int group_size, str activation, float alpha, float limit, bool gated,"
@@ -144,6 +154,12 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       " float alpha, float limit, bool transposed, bool interleaved, bool gated, bool need_x, bool "
       "need_experts, bool need_shared)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "moe_experts_backward_into(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor "
+      "gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str "
+      "activation, float alpha, float limit, bool transposed, bool interleaved, bool gated, bool "
+      "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {

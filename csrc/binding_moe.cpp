@@ -6,15 +6,24 @@
 #include "binding_moe.h"
 
 namespace dso {
-dso_act_kind act_kind(const char *op, const std::string &name) {
-  static const std::pair<const char *, dso_act_kind> known[] = {
-      {"silu", DSO_SILU}, {"gelu", DSO_GELU},   {"gelu_tanh", DSO_GELU_TANH},
-      {"relu", DSO_RELU}, {"relu2", DSO_RELU2}, {"clipped", DSO_CLIPPED}};
+dso_act act_of(const char *op, const std::string &name, double alpha, double limit, bool gated) {
+  static const std::pair<const char *, dso_act_kind> known[] = {{"silu", DSO_SILU},
+                                                                {"gelu", DSO_GELU},
+                                                                {"gelu_tanh", DSO_GELU_TANH},
+                                                                {"relu", DSO_RELU},
+                                                                {"relu2", DSO_RELU2},
+                                                                {"clipped", DSO_CLIPPED},
+                                                                {"clipped_silu", DSO_CLIPPED_SILU}};
+  const std::pair<const char *, dso_act_kind> *found = nullptr;
   for (const auto &entry : known)
-    if (name == entry.first) return entry.second;
-  expect(false, op, "：activation 应为 silu、gelu、gelu_tanh、relu、relu2、clipped 之一，实际是 ",
-         name, "。");
-  return DSO_SILU;
+    if (name == entry.first) found = &entry;
+  expect(
+      found, op,
+      "：activation 应为 silu、gelu、gelu_tanh、relu、relu2、clipped、clipped_silu 之一，实际是 ",
+      name, "。");
+  expect(!dso_act_clips(found->second) || (gated && limit > 0), op, "：activation 为 ", name,
+         " 时应有门，limit 应大于 0，实际是 ", limit, "。");
+  return {found->second, static_cast<float>(alpha), static_cast<float>(limit)};
 }
 
 namespace {
@@ -189,9 +198,8 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
           const Options &options) {
   expect_shape(op, "x", x, {-1, -1});
   const dso_dtype type = float_dtype(op, "gate_up", gate_up);
-  const dso_act_kind kind = act_kind(op, options.activation);
-  expect(kind != DSO_CLIPPED || (options.layout.gated && options.limit > 0), op,
-         "：activation 为 clipped 时应有门，limit 应大于 0，实际是 ", options.limit, "。");
+  const dso_act act =
+      act_of(op, options.activation, options.alpha, options.limit, options.layout.gated);
   expect(shared.empty() || (!options.layout.transposed && options.layout.gated), op,
          "：有 shared 时 gate_up 不能转置、必须有门。");
   m.x = row_major(x);
@@ -204,8 +212,7 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   fill_shared(op, m, shared);
   m.in.transposed = options.layout.transposed, m.in.gated = options.layout.gated;
   m.in.paired = options.layout.transposed && options.layout.interleaved && options.layout.gated;
-  prepare(op, m, {kind, static_cast<float>(options.alpha), static_cast<float>(options.limit)},
-          options.backward);
+  prepare(op, m, act, options.backward);
 }
 
 Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -241,6 +248,7 @@ dso_expert_grad grad_at(const dso_expert &e, const Experts &m, const Tensor &gat
 }
 
 Tensor nothing(const Tensor &like) { return torch::stable::new_empty(like, {0}); }
+}  // namespace
 
 Tensor grad_like(const Tensor &t, bool wanted) {
   if (!wanted) return nothing(t);
@@ -249,7 +257,8 @@ Tensor grad_like(const Tensor &t, bool wanted) {
   return pooled_empty(t, sizes);
 }
 
-Tensor grad_like(const std::optional<Tensor> &t, const Tensor &other, bool wanted) {
+namespace {
+Tensor optional_grad(const std::optional<Tensor> &t, const Tensor &other, bool wanted) {
   return t ? grad_like(*t, wanted) : nothing(other);
 }
 
@@ -264,6 +273,55 @@ Tensor scatter_weights(const Experts &m, const Tensor &weights, const std::vecto
                                                     : torch::stable::to(out, weights.scalar_type());
 }
 
+// 共享专家的梯度张量，并填好它的指针（grads 的最后一个）。
+std::vector<Tensor> shared_grads(const Experts &m, const std::vector<Tensor> &shared, bool wanted,
+                                 std::vector<dso_expert_grad> &grads) {
+  std::vector<Tensor> out;
+  for (const Tensor &t : shared) out.push_back(grad_like(t, wanted));
+  if (!shared.empty() && wanted) {
+    const int64_t inner = m.list.back().inner;
+    dso_expert_grad &g = grads.back();
+    g.gate = out[0].mutable_data_ptr(), g.up = out[1].mutable_data_ptr(),
+    g.down = out[2].mutable_data_ptr();
+    g.gate_rs = g.up_rs = m.in.k, g.down_rs = inner;
+  }
+  return out;
+}
+
+// 共享专家逐词元系数的梯度。
+Tensor scale_grad(const Experts &m, const Tensor &scale, const std::vector<float> &dw) {
+  Tensor out = torch::stable::new_empty(scale, {m.in.tokens}, ScalarType::Float);
+  auto *to = static_cast<float *>(out.mutable_data_ptr());
+  for (int64_t t = 0; t < m.in.tokens; t++) to[t] = dw[static_cast<size_t>(m.rows + t)];
+  return scale.scalar_type() == ScalarType::Float ? out
+                                                  : torch::stable::to(out, scale.scalar_type());
+}
+}  // namespace
+
+CommonGrads run_backward(const char *op, Experts &m, const Tensor &grad, const Tensor &x,
+                         const Tensor &weights, const std::vector<Tensor> &shared,
+                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared) {
+  expect_shape(op, "grad", grad, {m.in.tokens, m.in.n});
+  Tensor dy = row_major(grad);
+  CommonGrads out{grad_like(x, need_x), {}, shared_grads(m, shared, need_shared, grads)};
+  std::vector<float> dw(m.weight.size() + 1);
+  dso_moe_backward_params p{
+      m.in,
+      {dy.const_data_ptr(), dy.stride(0), float_dtype(op, "grad", grad)},
+      need_x && x.size(0) * x.size(1) > 0 ? out.x.mutable_data_ptr() : nullptr,
+      dw.data(),
+      grads.data(),
+      static_cast<int64_t>(torch::stable::get_num_threads()),
+      nullptr};
+  std::vector<int64_t> task_at(3 * m.list.size() + 1);
+  dso_moe_backward_prepare(&p, task_at.data());
+  execute(dso_moe_experts_backward, &p);
+  out.weights = scatter_weights(m, weights, dw);
+  if (shared.size() == 4 && need_shared) out.shared[3] = scale_grad(m, shared[3], dw);
+  return out;
+}
+
+namespace {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &indices,
@@ -278,44 +336,49 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
   Tensor gu = torch::stable::contiguous(gate_up), dn = torch::stable::contiguous(down);
   fill(op, m, x, indices, weights, gu, gate_up_bias, dn, down_bias, shared,
        {activation, alpha, limit, {transposed, interleaved, gated}, true});
-  expect_shape(op, "grad", grad, {m.in.tokens, m.in.n});
-  Tensor dy = row_major(grad), dx = grad_like(x, need_x);
   Tensor d_gate_up = grad_like(gu, need_experts), d_down = grad_like(dn, need_experts);
-  Tensor d_bias = grad_like(gate_up_bias, x, need_experts),
-         d_down_bias = grad_like(down_bias, x, need_experts);
-  std::vector<Tensor> d_shared;
-  for (const Tensor &t : shared) d_shared.push_back(grad_like(t, need_shared));
+  Tensor d_bias = optional_grad(gate_up_bias, x, need_experts),
+         d_down_bias = optional_grad(down_bias, x, need_experts);
   std::vector<dso_expert_grad> grads(m.list.size());
   for (int64_t e = 0; need_experts && e < m.routed; e++)
     grads[static_cast<size_t>(e)] =
         grad_at(m.list[static_cast<size_t>(e)], m, d_gate_up, d_down, d_bias, d_down_bias);
-  if (!shared.empty() && need_shared) {
-    const int64_t inner = m.list.back().inner;
-    dso_expert_grad &g = grads.back();
-    g.gate = d_shared[0].mutable_data_ptr(), g.up = d_shared[1].mutable_data_ptr(),
-    g.down = d_shared[2].mutable_data_ptr();
-    g.gate_rs = g.up_rs = m.in.k, g.down_rs = inner;
+  CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
+  return {common.x, common.weights, d_gate_up, d_down, d_bias, d_down_bias, common.shared};
+}
+
+// 加进已有的梯度：布局要与权重一致，才能用同样的位置。
+void expect_grad(const char *op, const char *name, const Tensor &grad, const Tensor &weight) {
+  expect_shape(op, name, grad, {weight.size(0), weight.size(1), weight.size(2)});
+  expect_type(op, name, grad, weight.scalar_type());
+  expect(grad.is_contiguous() && weight.is_contiguous(), op, "：", name,
+         " 与它的权重都应是连续的。");
+}
+
+using OtherGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+OtherGrads moe_experts_backward_into(
+    const Tensor &grad, const Tensor &x, const Tensor &indices, const Tensor &weights,
+    const Tensor &gate_up, const std::optional<Tensor> &gate_up_bias, const Tensor &down,
+    const std::optional<Tensor> &down_bias, std::vector<Tensor> shared, std::string activation,
+    double alpha, double limit, bool transposed, bool interleaved, bool gated, bool need_x,
+    bool need_shared, const Tensor &gate_up_grad, const Tensor &down_grad) {
+  const char *op = "moe_experts_backward_into";
+  Experts m;
+  fill(op, m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
+       {activation, alpha, limit, {transposed, interleaved, gated}, true});
+  expect_grad(op, "gate_up_grad", gate_up_grad, gate_up);
+  expect_grad(op, "down_grad", down_grad, down);
+  Tensor d_bias = optional_grad(gate_up_bias, x, true),
+         d_down_bias = optional_grad(down_bias, x, true);
+  std::vector<dso_expert_grad> grads(m.list.size());
+  for (int64_t e = 0; e < m.routed; e++) {
+    dso_expert_grad &one = grads[static_cast<size_t>(e)];
+    one = grad_at(m.list[static_cast<size_t>(e)], m, gate_up_grad, down_grad, d_bias, d_down_bias);
+    one.add = 1;
   }
-  std::vector<float> dw(m.weight.size() + 1);
-  dso_moe_backward_params p{m.in,
-                            {dy.const_data_ptr(), dy.stride(0), float_dtype(op, "grad", grad)},
-                            need_x && x.size(0) * x.size(1) > 0 ? dx.mutable_data_ptr() : nullptr,
-                            dw.data(),
-                            grads.data(),
-                            static_cast<int64_t>(torch::stable::get_num_threads()),
-                            nullptr};
-  std::vector<int64_t> task_at(3 * m.list.size() + 1);
-  dso_moe_backward_prepare(&p, task_at.data());
-  execute(dso_moe_experts_backward, &p);
-  if (shared.size() == 4 && need_shared) {
-    Tensor scale = torch::stable::new_empty(shared[3], {m.in.tokens}, ScalarType::Float);
-    auto *to = static_cast<float *>(scale.mutable_data_ptr());
-    for (int64_t t = 0; t < m.in.tokens; t++) to[t] = dw[static_cast<size_t>(m.rows + t)];
-    d_shared[3] = shared[3].scalar_type() == ScalarType::Float
-                      ? scale
-                      : torch::stable::to(scale, shared[3].scalar_type());
-  }
-  return {dx, scatter_weights(m, weights, dw), d_gate_up, d_down, d_bias, d_down_bias, d_shared};
+  CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
+  return {common.x, common.weights, d_bias, d_down_bias, common.shared};
 }
 }  // namespace
 }  // namespace dso
@@ -323,4 +386,5 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&dso::moe_experts));
   m.impl("moe_experts_backward", TORCH_BOX(&dso::moe_experts_backward));
+  m.impl("moe_experts_backward_into", TORCH_BOX(&dso::moe_experts_backward_into));
 }

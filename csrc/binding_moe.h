@@ -16,7 +16,8 @@ struct Experts {
   dso_moe_inputs in{};
 };
 
-dso_act_kind act_kind(const char *op, const std::string &name);
+// 名字换成激活；截断的两种要有门、limit 要为正。
+dso_act act_of(const char *op, const std::string &name, double alpha, double limit, bool gated);
 
 // 路由：按专家排序，混合权重转 fp32。先填好 x、routed；shared 为共享专家的个数（0 或 1）。
 void fill_routing(const char *op, Experts &m, const Tensor &indices, const Tensor &weights,
@@ -31,5 +32,18 @@ void fill_shared_rows(const char *op, Experts &m, const std::vector<Tensor> &sha
 
 // list、路由填好之后：填 in 的其余部分，dso_moe_prepare。
 void prepare(const char *op, Experts &m, const dso_act &act, bool backward);
+
+// 与 t 同形状、未初始化的梯度；不要时是空张量。
+Tensor grad_like(const Tensor &t, bool wanted);
+
+struct CommonGrads {
+  Tensor x, weights;
+  std::vector<Tensor> shared;
+};
+
+// 执行反向：grads 与 list 等长，路由专家的已填好，共享专家的在这里分配。
+CommonGrads run_backward(const char *op, Experts &m, const Tensor &grad, const Tensor &x,
+                         const Tensor &weights, const std::vector<Tensor> &shared,
+                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared);
 
 }  // namespace dso

@@ -136,9 +136,7 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   expect_shape(kOp, "x", x, {-1, -1});
   expect(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, kOp,
          "：group_size 应为 0（int8）或 32、64、128（int4），实际是 ", group_size, "。");
-  const dso_act_kind kind = act_kind(kOp, activation);
-  expect(kind != DSO_CLIPPED || (gated && limit > 0), kOp,
-         "：activation 为 clipped 时应有门，limit 应大于 0，实际是 ", limit, "。");
+  const dso_act act = act_of(kOp, activation, alpha, limit, gated);
   expect(shared.empty() || gated, kOp, "：有 shared 时必须有门。");
   const Stack up = stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero,
                             {-1, -1, x.size(1)}, group_size);
@@ -159,7 +157,7 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   else
     fill_quantized_shared(m, shared, shared_scale, shared_zero, group_size, kept);
   m.in.gated = gated;
-  prepare(kOp, m, {kind, static_cast<float>(alpha), static_cast<float>(limit)}, false);
+  prepare(kOp, m, act, false);
   Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
   dso_moe_params p{m.in, y.mutable_data_ptr()};
   if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);

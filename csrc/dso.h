@@ -196,20 +196,26 @@ typedef struct {
 } dso_mla_backward_params;
 
 /* 激活：h = a(gate) * up；没有 up 时 h = a(gate)。CLIPPED 是 gpt-oss 的：
- * g = min(gate, limit)，u = clamp(up, -limit, limit)，h = g * sigmoid(alpha g) * (u + 1)。 */
+ * g = min(gate, limit)，u = clamp(up, -limit, limit)，h = g * sigmoid(alpha g) * (u + 1)；CLIPPED_SILU 是
+ * DeepSeek-V4 的：同样截断，h = silu(g) * u，不看 alpha。这两种必须有 up，limit > 0。 */
 typedef enum {
   DSO_SILU = 0,
   DSO_GELU,
   DSO_GELU_TANH,
   DSO_RELU,
   DSO_RELU2,
-  DSO_CLIPPED
+  DSO_CLIPPED,
+  DSO_CLIPPED_SILU
 } dso_act_kind;
 
 typedef struct {
   dso_act_kind kind;
   float alpha, limit;
 } dso_act;
+
+static inline int dso_act_clips(dso_act_kind kind) {
+  return kind == DSO_CLIPPED || kind == DSO_CLIPPED_SILU;
+}
 
 /* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
  * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up 不用。
@@ -252,6 +258,7 @@ typedef struct {
 typedef struct {
   void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;
   int64_t gate_rs, up_rs, down_rs;
+  int add; /* 1：gate、up、down 加到原有的值上（偏置照常覆盖） */
 } dso_expert_grad;
 
 typedef struct {

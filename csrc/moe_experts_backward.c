@@ -189,6 +189,7 @@ typedef struct {
   void *out;
   int64_t out_rs;
   dso_dtype dtype;
+  int add;
 } weight_grad;
 
 static weight_grad swap(weight_grad g) {
@@ -216,7 +217,7 @@ static weight_grad weight_grad_of(const dso_ctx *ctx, int64_t i, int which) {
   shared_view s = shared_of(ctx, fmt);
   hidden_grad h = hidden_grad_of(in, fmt, s.dgu, i);
   int64_t first = in->begin[i];
-  weight_grad g = {.k = dso_moe_rows(in, i), .dtype = e->gate.dtype};
+  weight_grad g = {.k = dso_moe_rows(in, i), .dtype = e->gate.dtype, .add = to->add};
   if (which == DOWN) {
     g.left = (dso_mat){dso_at(s.dy, fmt, first * in->n), in->n, fmt}, g.m = in->n;
     g.right = (dso_mat){dso_at(s.wh, fmt, in->hidden_at[i]), e->inner, fmt};
@@ -235,6 +236,7 @@ static int64_t weight_tasks(const dso_moe_backward_params *p, int64_t i, int whi
   const dso_expert *e = &in->expert[i];
   const dso_expert_grad *to = &p->grad[i];
   if (!(which == DOWN ? to->down : which == UP ? to->up : to->gate)) return 0;
+  if (to->add && dso_moe_rows(in, i) == 0) return 0; /* 没有词元的专家：原有的值不变 */
   int64_t inner = in->paired && which != DOWN ? 2 * e->inner : e->inner;
   int64_t other = which == DOWN ? in->n : in->k, rows_first = which != DOWN;
   return rows_first != in->transposed ? grad_blocks(inner, other) : grad_blocks(other, inner);
@@ -251,7 +253,7 @@ static void one_weight_grad(const dso_ctx *ctx, const weight_grad *g, int64_t ta
                    .a = g->left,
                    .b = g->right,
                    .a_transposed = 1};
-  dso_gemm_out out = {g->out, g->out_rs, g->dtype, 0, 1};
+  dso_gemm_out out = {g->out, g->out_rs, g->dtype, g->add, !g->add};
   dso_gemm_store(&gemm, m0, mc, n0, nc, &out, w.a, DSO_MOE_WIDE, w.scratch.scratch);
 }
 

@@ -74,19 +74,21 @@ def test_tensors(changes, message):
 @pytest.mark.parametrize(
     "layout, message",
     [
-        (Layout("swish"), "activation 应为 silu、.*、clipped 之一，实际是 swish"),
+        (Layout("swish"), "activation 应为 silu、.*、clipped_silu 之一，实际是 swish"),
         (Layout(""), "activation"),
         (Layout("clipped", limit=0.0), "activation 为 clipped 时应有门，limit 应大于 0，实际是 0"),
         (Layout("clipped", limit=-1.0), "limit 应大于 0，实际是 -1"),
         (Layout("clipped", limit=float("nan")), "limit 应大于 0"),
+        (Layout("clipped_silu", limit=0.0), "activation 为 clipped_silu 时应有门，limit 应大于 0"),
     ],
 )
 def test_layouts(layout, message):
     rejected(message, make().but(layout=layout))
 
 
-def test_clipped_needs_a_gate():
-    rejected("activation 为 clipped 时应有门", make(layout=Layout("clipped", gated=False)))
+@pytest.mark.parametrize("name", ops.CLIPPED)
+def test_clipped_needs_a_gate(name):
+    rejected(f"activation 为 {name} 时应有门", make(layout=Layout(name, gated=False)))
 
 
 def test_transposed_shapes():

@@ -33,9 +33,6 @@ PROFILE = {"moe": MOEConfig()}
 
 # 不替换的架构及报告里应有的原因：融合核没有这种激活，或专家之后另有归一化。
 SKIPPED = {
-    "deepseek_v4": "激活不是",
-    "glm5_next": "激活不是",
-    "hy_v4": "激活不是",
     "inkling2": "激活不是",
     "muse_spark": "has_post_expert_norm",
 }
@@ -62,8 +59,10 @@ def compare(model, actual, expected):
     torch.testing.assert_close(actual[0], expected[0], **TOLERANCE)
     assert actual[1].keys() == expected[1].keys()
     assert any("experts" in name for name in expected[1]), type(model).__name__
+    # 真值为 0 的梯度只剩舍入误差，随整个模型的梯度的大小
+    noise = 1e-7 * max(float(grad.abs().max()) for grad in expected[1].values())
     for name, grad in expected[1].items():
-        limit = 1e-4 * max(float(grad.abs().max()), 1e-3)
+        limit = max(1e-4 * max(float(grad.abs().max()), 1e-3), noise)
         if grad.numel() == 1:  # 单个系数的梯度是大量互相抵消的项之和
             limit = max(limit, 5e-5)
         torch.testing.assert_close(

@@ -313,7 +313,7 @@ def test_no_experts_or_no_choices(count, top_k, form):
 @pytest.mark.parametrize("form", [INT8, INT4])
 def test_activations(activation, form):
     make((20, 40, 36, 30), form, activation=activation).check()
-    if activation != "clipped":
+    if activation not in ops.CLIPPED:
         make((20, 40, 35, 30), form, activation=activation, gated=False).check()
 
 

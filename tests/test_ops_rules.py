@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_opt import ops
 from tests.moe_cases import Layout, experts
+from tests.moe_list_cases import Lists
 from tests.op_cases import FLOATS, attention, randn
 
 OPS = torch.ops.deepseek_opt
@@ -70,10 +71,23 @@ def moe_backward_inputs(*needs):
     return (randn(5, 7), *args, *needs)
 
 
+def moe_into_inputs():
+    args = moe_inputs(grad=False, bias=True, shared=4)
+    return (randn(5, 7), *args, True, True, randn(*args[3].shape), randn(*args[5].shape))
+
+
 def route_rule(**options):
     rule = {"score": "sigmoid", "normalize": True, "softmax_after": False}
     rule |= {"n_group": 3, "topk_group": 2, "group_score": "top2", "scaling": 2.5, "eps": 1e-20}
     return tuple((rule | options).values())
+
+
+def list_inputs(joint=False, **options):
+    return Lists.of(experts((3, 4, 5, 6), 2, **options), joint)
+
+
+def list_backward_inputs(*needs):
+    return (randn(3, 6), *list_inputs(bias=True, shared=4).args(), *needs)
 
 
 def route_backward_inputs():
@@ -108,6 +122,11 @@ CASES = {
     "moe_experts 无门": lambda: moe_inputs(layout=Layout("relu2", gated=False), bias=True),
     "moe_experts_backward": lambda: moe_backward_inputs(True, True, True),
     "moe_experts_backward 只要 weights": lambda: moe_backward_inputs(False, False, False),
+    "moe_experts_backward_into": moe_into_inputs,
+    "moe_experts_list": lambda: list_inputs(bias=True, shared=4).leaves().args(),
+    "moe_experts_list 上下相接": lambda: list_inputs(joint=True).leaves().args(),
+    "moe_experts_list_backward": lambda: list_backward_inputs(True, True, True),
+    "moe_experts_list_backward 只要 weights": lambda: list_backward_inputs(False, False, False),
     "moe_route": lambda: (leaf(4, 5), leaf(6, 5), leaf(6), randn(6), 2, *route_rule()),
     "moe_route 只有 logits": lambda: (leaf(4, 6), None, None, None, 2, *route_rule()),
     "moe_route_backward": route_backward_inputs,

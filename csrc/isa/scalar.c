@@ -209,12 +209,17 @@ static float act_of(dso_act_kind kind, float x, float *slope) {
 
 static float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
+/* 截断的两种只差这两个数。 */
+static float clip_alpha(const dso_act *act) { return act->kind == DSO_CLIPPED ? act->alpha : 1.0f; }
+static float clip_shift(const dso_act *act) { return act->kind == DSO_CLIPPED ? 1.0f : 0.0f; }
+
 static void activate(const dso_act *act, float *gate, const float *up, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     float slope;
-    if (act->kind == DSO_CLIPPED) {
+    if (dso_act_clips(act->kind)) {
       float g = gate[i] > act->limit ? act->limit : gate[i];
-      gate[i] = g * sigmoid(act->alpha * g) * (clamp(up[i], -act->limit, act->limit) + 1.0f);
+      gate[i] = g * sigmoid(clip_alpha(act) * g) *
+                (clamp(up[i], -act->limit, act->limit) + clip_shift(act));
     } else {
       gate[i] = act_of(act->kind, gate[i], &slope) * (up ? up[i] : 1.0f);
     }
@@ -227,12 +232,13 @@ static void activate_backward(const dso_act *act, float *g_dg, float *u_du, floa
     float grad = dh_h[i], slope, g = g_dg[i], u = u_du ? u_du[i] : 1.0f;
     int g_free = 1, u_free = 1;
     float a;
-    if (act->kind == DSO_CLIPPED) {
+    if (dso_act_clips(act->kind)) {
+      float alpha = clip_alpha(act);
       /* NaN 不算自由：与 torch 的 clamp 一样，它的梯度为 0 */
       g_free = g <= act->limit, u_free = u <= act->limit && u >= -act->limit;
-      g = g > act->limit ? act->limit : g, u = clamp(u, -act->limit, act->limit) + 1.0f;
-      float s = sigmoid(act->alpha * g);
-      a = g * s, slope = s + act->alpha * a * (1.0f - s);
+      g = g > act->limit ? act->limit : g, u = clamp(u, -act->limit, act->limit) + clip_shift(act);
+      float s = sigmoid(alpha * g);
+      a = g * s, slope = s + alpha * a * (1.0f - s);
     } else {
       a = act_of(act->kind, g, &slope);
     }

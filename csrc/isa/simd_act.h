@@ -47,9 +47,10 @@ static inline __attribute__((always_inline)) vf v_act(dso_act_kind kind, vf x, v
 static inline __attribute__((always_inline)) vf v_gated(const dso_act *act, dso_act_kind kind, vf g,
                                                         vf u, int has_up) {
   vf slope;
-  if (kind == DSO_CLIPPED) {
+  if (dso_act_clips(kind)) {
     vf limit = v_set1(act->limit);
     g = v_min(limit, g), u = v_max(v_set1(-act->limit), v_min(limit, u));
+    if (kind == DSO_CLIPPED_SILU) return g * v_sigmoid(g) * u;
     return g * v_sigmoid(g * v_set1(act->alpha)) * (u + v_set1(1.0f));
   }
   vf a = v_act(kind, g, &slope);
@@ -62,10 +63,12 @@ static inline __attribute__((always_inline)) void v_gated_backward(const dso_act
                                                                    dso_act_kind kind, vf *g, vf *u,
                                                                    vf *dh, int has_up) {
   vf grad = *dh, one = v_set1(1.0f), zero = v_set1(0.0f), slope;
-  if (kind == DSO_CLIPPED) {
-    vf limit = v_set1(act->limit), low = v_set1(-act->limit), alpha = v_set1(act->alpha);
+  if (dso_act_clips(kind)) {
+    int silu = kind == DSO_CLIPPED_SILU;
+    vf limit = v_set1(act->limit), low = v_set1(-act->limit);
+    vf alpha = silu ? one : v_set1(act->alpha), shift = silu ? zero : one;
     vi g_free = *g <= limit, u_free = (*u <= limit) & (*u >= low);
-    vf x = v_min(limit, *g), y = v_max(low, v_min(limit, *u)) + one;
+    vf x = v_min(limit, *g), y = v_max(low, v_min(limit, *u)) + shift;
     vf s = v_sigmoid(x * alpha), a = x * s;
     *dh = a * y;
     *g = v_where(g_free, grad * y * v_fma(alpha * a, one - s, s), zero);
@@ -118,7 +121,8 @@ static inline __attribute__((always_inline)) void activate_backward_as(const dso
   }
 }
 
-#define EACH_ACT(X) X(DSO_GELU) X(DSO_GELU_TANH) X(DSO_RELU) X(DSO_RELU2) X(DSO_CLIPPED)
+#define EACH_ACT(X) \
+  X(DSO_GELU) X(DSO_GELU_TANH) X(DSO_RELU) X(DSO_RELU2) X(DSO_CLIPPED) X(DSO_CLIPPED_SILU)
 
 static void activate(const dso_act *act, float *g, const float *u, int64_t n) {
 #define CASE(KIND)                   \

@@ -164,16 +164,22 @@ _ENGLISH = {
 }
 
 
+def chinese_font() -> str | None:
+    """matplotlib 能用的中文字体的名字；没有为 None。"""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in _CJK if name in installed), None)
+
+
 def write_png(table: LengthTable, path: Path) -> bool:
     """用 matplotlib 画同样的图；没有 matplotlib 返回 False。没有中文字体时标签用英文。"""
     try:
         import matplotlib
-        from matplotlib import font_manager
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    chinese = next((name for name in _CJK if name in installed), None)
+    chinese = chinese_font()
     labels = IMPLEMENTATIONS if chinese else _ENGLISH
     with matplotlib.rc_context({"font.family": [chinese] if chinese else ["sans-serif"]}):
         figure = Figure(figsize=(13.5, 4.6), dpi=110, layout="constrained")

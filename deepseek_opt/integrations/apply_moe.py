@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from deepseek_opt.integrations import experts, moe_block, router
+from deepseek_opt.integrations import experts, moe_adapter, moe_block, own_moe, router
 from deepseek_opt.integrations.dense import instance_reason
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
+from deepseek_opt.integrations.own_moe import OwnMoePatch
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.load import LoadCounter
@@ -48,11 +49,14 @@ def replace_moe(
         entries.append(ReportEntry(name, "moe", type(module).__name__, True))
     entries += _replace_blocks(model, runtime, filter_fn)
     entries += _replace_routers(model, runtime, filter_fn)
+    own, listed = _replace_own(model, config, runtime, filter_fn)
+    entries += own
+    known.update(listed)
     if not entries:
         entries += _own_layers(model)
     if not entries:
         entries.append(ReportEntry("", "moe", "", False, "模型里没有 MoE 专家层", True))
-    return entries + (_unmet_fields(config, known) if chosen else [])
+    return entries + (_unmet_fields(config, known) if chosen or listed else [])
 
 
 def _choose(
@@ -118,6 +122,37 @@ def _replace_routers(
         if reason is None:
             router.install(module, runtime, name)
         yield ReportEntry(name, "moe", kind, reason is None, reason or "路由一次算完")
+
+
+def _replace_own(
+    model: nn.Module, config: Any, runtime: Runtime, filter_fn: FilterFn
+) -> tuple[list[ReportEntry], set[str]]:
+    """登记过的自己写的 MoE；没有登记而像 MoE 的也列出。另返回核对过的配置字段。"""
+    entries, known = [], set()
+    for name, module in list(model.named_modules()):
+        adapter, kind = moe_adapter.find_adapter(module), type(module).__name__
+        if adapter is None:
+            advice = moe_adapter.describe_unregistered(module)
+            if advice is not None and patch_of(module) is None:
+                entries.append(ReportEntry(name, "moe", kind, False, advice, True))
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            entries.append(ReportEntry(name, "moe", kind, False, _FILTERED))
+            continue
+        reason = own_moe.own_reason(module, adapter)
+        if reason is None:
+            actual = own_moe.structure(module, adapter)
+            config.check_against(actual, name)
+            patch = OwnMoePatch(module, runtime, name, adapter)
+            reason = own_moe.probe(patch)
+        if reason is not None:
+            entries.append(ReportEntry(name, "moe", kind, False, reason, True))
+            continue
+        patch.install()
+        known.update(actual)
+        note = f"{patch.train_reason}，那时由原 forward 计算" if patch.train_reason else ""
+        entries.append(ReportEntry(name, "moe", kind, True, note))
+    return entries, known
 
 
 def _actual(module: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _POINTS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 6.0, 8.0, 11.0, 30.0, 100.0, 1000.0)
 class ExpertsLayout(NamedTuple):
     """怎样把一个 Experts 实例交给 ``ops.moe_experts``。
 
-    scalars 是 clipped 用到的 (属性名, 值)，之后被改动就不再适用。
+    scalars 是截断的激活用到的 (属性名, 值)，之后被改动就不再适用。
     """
 
     activation: str
@@ -151,7 +151,7 @@ def state_reason(module: nn.Module) -> str | None:
         return "专家并行：每个进程只有一部分专家"
     up, down = (getattr(module, name, None) for name in _weight_names(module))
     for name, weight in zip(_weight_names(module), (up, down), strict=True):
-        reason = _weight_reason(name, weight)
+        reason = weight_reason(name, weight)
         if reason is not None:
             return reason
     if up.dtype != down.dtype:
@@ -182,7 +182,7 @@ def _class_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _weight_reason(name: str, weight: Any) -> str | None:
+def weight_reason(name: str, weight: Any) -> str | None:
     if not isinstance(weight, Tensor):
         return f"没有权重 {name}（可能已被量化）"
     if is_traceable_wrapper_subclass(weight):
@@ -219,7 +219,7 @@ def _identify(module: nn.Module) -> ExpertsLayout | None:
         for interleaved in (not module.is_concatenated, bool(module.is_concatenated)):
             actual = _activated(module, gate, up, interleaved)
             for name, alpha, limit, scalars in _choices(module):
-                if not gated and name == "clipped":
+                if not gated and name in ops.CLIPPED:
                     continue
                 expected = activate(gate, up if gated else None, name, alpha, limit)
                 if actual is not None and _same(actual, expected):
@@ -240,12 +240,14 @@ def _activated(module: nn.Module, gate: Tensor, up: Tensor, interleaved: bool) -
 
 
 def _choices(module: nn.Module) -> list[tuple[str, float, float, tuple]]:
-    """(激活, alpha, limit, 用到的属性)；clipped 的两个数取自实例上名字带 alpha、limit 的属性。"""
-    plain = [(name, 1.702, 7.0, ()) for name in ops.ACTIVATIONS if name != "clipped"]
+    """(激活, alpha, limit, 用到的属性)；截断的两个数取自实例上名字以 alpha、limit 结尾的属性。"""
+    plain = [(name, 1.702, 7.0, ()) for name in ops.ACTIVATIONS if name not in ops.CLIPPED]
     numbers = {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float))}
     alphas = [(k, float(v)) for k, v in numbers.items() if k.endswith("alpha")]
     limits = [(k, float(v)) for k, v in numbers.items() if k.endswith("limit")]
-    return plain + [("clipped", a[1], b[1], (a, b)) for a in alphas for b in limits]
+    clipped = [("clipped_silu", 1.702, limit[1], (limit,)) for limit in limits]
+    clipped += [("clipped", a[1], b[1], (a, b)) for a in alphas for b in limits]
+    return plain + clipped
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

@@ -37,7 +37,7 @@ class MoEFeedForward(nn.Module):
     config : :class:`~deepseek_opt.MOEConfig`，必须给出 num_experts 与 num_experts_per_tok。
     hidden_size : 输入与输出的宽度。
     intermediate_size : 每个专家的中间宽；共享专家为它的 num_shared_experts 倍。
-    activation : 见 :func:`deepseek_opt.ops.moe_experts`，不含 clipped。
+    activation : 见 :func:`deepseek_opt.ops.moe_experts`，不含截断的（clipped、clipped_silu）。
     device, dtype : 参数的设备与类型。
 
     属性
@@ -272,7 +272,7 @@ def _check_arguments(config: Any, hidden_size: int, intermediate_size: int, acti
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError.expected(name, "正整数", value)
-    allowed = [name for name in ops.ACTIVATIONS if name != "clipped"]
+    allowed = [name for name in ops.ACTIVATIONS if name not in ops.CLIPPED]
     if activation not in allowed:
         raise InputError.expected("activation", f" {'、'.join(allowed)} 之一", activation)
     if config.quantization not in (None, "none"):

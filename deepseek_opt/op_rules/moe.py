@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from deepseek_opt.gradients import accumulation_targets
 from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake
 
 # moe_experts 的参数位置。
@@ -18,12 +19,16 @@ def _(x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *opti
     return x.new_empty((x.shape[0], down.shape[2 if transposed else 1]))
 
 
+def _grad_like(t, wanted, x):
+    return x.new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
+
+
 @fake("moe_experts_backward")
 def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
     *_, need_x, need_experts, need_shared = options
 
     def like(t, wanted):
-        return x.new_empty(0) if t is None else t.new_empty(t.shape if wanted else (0,))
+        return _grad_like(t, wanted, x)
 
     experts = (gate_up, down, gate_up_bias, down_bias)
     return (
@@ -31,6 +36,18 @@ def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
         weights.new_empty(weights.shape),
         *(like(t, need_experts) for t in experts),
         [like(t, need_shared) for t in shared],
+    )
+
+
+@fake("moe_experts_backward_into")
+def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
+    need_x, need_shared = options[-4:-2]
+    return (
+        _grad_like(x, need_x, x),
+        weights.new_empty(weights.shape),
+        _grad_like(gate_up_bias, True, x),
+        _grad_like(down_bias, True, x),
+        [_grad_like(t, need_shared, x) for t in shared],
     )
 
 
@@ -46,12 +63,17 @@ def _experts_backward(ctx, grad):
     inputs, shared = tensors[:_SHARED], list(tensors[_SHARED:])
     given = ctx.needs_input_grad
     experts = (_GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS)
-    wanted = given[_SHARED]
-    need_shared = any(wanted) if isinstance(wanted, (list, tuple)) else bool(wanted)
-    needs = (given[_X], any(given[i] for i in experts), need_shared)
-    dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(
-        grad.contiguous(), *inputs, shared, *ctx.options, *needs
-    )
+    need_shared = _any(given[_SHARED])
+    call = (grad.contiguous(), *inputs, shared, *ctx.options)
+    targets = accumulation_targets(inputs[_GATE_UP], inputs[_DOWN])
+    if targets is None:
+        needs = (given[_X], any(given[i] for i in experts), need_shared)
+        dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(*call, *needs)
+    else:
+        dx, dw, dgub, ddb, ds = OPS.moe_experts_backward_into(
+            *call, given[_X], need_shared, *targets
+        )
+        dgu = dd = None  # 已经加进 .grad
     found = {_X: dx, _WEIGHTS: dw, _GATE_UP: dgu, _GATE_UP_BIAS: dgub, _DOWN: dd, _DOWN_BIAS: ddb}
     grads = [found.get(i) if given[i] else None for i in range(_SHARED)]
     shared_grads = list(ds) if need_shared else [None] * ctx.shared
@@ -60,6 +82,58 @@ def _experts_backward(ctx, grad):
 
 autograd("moe_experts", _experts_backward, _experts_setup)
 autocast("moe_experts", keep=(_WEIGHTS,))
+
+
+# ---- 每个专家的权重单独给出：三个张量之后是七个列表（最后一个是 shared） ----
+
+_LISTS = slice(3, 10)
+
+
+@fake("moe_experts_list")
+def _(x, indices, weights, gate, up, down, *options):
+    return x.new_empty((x.shape[0], down[0].shape[0]))
+
+
+@fake("moe_experts_list_backward")
+def _(grad, x, indices, weights, *rest):
+    lists, (*_, need_x, need_experts, need_shared) = rest[:7], rest[7:]
+
+    def like(t, wanted):
+        return t.new_empty(t.shape if wanted else (0,))
+
+    experts = ([like(t, need_experts) for t in group] for group in lists[:-1])
+    shared = [like(t, need_shared) for t in lists[-1]]
+    return like(x, need_x), weights.new_empty(weights.shape), *experts, shared
+
+
+def _list_setup(ctx, inputs, output):
+    lists = inputs[_LISTS]
+    ctx.options = inputs[_LISTS.stop :]
+    ctx.sizes = [len(group) for group in lists]
+    ctx.save_for_backward(*inputs[: _LISTS.start], *(t for group in lists for t in group))
+
+
+def _any(wanted):
+    return any(wanted) if isinstance(wanted, (list, tuple)) else bool(wanted)
+
+
+def _list_backward(ctx, grad):
+    x, indices, weights, *flat = ctx.saved_tensors
+    remaining = iter(flat)
+    lists = [[next(remaining) for _ in range(size)] for size in ctx.sizes]
+    wanted = [_any(w) for w in ctx.needs_input_grad[_LISTS]]
+    needs = (ctx.needs_input_grad[_X], any(wanted[:-1]), wanted[-1])
+    dx, dw, *found = OPS.moe_experts_list_backward(
+        grad.contiguous(), x, indices, weights, *lists, *ctx.options, *needs
+    )
+    pairs = zip(found, wanted, ctx.sizes, strict=True)
+    grads = [list(group) if want else [None] * size for group, want, size in pairs]
+    plain = (dx if needs[0] else None, None, dw if ctx.needs_input_grad[_WEIGHTS] else None)
+    return (*plain, *grads, *(None for _ in ctx.options))
+
+
+autograd("moe_experts_list", _list_backward, _list_setup)
+autocast("moe_experts_list", keep=(_WEIGHTS,))
 
 
 # ---- 路由：logits 与权重一律 fp32，autocast 里也不降精度（不登记 autocast，按原样的输入计算） ----

@@ -27,7 +27,14 @@ from deepseek_opt.ops.mla import (
     rope,
     rope_,
 )
-from deepseek_opt.ops.moe import ACTIVATIONS, SCORES, moe_experts, moe_route
+from deepseek_opt.ops.moe import (
+    ACTIVATIONS,
+    CLIPPED,
+    SCORES,
+    moe_experts,
+    moe_experts_list,
+    moe_route,
+)
 from deepseek_opt.ops.moe_quantized import moe_experts_quantized
 from deepseek_opt.ops.spans import (
     make_spans,
@@ -37,6 +44,7 @@ from deepseek_opt.ops.spans import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CLIPPED",
     "DECODE_MAX_TOKENS",
     "SCORES",
     "add_rms_norm",
@@ -49,6 +57,7 @@ __all__ = [
     "mla_layer_decode",
     "mla_prefill",
     "moe_experts",
+    "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
     "rms_norm",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepseek_opt.ops._run import run
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clipped")
+CLIPPED = ("clipped", "clipped_silu")  # 必须有门，要给 limit
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", *CLIPPED)
 SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
 
 
@@ -48,8 +49,9 @@ def moe_experts(
         shared: 共享专家，空或 (gate [S, K], up [S, K], down [N, S])，或再加逐词元的系数 [T]；激活与
             专家相同，它的输出加进 y。
         activation: ``silu``、``gelu``、``gelu_tanh``、``relu``、``relu2``（relu 的平方）、``clipped``
-            （gpt-oss：g = min(gate, limit)，u = clamp(up, ±limit)，g · sigmoid(alpha · g) · (u + 1)）。
-        alpha, limit: 只用于 clipped。
+            （gpt-oss：g = min(gate, limit)，u = clamp(up, ±limit)，g · sigmoid(alpha · g) · (u + 1)）、
+            ``clipped_silu``（DeepSeek-V4：同样截断，silu(g) · u）。
+        alpha, limit: alpha 只用于 clipped，limit 只用于 clipped、clipped_silu。
 
     Returns:
         [T, N]，dtype 随 x。对 x、weights、各权重与偏置、shared 可求导。
@@ -68,6 +70,55 @@ def moe_experts(
     weight = (gate_up, gate_up_bias, down, down_bias, list(shared))
     act = (activation, alpha, limit, transposed, interleaved, gated)
     return run("moe_experts", x, indices, weights, *weight, *act)
+
+
+def moe_experts_list(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate_bias: Sequence[Tensor] = (),
+    up_bias: Sequence[Tensor] = (),
+    down_bias: Sequence[Tensor] = (),
+    shared: Sequence[Tensor] = (),
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    *,
+    gated: bool = True,
+) -> Tensor:
+    """同 :func:`moe_experts`，但每个专家的权重是单独的张量（例如各自的 nn.Linear），原地读取，不叠成一个。
+
+    各专家的中间宽可以不同。梯度直接写进各张量自己的梯度；没有分到词元的专家得 0（不是 None）。
+
+    Args:
+        x, indices, weights, shared, activation, alpha, limit: 见 :func:`moe_experts`；E 是 gate 的个数。
+        gate: E 个 [Iₑ, K]；up 为空而 gated 为 True 时是 E 个 [2Iₑ, K]，前一半是 gate，后一半是 up。
+        up: E 个 [Iₑ, K]，或空。
+        down: E 个 [N, Iₑ]。
+        gate_bias, up_bias, down_bias: E 个偏置（形状随各自的权重），或空。
+        gated: False 时没有门：down(a(gate x))，up 应为空。
+
+    Returns:
+        [T, N]，dtype 随 x。对 x、weights、各权重与偏置、shared 可求导。
+
+    Raises:
+        ValueError: 个数、形状、dtype 不符，没有专家，负的下标，不认识的 activation。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> x, index, weight = torch.randn(5, 8), torch.tensor([[0, 2]] * 5), torch.rand(5, 2)
+        >>> gate, up = ([torch.randn(6, 8) for _ in range(3)] for _ in range(2))
+        >>> down = [torch.randn(8, 6) for _ in range(3)]
+        >>> ops.moe_experts_list(x, index, weight, gate, up, down).shape
+        torch.Size([5, 8])
+    """
+    lists = (gate, up, down, gate_bias, up_bias, down_bias, shared)
+    act = (activation, alpha, limit, gated)
+    return run("moe_experts_list", x, indices, weights, *map(list, lists), *act)
 
 
 def moe_route(

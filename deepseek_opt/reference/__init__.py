@@ -20,7 +20,7 @@ from deepseek_opt.reference.mla import (
     mla_prefill,
     rope,
 )
-from deepseek_opt.reference.moe import moe_experts, moe_route
+from deepseek_opt.reference.moe import moe_experts, moe_experts_list, moe_route
 from deepseek_opt.reference.moe_quantized import moe_experts_quantized
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "mla_layer_decode",
     "mla_prefill",
     "moe_experts",
+    "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
     "rms_norm",

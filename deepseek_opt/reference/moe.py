@@ -13,8 +13,10 @@ from deepseek_opt.reference.precision import wide
 
 def activate(gate: Tensor, up: Tensor | None, name: str, alpha: float, limit: float) -> Tensor:
     """a(gate) * up；没有 up 时为 a(gate)。"""
-    if name == "clipped":
+    if name in ("clipped", "clipped_silu"):
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if name == "clipped_silu":
+            return F.silu(gate) * up
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
     functions = {
         "silu": F.silu,
@@ -65,6 +67,49 @@ def moe_experts(
         wide_x = x.to(dtype)
         out = activate(wide_x @ gate.mT, wide_x @ up.mT, activation, alpha, limit) @ last.mT
         y = y + (out if len(shared) == 3 else out * shared[3][:, None].to(dtype))
+    return y.to(x.dtype)
+
+
+def moe_experts_list(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate_bias: Sequence[Tensor] = (),
+    up_bias: Sequence[Tensor] = (),
+    down_bias: Sequence[Tensor] = (),
+    shared: Sequence[Tensor] = (),
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    *,
+    gated: bool = True,
+) -> Tensor:
+    """每个专家的权重叠成 [1, ...]，分别用 :func:`moe_experts` 算，再相加。"""
+    dtype = wide(x, gate[0])
+    y = x.new_zeros(x.shape[0], down[0].shape[0], dtype=dtype)
+
+    if up and bool(gate_bias) != bool(up_bias):  # 只有一个有偏置：另一个为 0
+        zeros = [t[:, 0] * 0 for t in up]
+        gate_bias, up_bias = gate_bias or zeros, up_bias or zeros
+
+    def joined(first: Sequence[Tensor], second: Sequence[Tensor], e: int) -> Tensor | None:
+        parts = [t[e].to(dtype) for t in (first, second) if t]
+        return torch.cat(parts)[None] if parts else None
+
+    flags = {"gated": gated}
+    for e, last in enumerate(down):
+        mine = torch.where(indices == e, 0, 1)
+        bias = down_bias[e][None] if down_bias else None
+        args = (joined(gate, up, e), joined(gate_bias, up_bias, e), last[None], bias, ())
+        act = (activation, alpha, limit)
+        y = y + moe_experts(x.to(dtype), mine, weights, *args, *act, **flags)
+    if shared:
+        none = torch.full_like(indices, 1)
+        empty = (joined(gate, up, 0), None, down[0][None], None, shared)
+        y = y + moe_experts(x.to(dtype), none, weights, *empty, activation, alpha, limit, **flags)
     return y.to(x.dtype)
 
 

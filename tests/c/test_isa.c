@@ -233,10 +233,10 @@ static void activation(const dso_act *act, int64_t n, int has_up) {
 }
 
 static void activations(int64_t n) {
-  for (int kind = DSO_SILU; kind <= DSO_CLIPPED; kind++) {
+  for (int kind = DSO_SILU; kind <= DSO_CLIPPED_SILU; kind++) {
     dso_act act = {(dso_act_kind)kind, 1.702f, 3.0f};
     activation(&act, n, 1);
-    if (kind != DSO_CLIPPED) activation(&act, n, 0);
+    if (!dso_act_clips(act.kind)) activation(&act, n, 0);
   }
 }
 

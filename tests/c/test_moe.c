@@ -161,10 +161,11 @@ static double act_value(dso_act_kind kind, double x, double *slope) {
 static double gated(const problem *p, double g, double u, double *dg, double *du) {
   const dso_act *act = &p->in.act;
   double slope;
-  if (act->kind == DSO_CLIPPED) {
-    double limit = act->limit, x = g < limit ? g : limit;
-    double y = (u < -limit ? -limit : u > limit ? limit : u) + 1, s = sigmoid(act->alpha * x);
-    *dg = g <= limit ? y * (s + act->alpha * x * s * (1 - s)) : 0;
+  if (dso_act_clips(act->kind)) {
+    int silu = act->kind == DSO_CLIPPED_SILU;
+    double limit = act->limit, alpha = silu ? 1 : act->alpha, x = g < limit ? g : limit;
+    double y = (u < -limit ? -limit : u > limit ? limit : u) + !silu, s = sigmoid(alpha * x);
+    *dg = g <= limit ? y * (s + alpha * x * s * (1 - s)) : 0;
     *du = u >= -limit && u <= limit ? x * s : 0;
     return x * s * y;
   }
@@ -299,10 +300,10 @@ static shape random_shape(int trial) {
              .n = 1 + random_below(40),
              .experts = 1 + random_below(MOST),
              .inner = random_below(36),
-             .act = (dso_act_kind)(trial % (DSO_CLIPPED + 1))};
+             .act = (dso_act_kind)(trial % (DSO_CLIPPED_SILU + 1))};
   s.top_k = 1 + random_below(3);
   s.transposed = trial & 1, s.biased = (int)random_below(2);
-  s.gated = s.act == DSO_CLIPPED || random_below(2);
+  s.gated = dso_act_clips(s.act) || random_below(2);
   s.paired = s.transposed && s.gated && random_below(2);
   return s;
 }
