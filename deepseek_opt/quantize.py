@@ -15,6 +15,8 @@ from torch import Tensor
 from deepseek_opt.errors import InputError
 
 GROUP_SIZES = (32, 64, 128)
+# 由配置量化 int4 而没有写明时：随包模型上留出文本的损失与字节数最合算的一种（见 docs/MoE.md 的表）。
+DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC = 64, True
 # int4 的截断比例：舍去最大的几个权重，换来其余的更细；组内误差最小的胜出。
 _RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _HALF = 16  # 16 字节一段：低 4 位是前 16 个权重，高 4 位是后 16 个
@@ -40,17 +42,31 @@ class QuantizedExperts(NamedTuple):
     group_size: int
     shape: tuple[int, int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """码、尺度与零点一共多少字节。"""
+        tensors = (self.packed, self.scale, self.zero)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-def quantize_experts(
-    weight: Tensor, bits: int = 8, group_size: int | None = None, symmetric: bool = True
+
+def quantize_experts(  # pylint: disable=too-many-arguments
+    weight: Tensor,
+    bits: int = 8,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    *,
+    order: Tensor | None = None,
+    name: str = "weight",
 ) -> QuantizedExperts:
     """量化 [E, N, K] 的权重。
 
     参数：
-        weight: 浮点张量 [E, N, K]，必须有限。
+        weight: 浮点张量 [E, N, K]，必须有限；转置存放的传它的视图即可。
         bits: 8 或 4。
         group_size: int4 的组大小 32、64、128，默认 128；int8 不分组，只能是 None 或 0。
         symmetric: False 时带零点（只用于 int4）：范围偏在一侧的权重误差更小。
+        order: 结果的第 n 行取原来的第 order[n] 行，例如把交错的 gate、up 分开；默认不变。
+        name: 报错时怎样称呼这个权重。
 
     抛出 InputError：参数不合要求，或权重有 NaN、无穷。
 
@@ -72,10 +88,11 @@ def quantize_experts(
         scale = weight.new_empty(count, rows, groups, dtype=torch.float32)
         zero = None if symmetric else torch.empty_like(scale, dtype=torch.uint8)
     for e in range(count):
-        wide = weight[e].detach().float()
+        wide = weight[e].detach() if order is None else weight[e].detach()[order]
+        wide = wide.float()
         if not wide.isfinite().all():
             raise InputError.expected(
-                f"weight[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）"
+                f"{name}[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）"
             )
         if bits == 8:
             packed[e], scale[e] = _int8(wide)

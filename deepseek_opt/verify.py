@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError
+from deepseek_opt.eval_mode import evaluating
+from deepseek_opt.integrations import quantized
 from deepseek_opt.metrics import paused
 from deepseek_opt.optimize import (
     check_model,
@@ -68,13 +69,14 @@ def verify(
     ):
         raise InputError.expected("max_new_tokens", "非负整数", max_new_tokens)
     check_model(model)
-    with lock_of(model), _evaluating(model):
+    with lock_of(model), evaluating(model):
         already = is_optimized(model)
         if already and profile is not None:
             raise InputError(
                 "模型已经优化过，verify 用它现在的配置；要换配置请先用 switch(model, profile)"
             )
         if already:
+            quantized.require_original(model, "verify 没有可以对照的原实现")
             return _compare_optimized(model, inputs, max_new_tokens)
         if profile is None:
             from deepseek_opt.config import MLAConfig, OptimizationProfile
@@ -114,18 +116,6 @@ def _as_inputs(inputs: Any) -> dict[str, Any]:
     if not isinstance(inputs, Mapping) or not inputs:
         raise InputError.expected("inputs", "input_ids 张量或输入字典", inputs)
     return {name: value for name, value in inputs.items() if name != "labels"}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """临时 eval；离开时逐个模块恢复 training 标志。"""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @torch.no_grad()
