@@ -78,15 +78,12 @@ def quantize_experts(  # pylint: disable=too-many-arguments
     group = _check(weight, bits, group_size, symmetric)
     count, rows, columns = weight.shape
     groups = -(-columns // group) if group else 1
-    if bits == 8:
-        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = weight.new_empty(count, rows, dtype=torch.float32)
-        zero = None
-    else:
-        width = groups * group // 2
-        packed = torch.empty(count, rows, width, dtype=torch.uint8, device=weight.device)
-        scale = weight.new_empty(count, rows, groups, dtype=torch.float32)
-        zero = None if symmetric else torch.empty_like(scale, dtype=torch.uint8)
+    shapes = packed_shapes((count, rows, columns), bits, group, symmetric)
+    tensors = {
+        part: torch.empty(size, dtype=dtype, device=weight.device)
+        for part, (dtype, size) in shapes.items()
+    }
+    packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
     for e in range(count):
         wide = weight[e].detach() if order is None else weight[e].detach()[order]
         wide = wide.float()
@@ -102,6 +99,31 @@ def quantize_experts(  # pylint: disable=too-many-arguments
         if zero is not None:
             zero[e] = zeros
     return QuantizedExperts(packed, scale, zero, bits, group, (count, rows, columns))
+
+
+def packed_shapes(
+    shape: tuple[int, int, int], bits: int, group_size: int, symmetric: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """[E, N, K] 量化之后各张量的 (类型, 形状)：packed、scale，带零点时还有 zero。
+
+    示例::
+
+        packed_shapes((64, 2816, 2048), 4, 64, True)["packed"]   # (torch.uint8, (64, 2816, 1024))
+    """
+    count, rows, columns = shape
+    if bits == 8:
+        return {
+            "packed": (torch.int8, (count, rows, columns)),
+            "scale": (torch.float32, (count, rows)),
+        }
+    groups = -(-columns // group_size)
+    found = {
+        "packed": (torch.uint8, (count, rows, groups * group_size // 2)),
+        "scale": (torch.float32, (count, rows, groups)),
+    }
+    if not symmetric:
+        found["zero"] = (torch.uint8, (count, rows, groups))
+    return found
 
 
 def dequantize(experts: QuantizedExperts, dtype: torch.dtype = torch.float32) -> Tensor:
