@@ -15,7 +15,8 @@ from torch import Tensor
 from deepseek_opt.errors import InputError
 
 GROUP_SIZES = (32, 64, 128)
-# 由配置量化 int4 而没有写明时：随包模型上留出文本的损失与字节数最合算的一种（见 docs/MoE.md 的表）。
+# 由配置量化 int4 而没有写明时。随包模型上各种组大小的准确率都与 bf16 相差不到 0.1 个百分点（见 docs/MoE.md），
+# 取中间的一种：每个权重 4.5 位，没有零点要读。
 DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC = 64, True
 # int4 的截断比例：舍去最大的几个权重，换来其余的更细；组内误差最小的胜出。
 _RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
