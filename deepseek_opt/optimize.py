@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
-from deepseek_opt.integrations import apply, apply_moe, bridge
+from deepseek_opt.integrations import apply, apply_moe, bridge, quantized
 from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations.quantized import NOTHING_KNOWN, Known
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.metrics import is_collecting, start_metrics, stop_metrics
 from deepseek_opt.report import OptimizationReport, ReportEntry
@@ -78,11 +79,18 @@ def optimize(
                 f"这个 {type(model).__name__} 已经优化过；要换配置请用 switch(model, profile)，"
                 "要撤销请用 restore(model)"
             )
-        return _apply(model, profile, strict, filter_fn)
+        return apply_profile(model, profile, strict, filter_fn)
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """撤销 optimize，模型（逐位）回到原样；返回 model。没有优化过则抛 InputError。
+def restore(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """撤销 optimize，模型（逐位）回到原样；返回 model。
+
+    参数
+    ----
+    model : 优化过的模型。
+    dequantize : 量化的专家没有保留原权重时，由量化的权重还原成原来的布局与类型（近似值，约差量化误差）。
+
+    抛出 InputError（没有优化过）、UnsupportedError（专家的原权重已释放，而 dequantize 为 False；模型不变）。
 
     示例::
 
@@ -92,6 +100,10 @@ def restore(model: nn.Module) -> nn.Module:
     with lock_of(model):
         if not is_optimized(model):
             raise InputError(f"这个 {type(model).__name__} 没有优化过，无需 restore")
+        if dequantize:
+            quantized.rebuild_released(model)
+        else:
+            quantized.require_original(model, "restore 无法逐位还原")
         for module, name, value in detach_all(model):
             if name == _STATE and value.owns_metrics:
                 stop_metrics(module)
@@ -125,9 +137,10 @@ def switch(
             )
         strict = state.options["strict"] if strict is None else strict
         chosen = filter_fn or state.options["filter_fn"]
+        known = quantized.known_in(model)
         saved = detach_all(model)
         try:
-            return _apply(model, profile, strict, chosen, state.owns_metrics)
+            return apply_profile(model, profile, strict, chosen, state.owns_metrics, known)
         except BaseException:
             reattach(saved)
             raise
@@ -226,13 +239,15 @@ def _check_profile(profile: Any) -> None:
         raise InputError.expected("profile", "OptimizationProfile", profile)
 
 
-def _apply(
+def apply_profile(
     model: nn.Module,
     profile: Any,
     strict: bool,
     filter_fn: FilterFn | None,
     owns_metrics: bool = False,
+    known: Known = NOTHING_KNOWN,
 ) -> OptimizationReport:
+    """装上全部补丁；出错时全部撤销。known 是已有的量化专家，不必再量化。"""
     if bridge.loaded():
         bridge.check_version()
         bridge.register_experts()
@@ -241,8 +256,9 @@ def _apply(
     try:
         if profile.mla is not None:
             report.entries += apply.replace_attention(model, profile.mla, runtime, filter_fn)
-        if getattr(profile, "moe", None) is not None:
-            report.entries += apply_moe.replace_moe(model, profile.moe, runtime, filter_fn)
+        moe = getattr(profile, "moe", None)
+        if moe is not None:
+            report.entries += apply_moe.replace_moe(model, profile.moe, runtime, filter_fn, known)
         if getattr(profile, "dense", None) is not None:
             report.entries += apply.replace_dense(model, profile.dense, runtime, filter_fn)
         for part, reason in _LATER.items():
@@ -250,10 +266,13 @@ def _apply(
                 report.entries.append(ReportEntry("", part, "", False, reason, True))
         if strict:
             _require_met(report)
+        quantized.require_reused(known, model)
         apply.patch_bases(model, runtime)
         options = {"strict": strict, "filter_fn": filter_fn}
         owns_metrics = owns_metrics or not is_collecting(model)
         model.__dict__[_STATE] = ModelState(runtime, report, options, owns_metrics)
+        # 不能撤销的一步放在最后
+        quantized.release_where(model, getattr(moe, "keep_original_weights", None) is False)
     except BaseException:
         detach_all(model)
         raise

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from deepseek_opt.integrations import experts, moe_adapter, moe_block, own_moe, router
+from deepseek_opt.integrations import (
+    experts,
+    moe_adapter,
+    moe_block,
+    moe_layer,
+    own_moe,
+    quantized,
+    router,
+)
 from deepseek_opt.integrations.dense import instance_reason
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
+from deepseek_opt.integrations.moe_layer import MoeLayerPatch
 from deepseek_opt.integrations.own_moe import OwnMoePatch
 from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations.quantized import ExpertStore, Known
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.load import LoadCounter
 from deepseek_opt.report import ReportEntry
 
 FilterFn = Callable[[str, nn.Module], bool] | None
+Chosen = tuple[str, nn.Module, Any]  # (名字, 模块, 布局)
 
 _FILTERED = "filter_fn 返回 False"
 # 配置字段 -> transformers 各架构的配置里的名字，取第一个有的。
@@ -31,37 +42,96 @@ _NAMES = {
     "norm_topk_prob": ("norm_topk_prob",),
 }
 # 这些值就是 transformers 模型本来的做法，不算要求。
-_NEUTRAL = {"balance_strategy": "none", "quantization": "none", "pad_to_capacity": False}
+_NEUTRAL = {"balance_strategy": "none", "pad_to_capacity": False}
+_NO_LIST = "专家是各自的 nn.Linear（register_moe），不能量化；按原精度计算"
+# 做到了没有，逐层另有条目。
+_QUANTIZATION = {
+    "quantization",
+    "quantization_group_size",
+    "quantization_symmetric",
+    "keep_original_weights",
+}
 
 
 def replace_moe(
-    model: nn.Module, config: Any, runtime: Runtime, filter_fn: FilterFn
+    model: nn.Module, config: Any, runtime: Runtime, filter_fn: FilterFn, known: Known
 ) -> list[ReportEntry]:
-    """替换全部认得的 Experts 实例与 MoE 块；config 为 MOEConfig。"""
-    chosen, entries = _choose(model, filter_fn)
-    known: set[str] = set()
+    """替换全部认得的 Experts 实例与 MoE 块；config 为 MOEConfig，known 为已有的量化专家。
+
+    先算好全部量化的权重，再装补丁：量化中途出错时什么都没有改动。
+    """
+    chosen, entries = _choose(model, filter_fn, known.stores)
+    actual_fields: set[str] = set()
     for name, module, _ in chosen:
         actual = _actual(module)
         config.check_against(actual, name)
-        known.update(actual)
+        actual_fields.update(actual)
+    layers = _choose_layers(model, config, filter_fn, entries)
+    stores = _quantize(chosen + layers, config, known, entries)
+    keep = config.keep_original_weights is not False
     for name, module, layout in chosen:
-        ExpertsPatch(module, runtime, name, layout).install()
-        entries.append(ReportEntry(name, "moe", type(module).__name__, True))
+        patch = ExpertsPatch(module, runtime, name, layout)
+        patch.store = stores.get(name)
+        patch.install()
+        reason = "" if patch.store is None else patch.store.describe(keep)
+        entries.append(ReportEntry(name, "moe", type(module).__name__, True, reason))
+    for name, module, _ in layers:
+        if name in stores:
+            MoeLayerPatch(module, runtime, name, stores[name]).install()
+            reason = stores[name].describe(keep)
+            entries.append(ReportEntry(name, "moe", type(module).__name__, True, reason))
     entries += _replace_blocks(model, runtime, filter_fn)
     entries += _replace_routers(model, runtime, filter_fn)
     own, listed = _replace_own(model, config, runtime, filter_fn)
     entries += own
-    known.update(listed)
+    actual_fields.update(listed)
     if not entries:
         entries += _own_layers(model)
     if not entries:
         entries.append(ReportEntry("", "moe", "", False, "模型里没有 MoE 专家层", True))
-    return entries + (_unmet_fields(config, known) if chosen or listed else [])
+    return entries + (_unmet_fields(config, actual_fields) if chosen or listed else [])
+
+
+def _choose_layers(
+    model: nn.Module, config: Any, filter_fn: FilterFn, entries: list[ReportEntry]
+) -> list[Chosen]:
+    """要量化的 MoEFeedForward；没有要求量化时为空。"""
+    found: list[Chosen] = []
+    if quantized.scheme_of(config) is None:
+        return found
+    for name, module in model.named_modules():
+        if not moe_layer.is_moe_layer(module):
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            entries.append(ReportEntry(name, "moe", type(module).__name__, False, _FILTERED))
+        else:
+            found.append((name, module, moe_layer.layout_of(module)))
+    return found
+
+
+def _quantize(
+    chosen: list[Chosen], config: Any, known: Known, entries: list[ReportEntry]
+) -> dict[str, ExpertStore]:
+    """模块名 -> 量化的专家；不能量化的在 entries 里写明原因。"""
+    scheme, stores = quantized.scheme_of(config), {}
+    for name, module, layout in chosen:
+        old = quantized.reusable(name, module, known, scheme)
+        if old is not None:
+            stores[name] = old
+        if old is not None or known.exclusive or scheme is None:
+            continue
+        names = experts.weight_names(module)
+        reason = quantized.why_not(module, names)
+        if reason is None:
+            stores[name] = quantized.quantize_module(module, layout, scheme, name, names)
+        else:
+            entries.append(ReportEntry(name, "moe", "quantization", False, reason, True))
+    return stores
 
 
 def _choose(
-    model: nn.Module, filter_fn: FilterFn
-) -> tuple[list[tuple[str, nn.Module, Any]], list[ReportEntry]]:
+    model: nn.Module, filter_fn: FilterFn, stores: Mapping[str, ExpertStore]
+) -> tuple[list[Chosen], list[ReportEntry]]:
     """(要换的 (名字, 模块, 布局), 不换的条目)。"""
     chosen, entries = [], []
     for name, module in model.named_modules():
@@ -78,7 +148,9 @@ def _choose(
             continue
         layout, reason = None, instance_reason(module)
         if reason is None:
-            layout, reason = experts.layout_of(module)
+            store = stores.get(name)
+            released = store is not None and store.released
+            layout, reason = experts.layout_of(module, store if released else None)
         if layout is None:
             entries.append(ReportEntry(name, "moe", kind, False, reason, True))
         else:
@@ -152,6 +224,8 @@ def _replace_own(
         known.update(actual)
         note = f"{patch.train_reason}，那时由原 forward 计算" if patch.train_reason else ""
         entries.append(ReportEntry(name, "moe", kind, True, note))
+        if quantized.scheme_of(config) is not None:
+            entries.append(ReportEntry(name, "moe", "quantization", False, _NO_LIST, True))
     return entries, known
 
 
@@ -173,7 +247,7 @@ def _unmet_fields(config: Any, known: set[str]) -> list[ReportEntry]:
     """给出了、但对 transformers 的 MoE 层不起作用的字段。"""
     entries = []
     for field, value in config.to_dict().items():
-        if field in known or _NEUTRAL.get(field) == value:
+        if field in known or field in _QUANTIZATION or _NEUTRAL.get(field) == value:
             continue
         if field in _NAMES:
             reason = "模型的配置里没有这一项，无法核对"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepseek_opt import ops
-from deepseek_opt.integrations.patch import Patch
+from deepseek_opt.integrations.patch import QuantizablePatch
+from deepseek_opt.integrations.quantized import ExpertStore
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.load import LoadCounter
 from deepseek_opt.reference.moe import activate
@@ -42,8 +43,11 @@ class ExpertsLayout(NamedTuple):
     scalars: tuple[tuple[str, float], ...]
 
 
-class ExpertsPatch(Patch):
-    """一个 Experts 实例的新 forward；``load_counter`` 累计各专家分到的词元数。"""
+class ExpertsPatch(QuantizablePatch):
+    """一个 Experts 实例的新 forward；``load_counter`` 累计各专家分到的词元数。
+
+    有 ``store`` 时用量化的专家；训练模式、原权重被改动时用原权重（已释放则报错）。
+    """
 
     kind = "moe"
 
@@ -69,9 +73,17 @@ class ExpertsPatch(Patch):
         elif reason is None and hidden_states.dim() != 2:
             reason = f"hidden_states 是 {hidden_states.dim()} 维，不是 [T, H]"
         if reason is None:
-            return compute(self.module, self.layout, hidden_states, top_k_index, top_k_weights)
-        self.runtime.count(self.name, reason)
+            return self.compute(hidden_states, top_k_index, top_k_weights)
+        self.give_way(reason)
         return self.call_original(hidden_states, top_k_index, top_k_weights, *args, **kwargs)
+
+    def compute(
+        self, x: Tensor, indices: Tensor, weights: Tensor, shared: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """x [T, H] -> [T, H]。"""
+        if self.store is not None:
+            return self.store.compute(x, indices, weights, shared)
+        return compute(self.module, self.layout, x, indices, weights, shared)
 
     def refusal(self, hidden: Tensor) -> str | None:
         """这次调用不能由本库计算的原因；可以则为 None。"""
@@ -80,6 +92,8 @@ class ExpertsPatch(Patch):
             return "激活函数在优化之后被换掉了"
         if any(getattr(module, name, None) != value for name, value in layout.scalars):
             return "激活的参数（alpha、limit）在优化之后被改动了"
+        if self.store is not None:
+            return input_reason(hidden) or parallel_reason(module) or self.store.refusal(module)
         return input_reason(hidden) or state_reason(module)
 
 
@@ -95,12 +109,17 @@ def resembles_experts(module: nn.Module) -> bool:
     return not looks_like_experts(module) and all(w is not None and w.dim() == 3 for w in weights)
 
 
-def layout_of(module: nn.Module) -> tuple[ExpertsLayout | None, str | None]:
-    """(布局, 不能替换的原因)，恰有一个为 None。"""
-    reason = _class_reason(module) or state_reason(module)
+def layout_of(
+    module: nn.Module, store: ExpertStore | None = None
+) -> tuple[ExpertsLayout | None, str | None]:
+    """(布局, 不能替换的原因)，恰有一个为 None；store 是没有原权重时的量化专家。"""
+    reason = _class_reason(module)
+    if reason is None and store is not None:
+        module = store.stand_in(module)
+    reason = reason or state_reason(module)
     if reason is not None:
         return None, reason
-    layout = _identify(module)
+    layout = identify(module)
     if layout is None:
         return None, f"激活不是本库支持的任何一种（{'、'.join(ops.ACTIVATIONS)}）"
     reason = _probe(module, layout)
@@ -116,7 +135,7 @@ def compute(
     shared: Sequence[Tensor] = (),
 ) -> Tensor:
     """x [T, H] -> [T, H]；权重此刻才读，因此参数化（PEFT 等）之后的有效权重也对。"""
-    up, down = (getattr(module, name) for name in _weight_names(module))
+    up, down = (getattr(module, name) for name in weight_names(module))
     up_bias, down_bias = _biases(module)
     stacked = (up, up_bias, down, down_bias, shared)
     act = (layout.activation, layout.alpha, layout.limit)
@@ -145,12 +164,19 @@ def input_reason(hidden: Tensor) -> str | None:
     return None if hidden.dtype in _DTYPES else f"数据类型 {hidden.dtype} 不受支持"
 
 
+def parallel_reason(module: nn.Module) -> str | None:
+    """专家并行时不能用。"""
+    parallel = module.__dict__.get("_is_expert_parallel")
+    return "专家并行：每个进程只有一部分专家" if parallel else None
+
+
 def state_reason(module: nn.Module) -> str | None:
     """这个实例此刻的权重与状态不能用的原因；每次调用都看。"""
-    if module.__dict__.get("_is_expert_parallel"):
-        return "专家并行：每个进程只有一部分专家"
-    up, down = (getattr(module, name, None) for name in _weight_names(module))
-    for name, weight in zip(_weight_names(module), (up, down), strict=True):
+    reason = parallel_reason(module)
+    if reason is not None:
+        return reason
+    up, down = (getattr(module, name, None) for name in weight_names(module))
+    for name, weight in zip(weight_names(module), (up, down), strict=True):
         reason = weight_reason(name, weight)
         if reason is not None:
             return reason
@@ -162,14 +188,15 @@ def state_reason(module: nn.Module) -> str | None:
 # ---- 内部 ----
 
 
-def _weight_names(module: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """上（或合并的 gate、up）、下投影的参数名。"""
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
 def _biases(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if not module.has_bias:
         return None, None
-    up, down = _weight_names(module)
+    up, down = weight_names(module)
     return getattr(module, up + "_bias"), getattr(module, down + "_bias")
 
 
@@ -183,6 +210,7 @@ def _class_reason(module: nn.Module) -> str | None:
 
 
 def weight_reason(name: str, weight: Any) -> str | None:
+    """这个权重不能由核读取的原因。"""
     if not isinstance(weight, Tensor):
         return f"没有权重 {name}（可能已被量化）"
     if is_traceable_wrapper_subclass(weight):
@@ -209,7 +237,7 @@ def _shape_reason(module: nn.Module, up: Tensor, down: Tensor) -> str | None:
     return None
 
 
-def _identify(module: nn.Module) -> ExpertsLayout | None:
+def identify(module: nn.Module) -> ExpertsLayout | None:
     """用固定的点核对激活；与哪一种都对不上为 None。"""
     # 双精度：gelu 的尾部在单精度里只剩舍入
     points = torch.tensor(sorted({*_POINTS, *(-p for p in _POINTS)}), dtype=torch.float64)
@@ -258,7 +286,7 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
 
 def _probe(module: nn.Module, layout: ExpertsLayout) -> str | None:
     """几个词元走一遍装饰之前的 forward，与本库的结果比较；放大的一行会碰到截断。"""
-    up = getattr(module, _weight_names(module)[0])
+    up = getattr(module, weight_names(module)[0])
     experts, width = module.num_experts, up.shape[1 if layout.transposed else 2]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [1.0], [30.0]])

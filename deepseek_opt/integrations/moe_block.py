@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt.eval_mode import evaluating
 from deepseek_opt.integrations import experts
 from deepseek_opt.integrations.dense import ffn_reason, instance_reason, probe_ffn
 from deepseek_opt.integrations.experts import ExpertsPatch
@@ -126,7 +127,7 @@ class MoeBlockPatch(Patch):
         if spec.scale is not None:
             weights = weights * getattr(module, spec.scale)
         shared = self._shared(flat)
-        out = experts.compute(patch.module, patch.layout, flat, indices, weights, shared)
+        out = patch.compute(flat, indices, weights, shared)
         out = out.view(hidden_states.shape)
         return out if spec.post is None else getattr(module, spec.post)(out)
 
@@ -211,7 +212,8 @@ def _probe(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | None:
     x = torch.randn(1, 3, weight.shape[1], generator=generator) * torch.tensor([[1.0], [1], [30]])
     x = x.to(weight.device, weight.dtype)
     patch = MoeBlockPatch(module, Runtime(profile), "", spec)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # 训练模式下量化的专家不计算，核对的是 eval 时的写法
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), evaluating(module):
         try:
             actual = type(module).forward(module, x)
             expected = patch(x)

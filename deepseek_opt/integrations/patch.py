@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from deepseek_opt.errors import UnsupportedError
 from deepseek_opt.integrations.runtime import Runtime
 
 
@@ -48,6 +49,21 @@ class Patch:
         if self.original is not None:
             return self.original(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class QuantizablePatch(Patch):
+    """可以用量化专家的补丁；``store`` 为 :class:`~.quantized.ExpertStore`，没有量化时为 None。"""
+
+    store: Any = None
+
+    def give_way(self, reason: str) -> None:
+        """这次改由原实现计算：记数；原权重已释放时抛出 UnsupportedError。"""
+        if self.store is not None and self.store.released:
+            raise UnsupportedError(
+                f"{self.name or type(self.module).__name__} 不能由量化的专家计算（{reason}），"
+                "而原权重已经释放；可用 restore(model, dequantize=True) 由量化的权重还原（近似值）"
+            )
+        self.runtime.count(self.name, reason)
 
 
 def patch_of(module: nn.Module) -> Patch | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deepseek_opt.eval_mode import evaluating
 
 FFN_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -51,7 +50,7 @@ def activation_of(module: nn.Module, names: tuple[str, str, str] = FFN_NAMES) ->
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_TOKENS, gate.shape[1], generator=generator).to(gate.device, gate.dtype)
     try:
-        with _evaluating(module):
+        with evaluating(module):
             want = module(x)
             likely = _named_activation(module) or _ACTIVATIONS
     except Exception:  # pylint: disable=broad-exception-caught  # 别人的 forward 可能抛出任何错误
@@ -76,15 +75,3 @@ def _named_activation(module: nn.Module) -> list[str]:
             values = function(points)
             return [n for n, f in _ACTIVATIONS.items() if torch.allclose(f(points), values)]
     return []
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """块内为 eval 模式，之后逐个还原。"""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

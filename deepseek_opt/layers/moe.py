@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,15 +134,21 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]，dtype 不变。"""
+        return self.forward_with(hidden, self._compute)
+
+    def forward_with(self, hidden: Tensor, compute: Callable[..., Tensor]) -> Tensor:
+        """同 forward，专家由 compute(x, 下标, 权重, 共享专家) 计算（例如量化的专家）。"""
         self._check_config()
         self._check_hidden(hidden)
         x = hidden.reshape(-1, self.hidden_size)
         routed = self.router(x)
         plan = self._dispatch(routed)
         self._record(hidden, routed, plan)
-        experts = (self.gate_up_proj, None, self.down_proj, None, self._shared(x))
-        y = ops.moe_experts(x, plan.indices, plan.weights, *experts, self.activation)
-        return y.view_as(hidden)
+        return compute(x, plan.indices, plan.weights, self._shared(x)).view_as(hidden)
+
+    def _compute(self, x: Tensor, indices: Tensor, weights: Tensor, shared: list[Tensor]) -> Tensor:
+        experts = (self.gate_up_proj, None, self.down_proj, None, shared)
+        return ops.moe_experts(x, indices, weights, *experts, self.activation)
 
     def _dispatch(self, routed: RoutingResult) -> Dispatch:
         config, tokens = self.config, routed.logits.shape[0]
@@ -214,7 +221,7 @@ class MoEFeedForward(nn.Module):
         width = self.hidden_size
         if not isinstance(hidden, Tensor) or hidden.dim() < 1 or hidden.shape[-1] != width:
             raise InputError.expected("hidden", f"最后一维为 {width} 的张量", hidden)
-        weight = self.gate_up_proj
+        weight = self.router.weight  # 专家的权重可能已释放（量化之后）
         if hidden.device != weight.device:
             raise InputError.expected("hidden", f"设备 {weight.device} 上的张量", hidden)
         if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
@@ -278,5 +285,5 @@ def _check_arguments(config: Any, hidden_size: int, intermediate_size: int, acti
     if config.quantization not in (None, "none"):
         raise UnsupportedError(
             f"MoEFeedForward 的权重要能训练，不支持 quantization = {config.quantization!r}；"
-            "请去掉 quantization"
+            "请去掉 quantization，训练之后用 optimize(model, profile) 量化"
         )

@@ -1,0 +1,521 @@
+"""optimize 时量化专家：与“权重换成量化再还原的值”的原模型一致；保留、释放、出错、换配置、复制、训练。"""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import deepseek_opt as dso
+from deepseek_opt import MLAConfig, MOEConfig, OptimizationProfile, optimize, restore, switch
+from deepseek_opt.errors import ConfigError, InputError, UnsupportedError
+from deepseek_opt.integrations import quantized
+from deepseek_opt.integrations.moe_block import MoeBlockPatch
+from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.optimize import find_state, is_optimized
+from deepseek_opt.quantize import dequantize, quantize_experts
+from tests.moe_models import (
+    MODELS,
+    available,
+    experts_in,
+    make_ids,
+    make_moe,
+    output_of,
+    transformers,
+)
+from tests.test_moe_models import SKIPPED
+from tests.test_moe_optimize import routing, snapshot
+from tests.tolerances import tol
+
+moe_module = pytest.importorskip("transformers.integrations.moe")
+
+HERE = [name for name in MODELS if available(name) and name not in SKIPPED]
+BIASED = {"gpt_oss", "openai_privacy_filter"}
+INT4 = {"quantization": "int4", "quantization_group_size": 32}
+FORMS = {
+    "int8": ({"quantization": "int8"}, (8, None, True)),
+    "int4": (INT4, (4, 32, True)),
+    "int4 带零点": ({**INT4, "quantization_symmetric": False}, (4, 32, False)),
+}
+
+
+def profile(**fields):
+    return OptimizationProfile(moe=MOEConfig(**fields))
+
+
+@torch.no_grad()
+def logits(model):
+    return output_of(model, make_ids())
+
+
+def rounded(model, form):
+    """model 的副本，专家权重换成量化再还原的值；布局按 transformers 的标志换算。"""
+    twin = copy.deepcopy(model)
+    for module in experts_in(twin).values():
+        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            weight = getattr(module, name)
+            plain = weight.data.mT if module.is_transposed else weight.data
+            if name == "gate_up_proj" and not module.is_concatenated:
+                plain = torch.cat((plain[:, ::2], plain[:, 1::2]), 1)
+            plain = dequantize(quantize_experts(plain, *form), weight.dtype)
+            if name == "gate_up_proj" and not module.is_concatenated:
+                plain = torch.stack(plain.chunk(2, 1), 2).flatten(1, 2)
+            weight.data.copy_(plain.mT if module.is_transposed else plain)
+    return twin
+
+
+@pytest.fixture
+def model():
+    return make_moe("deepseek_v3")
+
+
+def block_of(model):
+    return model.model.layers[1].mlp
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_state(model, state):
+    now = model.state_dict()
+    return list(now) == list(state) and all(torch.equal(now[k], v) for k, v in state.items())
+
+
+# ---- 各架构、各格式 ----
+
+
+@pytest.mark.parametrize("model_type", HERE)
+def test_every_model_computes_with_the_quantised_weights(model_type):
+    model = make_moe(model_type)
+    state, expected = state_of(model), logits(model)
+    report = optimize(model, profile(**INT4))
+    stores = quantized.stores_in(model)
+    if model_type in BIASED:
+        assert not stores and all("偏置" in e.reason for e in report.unmet) and report.unmet
+        torch.testing.assert_close(logits(model), expected, **tol(torch.float32))
+    else:
+        assert set(stores) == set(experts_in(model)) and not report.unmet
+        want = logits(rounded(model, FORMS["int4"][1]))
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(logits(model) / scale, want / scale, **tol(torch.float32))
+        assert "int4（32 个一组），每个专家" in str(report)
+    assert not report.fallbacks and same_state(model, state)
+    restore(model)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "mixtral", "qwen2_moe"])
+def test_formats(model_type, form):
+    model = make_moe(model_type)
+    fields, numbers = FORMS[form]
+    want = logits(rounded(model, numbers))
+    report = optimize(model, profile(**fields), strict=True)
+    torch.testing.assert_close(logits(model), want, **tol(torch.float32))
+    assert any(form.split()[0] in entry.reason for entry in report.replaced)
+    blocks = [m for m in model.modules() if isinstance(patch_of(m), MoeBlockPatch)]
+    assert bool(blocks) is (model_type != "mixtral")  # 共享专家仍一次算完
+
+
+def test_bias_is_an_unmet_requirement():
+    model = make_moe("gpt_oss")
+    with pytest.raises(UnsupportedError, match="偏置"):
+        optimize(model, profile(**INT4), strict=True)
+    assert not is_optimized(model)
+
+
+@moe_module.use_experts_implementation(is_transposed=True, is_concatenated=False)
+class Turned(nn.Module):
+    """转置且交错存放、没有偏置的专家（gpt-oss 的布局）。"""
+
+    def __init__(self, _config):
+        super().__init__()
+        self.num_experts = 3
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 12) * 0.3)
+        self.down_proj = nn.Parameter(torch.randn(3, 6, 8) * 0.3)
+
+    def _apply_gate(self, joint):
+        return nn.functional.silu(joint[..., ::2]) * joint[..., 1::2]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        out = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            token, place = torch.where(top_k_index == e)
+            part = self._apply_gate(hidden_states[token] @ self.gate_up_proj[e])
+            part = part @ self.down_proj[e] * top_k_weights[token, place, None]
+            out.index_add_(0, token, part.to(out.dtype))
+        return out
+
+
+def turned():
+    config = transformers.PretrainedConfig()
+    config._experts_implementation = "eager"
+    return nn.ModuleDict({"experts": Turned(config)}).eval()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_transposed_and_interleaved(form, keep):
+    layer, case = turned(), routing()
+    fields, numbers = FORMS[form]
+    with torch.no_grad():
+        twin = copy.deepcopy(layer)
+        inner = twin["experts"]
+        plain = torch.cat((inner.gate_up_proj.mT[:, ::2], inner.gate_up_proj.mT[:, 1::2]), 1)
+        plain = dequantize(quantize_experts(plain, *numbers))
+        inner.gate_up_proj.copy_(torch.stack(plain.chunk(2, 1), 2).flatten(1, 2).mT)
+        inner.down_proj.copy_(dequantize(quantize_experts(inner.down_proj.mT, *numbers)).mT)
+        want = twin["experts"](*case)
+        report = optimize(layer, profile(**fields, keep_original_weights=keep), strict=True)
+        torch.testing.assert_close(layer["experts"](*case), want, **tol(torch.float32))
+        assert not report.fallbacks
+        restore(layer, dequantize=True)
+        if not keep:
+            torch.testing.assert_close(layer["experts"].gate_up_proj, inner.gate_up_proj)
+            torch.testing.assert_close(layer["experts"].down_proj, inner.down_proj)
+
+
+# ---- 保留与释放 ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kept_weights_come_back_bit_for_bit(model, form):
+    before, state, expected = snapshot(model), state_of(model), logits(model)
+    optimize(model, profile(**FORMS[form][0]), strict=True)
+    assert not torch.equal(logits(model), expected) and same_state(model, state)
+    restore(model)
+    assert snapshot(model) == before and torch.equal(logits(model), expected)
+    assert same_state(model, state)
+
+
+def test_report_says_what_it_costs(model):
+    report = optimize(model, profile(**INT4))
+    entry = next(e for e in report.replaced if e.name.endswith("experts"))
+    store = patch_of(block_of(model).experts).store
+    experts = block_of(model).experts
+    assert store.original_bytes == 4 * (experts.gate_up_proj.numel() + experts.down_proj.numel())
+    assert store.nbytes < store.original_bytes / 4 and "（保留）" in entry.reason
+    switch(model, profile(**INT4, keep_original_weights=False))
+    assert "（已释放）" in str(find_state(model).report)
+
+
+@pytest.fixture
+def released(model):
+    optimize(model, profile(**INT4, keep_original_weights=False), strict=True)
+    return model
+
+
+def test_released_weights_are_gone(model):
+    want = logits(rounded(model, FORMS["int4"][1]))
+    refs = [block_of(model).experts.gate_up_proj, block_of(model).experts.down_proj]
+    kinds = [type(p) for p in refs]
+    optimize(model, profile(**INT4, keep_original_weights=False), strict=True)
+    experts = block_of(model).experts
+    assert experts.gate_up_proj.is_meta and experts.down_proj.is_meta
+    assert [type(p) for p in experts.parameters()] == kinds
+    assert [p.shape for p in experts.parameters()] == [p.shape for p in refs]
+    torch.testing.assert_close(logits(model), want, **tol(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        restore,
+        lambda m: m.state_dict(),
+        lambda m: m.load_state_dict({}, strict=False),
+        lambda m: switch(m, profile(quantization="int8")),
+        lambda m: switch(m, profile()),
+        lambda m: switch(m, OptimizationProfile(mla=MLAConfig())),
+        lambda m: switch(m, profile(**INT4), filter_fn=lambda name, _: "experts" not in name),
+        lambda m: dso.verify(m, make_ids()),
+        lambda m: logits(m.train()),
+    ],
+)
+def test_what_needs_the_released_weights_says_so(released, use):
+    expected = logits(released)
+    with pytest.raises((UnsupportedError, InputError), match=r"layers\.1\.mlp.*原权重已经释放"):
+        use(released)
+    assert torch.equal(logits(released.eval()), expected)
+
+
+def test_save_pretrained_of_a_released_model_is_an_error(released, tmp_path):
+    with pytest.raises(UnsupportedError, match="save_quantized"):
+        released.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_restore_by_dequantising(released):
+    expected = logits(released)
+    restore(released, dequantize=True)
+    assert not is_optimized(released)
+    torch.testing.assert_close(logits(released), expected, **tol(torch.float32))
+    state = state_of(released)
+    released.load_state_dict(state)
+    assert not any(value.is_meta for value in state.values())
+
+
+def test_switch_keeps_released_experts_when_the_scheme_is_the_same(released):
+    expected = logits(released)
+    report = switch(released, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(**INT4)))
+    assert {e.part for e in report.replaced} == {"mla", "moe"} and "已释放" in str(report)
+    torch.testing.assert_close(logits(released), expected, **tol(torch.float32))
+
+
+# ---- 出错时什么都不变 ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_name_the_layer_and_change_nothing(value):
+    model = make_moe(
+        "deepseek_v3",
+        num_hidden_layers=4,
+        num_experts=40,
+        n_routed_experts=40,
+        num_local_experts=40,
+    )
+    with torch.no_grad():
+        model.model.layers[3].mlp.experts.down_proj[37, 2, 1] = value
+    before, state = snapshot(model), [id(p) for p in model.parameters()]
+    settings = profile(**INT4, keep_original_weights=False)
+    with pytest.raises(InputError, match=r"layers\.3\.mlp\.experts\.down_proj\[37\].*NaN 或无穷"):
+        optimize(model, settings)
+    assert not is_optimized(model) and snapshot(model) == before
+    assert [id(p) for p in model.parameters()] == state
+    optimize(model, profile())
+    with pytest.raises(InputError, match="NaN"):
+        switch(model, settings)
+    assert [id(p) for p in model.parameters()] == state and is_optimized(model)
+    assert not quantized.stores_in(model)
+
+
+def test_strict_failure_releases_nothing(model):
+    settings = profile(**INT4, keep_original_weights=False, z_loss_weight=0.1)
+    with pytest.raises(UnsupportedError, match="z_loss_weight"):
+        optimize(model, settings, strict=True)
+    assert not is_optimized(model) and not any(p.is_meta for p in model.parameters())
+
+
+# ---- 换配置 ----
+
+
+def test_switch_both_ways_when_the_originals_are_kept(model):
+    plain, state = logits(model), state_of(model)
+    optimize(model, profile(**INT4))
+    four = logits(model)
+    switch(model, profile(quantization="int8"))
+    eight = logits(model)
+    torch.testing.assert_close(eight, plain, rtol=0, atol=0.02 * float(plain.abs().max()))
+    assert not torch.equal(eight, four)
+    switch(model, profile(**INT4))
+    assert torch.equal(logits(model), four)
+    switch(model, profile())
+    torch.testing.assert_close(logits(model), plain, **tol(torch.float32))
+    assert same_state(restore(model), state)
+
+
+def test_switch_reuses_the_same_scheme(model):
+    optimize(model, profile(**INT4))
+    store = patch_of(block_of(model).experts).store
+    switch(model, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(**INT4)))
+    assert patch_of(block_of(model).experts).store is store
+    with torch.no_grad():
+        block_of(model).experts.down_proj.mul_(2)
+    switch(model, profile(**INT4))
+    assert patch_of(block_of(model).experts).store is not store  # 权重变了，重新量化
+
+
+def test_changing_the_quantization_afterwards_is_an_error(model):
+    settings = profile(**INT4)
+    optimize(model, settings)
+    settings.moe.quantization_group_size = 64
+    with pytest.raises(ConfigError, match="quantization_group_size"):
+        logits(model)
+
+
+def test_filter_fn(model):
+    report = optimize(model, profile(**INT4), filter_fn=lambda name, _: "mlp" not in name)
+    assert not quantized.stores_in(model) and not report.replaced
+
+
+# ---- 训练、改动、复制 ----
+
+
+def test_training_uses_the_original_weights(model):
+    ids = make_ids()
+
+    def gradient():
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return block_of(model).experts.gate_up_proj.grad.clone()
+
+    expected = gradient()
+    report = optimize(model.train(), profile(**INT4))
+    assert not report.fallbacks  # 优化时的核对不计
+    torch.testing.assert_close(gradient(), expected, rtol=1e-3, atol=1e-6)
+    assert any("训练" in reason for _, reason in report.fallbacks)
+
+
+def test_backward_through_quantised_experts_is_an_error(model):
+    optimize(model, profile(**INT4))
+    with pytest.raises(RuntimeError, match="只做推理"):
+        output_of(model, make_ids()).sum().backward()
+
+
+def test_changed_originals_are_used_instead(model):
+    report = optimize(model, profile(**INT4))
+    with torch.no_grad():
+        block_of(model).experts.down_proj.zero_()
+    now = logits(model)
+    assert any("被改动" in reason for _, reason in report.fallbacks)
+    restore(model)
+    torch.testing.assert_close(now, logits(model), **tol(torch.float32))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_copies_are_independent(model, keep):
+    report = optimize(model, profile(**INT4, keep_original_weights=keep))
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (twin, loaded):
+        assert torch.equal(logits(other), expected)
+        store = patch_of(block_of(other).experts).store
+        assert store is not patch_of(block_of(model).experts).store
+        state = find_state(other)
+        assert not state.report.fallbacks and not state.runtime.fallbacks
+    if keep:
+        with torch.no_grad():
+            block_of(twin).experts.down_proj.zero_()
+        assert not torch.allclose(logits(twin), expected)
+        stale = copy.deepcopy(twin)
+        assert torch.equal(logits(stale), logits(twin))  # 副本里也知道原权重改过
+    else:
+        with pytest.raises(UnsupportedError, match="已经释放"):
+            twin.state_dict()
+        restore(twin, dequantize=True)
+        twin.state_dict()
+    assert torch.equal(logits(model), expected) and not report.fallbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast(dtype):
+    model = make_moe("qwen2_moe", dtype)
+    want = logits(rounded(model, FORMS["int4"][1])).float()
+    report = optimize(model, profile(**INT4), strict=True)
+    got = logits(model)
+    assert got.dtype == dtype and not report.fallbacks
+    limit = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert (got.float() - want).abs().max() <= limit * want.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert logits(make_moe("qwen2_moe")).isfinite().all()
+
+
+def test_torch_compile():
+    model = make_moe("qwen2_moe")
+    optimize(model, profile(**INT4), strict=True)
+    torch.compiler.reset()
+    try:
+        block = model.model.layers[1].mlp
+        compiled = torch.compile(block, backend="aot_eager")
+        x = torch.randn(1, 6, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x), **tol(torch.float32))
+    finally:
+        torch.compiler.reset()
+
+
+# ---- verify、metrics ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_verify_states_the_limits(model, form):
+    optimize(model, profile(**FORMS[form][0]))
+    expected = logits(model)
+    checked = dso.verify(model, make_ids(), max_new_tokens=3)
+    assert checked.passed, checked.failures
+    limit = 0.1 if form == "int8" else 0.3
+    assert checked.quantization.startswith(form.split()[0]) and checked.error_limit == limit
+    assert checked.accuracy_limit >= 0.005 and f"≤ 均方根的 {limit:.0%}" in str(checked)
+    assert torch.equal(logits(model), expected) and quantized.stores_in(model)
+
+
+def test_verify_fails_on_broken_quantised_weights(model):
+    optimize(model, profile(**INT4))
+    for _, store in quantized.stores_in(model).values():
+        store.down.scale.mul_(-40)
+    checked = dso.verify(model, make_ids(), max_new_tokens=0)
+    assert not checked.passed and "平均误差" in checked.failures[0]
+
+
+def test_metrics_report_the_bytes(model):
+    assert dso.metrics(model).expert_weight_bytes is None
+    optimize(model, profile())
+    plain = dso.metrics(model)
+    assert plain.expert_weight_bytes == 24576 and plain.expert_original_bytes is None
+    switch(model, profile(**INT4))
+    kept = dso.metrics(model)
+    store = patch_of(block_of(model).experts).store
+    assert (kept.expert_weight_bytes, kept.expert_original_bytes) == (store.nbytes, 24576)
+    logits(model)
+    assert "expert_original_bytes = 24.0 KiB" in str(dso.metrics(model))
+    switch(model, profile(**INT4, keep_original_weights=False))
+    gone = dso.metrics(model)
+    assert (gone.expert_weight_bytes, gone.expert_original_bytes) == (store.nbytes, 0)
+    layer = own_layer()
+    optimize(layer, profile(**INT4))
+    assert dso.metrics(layer).expert_original_bytes == 4 * (3 * 48 * 32) * 4
+
+
+# ---- 本库自己的层 ----
+
+
+def own_layer(**fields):
+    torch.manual_seed(0)
+    config = MOEConfig(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, **fields)
+    return nn.Sequential(dso.MoEFeedForward(config, 32, 48), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_own_layers(form, keep):
+    model, x = own_layer(capacity_factor=1.0, shared_expert_gate=True).eval(), torch.randn(5, 32)
+    fields, numbers = FORMS[form]
+    plain, twin = model(x), copy.deepcopy(model)
+    for weight in (twin[0].gate_up_proj, twin[0].down_proj):
+        weight.copy_(dequantize(quantize_experts(weight, *numbers)))
+    before = model[0].load_counter.snapshot()
+    report = optimize(model, profile(**fields, keep_original_weights=keep), strict=True)
+    torch.testing.assert_close(model(x), twin(x), **tol(torch.float32))
+    assert not report.fallbacks and (model[0].load_counter.snapshot() >= before).all()
+    assert [e.name for e in report.replaced] == ["0"] and "每个专家" in report.replaced[0].reason
+    if keep:
+        assert torch.equal(restore(model)(x), plain)
+    else:
+        with pytest.raises(UnsupportedError, match="已经释放"):
+            model.train()(x)
+        torch.testing.assert_close(
+            restore(model.eval(), dequantize=True)(x), twin(x), **tol(torch.float32)
+        )
+
+
+def test_own_layers_train_with_the_original_weights():
+    model = own_layer()
+    report = optimize(model, profile(**INT4))
+    model(torch.randn(3, 32)).sum().backward()
+    assert model[0].gate_up_proj.grad is not None
+    assert any("训练" in reason for _, reason in report.fallbacks)
+
+
+def test_own_layers_filtered_or_not_quantised():
+    report = optimize(own_layer(), profile(**INT4), filter_fn=lambda *_: False)
+    assert not report.replaced and "filter_fn" in report.skipped[0].reason
+    report = optimize(own_layer(), profile(quantization="none"), strict=True)
+    assert not report.replaced and report.skipped[0].native
