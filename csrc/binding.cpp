@@ -159,7 +159,7 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str "
       "activation, float alpha, float limit, bool transposed, bool interleaved, bool gated, bool "
       "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {

@@ -355,7 +355,8 @@ void expect_grad(const char *op, const char *name, const Tensor &grad, const Ten
          " 与它的权重都应是连续的。");
 }
 
-using OtherGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+// 改写输入的算子不能返回列表，所以共享专家的四个逐个给出，没有的为空。
+using OtherGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 OtherGrads moe_experts_backward_into(
     const Tensor &grad, const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -378,7 +379,9 @@ OtherGrads moe_experts_backward_into(
     one.add = 1;
   }
   CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
-  return {common.x, common.weights, d_bias, d_down_bias, common.shared};
+  std::vector<Tensor> &s = common.shared;
+  while (s.size() < 4) s.push_back(nothing(x));
+  return {common.x, common.weights, d_bias, d_down_bias, s[0], s[1], s[2], s[3]};
 }
 }  // namespace
 }  // namespace dso

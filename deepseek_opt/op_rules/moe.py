@@ -47,7 +47,7 @@ def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
         weights.new_empty(weights.shape),
         _grad_like(gate_up_bias, True, x),
         _grad_like(down_bias, True, x),
-        [_grad_like(t, need_shared, x) for t in shared],
+        *(_grad_like(t, need_shared, x) for t in [*shared, *[None] * (4 - len(shared))]),
     )
 
 
@@ -70,13 +70,13 @@ def _experts_backward(ctx, grad):
         needs = (given[_X], any(given[i] for i in experts), need_shared)
         dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(*call, *needs)
     else:
-        dx, dw, dgub, ddb, ds = OPS.moe_experts_backward_into(
+        dx, dw, dgub, ddb, *ds = OPS.moe_experts_backward_into(
             *call, given[_X], need_shared, *targets
         )
         dgu = dd = None  # 已经加进 .grad
     found = {_X: dx, _WEIGHTS: dw, _GATE_UP: dgu, _GATE_UP_BIAS: dgub, _DOWN: dd, _DOWN_BIAS: ddb}
     grads = [found.get(i) if given[i] else None for i in range(_SHARED)]
-    shared_grads = list(ds) if need_shared else [None] * ctx.shared
+    shared_grads = list(ds[: ctx.shared]) if need_shared else [None] * ctx.shared
     return (*grads, shared_grads, *(None for _ in ctx.options))
 
 
