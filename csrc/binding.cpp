@@ -41,7 +41,8 @@ void execute(const dso_op &op, const void *params) {
     const int64_t tasks = op.tasks(params, stage);
     most = tasks > most ? tasks : most;
   }
-  const int64_t threads = torch::stable::get_num_threads();
+  const bool serial = plan.work > 0 && plan.work <= DSO_SERIAL_WORK;
+  const int64_t threads = serial ? 1 : torch::stable::get_num_threads();
   const int64_t workers = threads < most ? threads : most;
   const size_t shared = aligned(plan.shared_bytes), each = aligned(plan.worker_bytes);
   Scratch scratch(shared + each * static_cast<size_t>(workers) + kAlign);

@@ -358,12 +358,14 @@ void expect_grad(const char *op, const char *name, const Tensor &grad, const Ten
 // 改写输入的算子不能返回列表，所以共享专家的四个逐个给出，没有的为空。
 using OtherGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-OtherGrads moe_experts_backward_into(
-    const Tensor &grad, const Tensor &x, const Tensor &indices, const Tensor &weights,
-    const Tensor &gate_up, const std::optional<Tensor> &gate_up_bias, const Tensor &down,
-    const std::optional<Tensor> &down_bias, std::vector<Tensor> shared, std::string activation,
-    double alpha, double limit, bool transposed, bool interleaved, bool gated, bool need_x,
-    bool need_shared, const Tensor &gate_up_grad, const Tensor &down_grad) {
+OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const Tensor &indices,
+                                     const Tensor &weights, const Tensor &gate_up,
+                                     const std::optional<Tensor> &gate_up_bias, const Tensor &down,
+                                     const std::optional<Tensor> &down_bias,
+                                     std::vector<Tensor> shared, std::string activation,
+                                     double alpha, double limit, bool transposed, bool interleaved,
+                                     bool gated, bool need_x, bool need_shared,
+                                     const Tensor &gate_up_grad, const Tensor &down_grad) {
   const char *op = "moe_experts_backward_into";
   Experts m;
   fill(op, m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,

@@ -27,7 +27,11 @@ typedef struct {
   int64_t stages;      /* 阶段数 */
   size_t shared_bytes; /* 全部任务共享的暂存 */
   size_t worker_bytes; /* 每个工人独占的暂存 */
+  int64_t work;        /* 全部阶段约有多少次乘加；0 表示没有估计，当作很多 */
 } dso_plan;
+
+/* 至此不值得分给几个线程：唤醒与等待要几微秒，而这么多乘加一个线程也只要几微秒。 */
+enum { DSO_SERIAL_WORK = 1 << 16 };
 
 struct dso_isa;
 

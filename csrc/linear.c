@@ -16,9 +16,11 @@ static int is_small(const dso_linear_params *p) { return p->m <= DSO_DOT_MAX_M; 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_linear_params *p = params;
   (void)isa;
+  int64_t work = p->m * p->n * p->k;
   if (is_small(p))
-    return (dso_plan){2, (size_t)(p->m * p->k) * 4, (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4};
-  return (dso_plan){2, 0, dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4};
+    return (dso_plan){2, (size_t)(p->m * p->k) * 4, (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4,
+                      work};
+  return (dso_plan){2, 0, dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4, work};
 }
 
 /* 阶段 0：点积路径且 x 不是计算格式时，把 x 转成 fp32；阶段 1：计算。 */

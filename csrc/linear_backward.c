@@ -15,7 +15,7 @@ static parts count(const dso_linear_backward_params *p) {
 
 static dso_plan plan(const void *params, const dso_isa *isa) {
   (void)params, (void)isa;
-  return (dso_plan){1, 0, dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4};
+  return (dso_plan){1, 0, dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4, 0};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

@@ -9,7 +9,8 @@ enum { TOKENS = 16 }; /* 每任务的词元数：摊薄调度 */
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_mla_cache_write_params *p = params;
   (void)isa;
-  return (dso_plan){1, 0, (size_t)dso_max(p->rank, p->rope_dim) * 4};
+  return (dso_plan){1, 0, (size_t)dso_max(p->rank, p->rope_dim) * 4,
+                    4 * p->b * p->t * (p->rank + p->rope_dim)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

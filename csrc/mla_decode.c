@@ -91,13 +91,22 @@ static size_t edge_bytes(const dso_mla_inputs *in) { /* 阶段 0、2 */
   return (size_t)(TOKENS * (dso_max(in->nope_dim, in->v_dim) + 2 * in->rank)) * 4;
 }
 
+static int64_t work_of(const dso_mla_inputs *in) {
+  int64_t edges = in->b * in->t * in->rank * (in->nope_dim + in->v_dim), pairs = 0;
+  for (int64_t i = 0; i < in->n_spans; i++)
+    pairs +=
+        (in->spans[i].q_end - in->spans[i].q_begin) * (in->spans[i].kv_end - in->spans[i].kv_begin);
+  return in->heads * (edges + pairs * (2 * in->rank + in->rope_dim));
+}
+
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_mla_inputs *in = &((const dso_mla_params *)params)->in;
   dso_arena shared = {0}, worker = {0};
   (void)isa;
   view(in, &shared, count_parts(in));
   worker_of(in, &worker);
-  return (dso_plan){3, shared.used, worker.used > edge_bytes(in) ? worker.used : edge_bytes(in)};
+  return (dso_plan){3, shared.used, worker.used > edge_bytes(in) ? worker.used : edge_bytes(in),
+                    work_of(in)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

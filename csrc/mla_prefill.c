@@ -54,7 +54,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   dso_mla_dims d = dso_mla_dims_of(isa, in);
   dso_arena worker = {0};
   worker_of(in, &d, &worker);
-  return (dso_plan){2, (size_t)(in->heads * d.weight * dso_size_of(d.fmt)), worker.used};
+  return (dso_plan){2, (size_t)(in->heads * d.weight * dso_size_of(d.fmt)), worker.used, 0};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

@@ -100,7 +100,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   size_t shared = l.weights + (size_t)(l.group * in->b * in->s * (l.kv_dim + in->rope_dim)) * 4;
   size_t edge = dso_gemm_scratch() + (size_t)DSO_MB * DSO_NB * 4;
   int64_t groups = dso_ceil_div(in->heads, l.group);
-  return (dso_plan){1 + 2 * groups, shared, worker.used > edge ? worker.used : edge};
+  return (dso_plan){1 + 2 * groups, shared, worker.used > edge ? worker.used : edge, 0};
 }
 
 /* 组的大小只由形状定，不依赖指令集，因此 tasks 不需要 isa。 */

@@ -29,7 +29,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_mla_qkv_a_params *p = params;
   (void)isa;
   size_t row = (size_t)(dso_max(p->q_rank, p->rank) + 2 * p->rope_dim) * 4;
-  return (dso_plan){3, (size_t)(p->m * (width_of(p) + p->k)) * 4, row};
+  return (dso_plan){3, (size_t)(p->m * (width_of(p) + p->k)) * 4, row, p->m * p->k * width_of(p)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

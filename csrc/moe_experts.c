@@ -85,7 +85,8 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
                   (size_t)packed_rows(in) * dso_pack_q_bytes(in->widest);
   size_t blocks = (size_t)(block_floats(in) + sum_floats(in)) * 4;
   int packs = !dso_moe_is_direct(in, in->most_rows);
-  return (dso_plan){4, shared, blocks + dso_moe_scratch_bytes(in, packs)};
+  return (dso_plan){4, shared, blocks + dso_moe_scratch_bytes(in, packs),
+                    in->hidden_at[in->experts] * (2 * in->k + in->n)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

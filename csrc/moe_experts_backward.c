@@ -58,7 +58,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   view(&p->in, format(isa, p), &shared);
   int64_t sum = sum_floats(p);
   size_t blocks = (size_t)(2 * DSO_MOE_BLOCK + dso_max(DSO_MOE_BLOCK, sum)) * 4;
-  return (dso_plan){3, shared.used, blocks + dso_moe_scratch_bytes(&p->in, 1)};
+  return (dso_plan){3, shared.used, blocks + dso_moe_scratch_bytes(&p->in, 1), 0};
 }
 
 /* 工人暂存：三块 fp32 结果，其后是打包用的。最后一块够放累加器。 */

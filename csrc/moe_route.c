@@ -229,7 +229,7 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   size_t block =
       p->has_weight && !is_small(p) ? (size_t)DSO_MB * DSO_NB * 4 + dso_gemm_scratch() : 0;
   size_t rows = row_scratch(p, NULL, &view);
-  return (dso_plan){4, shared, block > rows ? block : rows};
+  return (dso_plan){4, shared, block > rows ? block : rows, p->tokens * p->experts * (p->k + 16)};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

@@ -31,7 +31,7 @@ static size_t row_scratch(const dso_moe_route_backward_params *p, void *base, ro
 static dso_plan plan(const void *params, const dso_isa *isa) {
   row_view view;
   (void)isa;
-  return (dso_plan){1, 0, row_scratch(params, NULL, &view)};
+  return (dso_plan){1, 0, row_scratch(params, NULL, &view), 0};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

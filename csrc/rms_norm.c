@@ -9,7 +9,7 @@ enum { ROWS = 16 }; /* 每任务行数：摊薄调度 */
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_rms_norm_params *p = params;
   (void)isa;
-  return (dso_plan){1, 0, (size_t)p->dim * 4 * 3};
+  return (dso_plan){1, 0, (size_t)p->dim * 4 * 3, 4 * p->rows * p->dim};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

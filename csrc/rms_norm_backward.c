@@ -16,7 +16,7 @@ static int64_t blocks(const dso_rms_norm_backward_params *p) { return dso_ceil_d
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_rms_norm_backward_params *p = params;
   (void)isa;
-  return (dso_plan){2, (size_t)(dso_max(1, blocks(p)) * p->dim) * 4, (size_t)p->dim * 4 * 4};
+  return (dso_plan){2, (size_t)(dso_max(1, blocks(p)) * p->dim) * 4, (size_t)p->dim * 4 * 4, 0};
 }
 
 static int64_t tasks(const void *params, int64_t stage) {

@@ -5,7 +5,7 @@
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_rope_params *p = params;
   (void)isa;
-  return (dso_plan){1, 0, (size_t)p->d * 4 * 2};
+  return (dso_plan){1, 0, (size_t)p->d * 4 * 2, 4 * p->b * p->t * p->h * p->d};
 }
 
 enum { TOKENS = 8 }; /* 每任务的词元数（全部头）：摊薄调度 */

@@ -24,10 +24,12 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_swiglu_mlp_params *p = params;
   size_t h = h_bytes(p) / 4 * (size_t)dso_size_of(format(isa, p));
   h = (h + 63) / 64 * 64;
+  int64_t work = p->m * p->inner * (2 * p->k + p->n);
   if (is_small(p))
     return (dso_plan){3, h_bytes(p) + (size_t)(p->m * p->k) * 4,
-                      2 * (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4};
-  return (dso_plan){1 + 2 * segments(p), h, dso_gemm_scratch() + 2 * (size_t)DSO_MB * DSO_NB * 4};
+                      2 * (size_t)DSO_DOT_MAX_M * DSO_DOT_MAX_N * 4, work};
+  return (dso_plan){1 + 2 * segments(p), h, dso_gemm_scratch() + 2 * (size_t)DSO_MB * DSO_NB * 4,
+                    work};
 }
 
 static int64_t segment_rows(const dso_swiglu_mlp_params *p, int64_t segment) {

@@ -29,7 +29,7 @@ static hidden hidden_of(const dso_ctx *ctx, dso_dtype fmt) {
 static dso_plan plan(const void *params, const dso_isa *isa) {
   const dso_swiglu_mlp_backward_params *p = params;
   return (dso_plan){2, 3 * hidden_bytes(p, format(isa, p)),
-                    dso_gemm_scratch() + 3 * (size_t)DSO_MB * DSO_NB * 4};
+                    dso_gemm_scratch() + 3 * (size_t)DSO_MB * DSO_NB * 4, 0};
 }
 
 typedef struct {
