@@ -255,6 +255,8 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
 
 /* ---- 量化的权重解成 bf16，一次 32 个 ---- */
 
+enum { UNPACK_AHEAD = 4096 }; /* 提前一页预取：硬件预取不跨页 */
+
 /* 不足 32 个时用掩码；掩码写内存慢，所以只用在末尾。 */
 static inline void store_halves(uint16_t *dst, __m512i v, int64_t n) {
   if (n >= 32)
@@ -274,6 +276,7 @@ static void dequant_i8(uint16_t *dst, const int8_t *w, float scale, int64_t k) {
   int64_t x = 0;
   for (; x + 32 <= k; x += 32) {
     const __m128i *p = (const __m128i *)(w + x);
+    _mm_prefetch((const char *)p + UNPACK_AHEAD, _MM_HINT_T0);
     store_halves(dst + x, scaled(_mm_loadu_si128(p), _mm_loadu_si128(p + 1), factor), 32);
   }
   if (x == k) return;
@@ -290,6 +293,7 @@ static void dequant_i4(uint16_t *dst, const uint8_t *w, const dso_quant *q, int6
     table = _mm512_shuffle_i64x2(table, table, 0x44);
     int64_t end = dso_min((g + 1) * q->group, k);
     for (int64_t x = g * q->group; x < end; x += 32) {
+      _mm_prefetch((const char *)w + x / 2 + UNPACK_AHEAD, _MM_HINT_T0);
       __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(w + x / 2)));
       __m256i high = _mm256_srli_epi16(low, 4);
       __m512i index = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
