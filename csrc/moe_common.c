@@ -8,8 +8,11 @@ static size_t rows_bytes(const dso_moe_inputs *in) {
   return dso_moe_bytes(dso_min(most, in->most_rows) * in->widest, DSO_F32);
 }
 
+/* 解开的权重：DSO_NB 行的一段，或 DSO_DOT_UNIT 整行。 */
 static size_t unpacked_bytes(const dso_moe_inputs *in) {
-  return in->quantized && !dso_moe_is_direct(in, in->most_rows) ? (size_t)DSO_NB * DSO_KB_BYTES : 0;
+  if (!in->quantized || dso_moe_is_direct(in, in->most_rows)) return 0;
+  int64_t whole = DSO_DOT_UNIT * dso_round_up(in->widest, 32) * 4;
+  return (size_t)dso_max(whole, (int64_t)DSO_NB * DSO_KB_BYTES);
 }
 
 size_t dso_moe_scratch_bytes(const dso_moe_inputs *in, int packs) {
@@ -29,19 +32,35 @@ static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, i
   }
 }
 
+/* 行数不太多：每次把几列整行解成计算格式，直接做点积，与没有量化时相同。 */
+static void multiply_columns(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
+                             float *out, int64_t ldc, const dso_moe_scratch *scratch) {
+  const dso_mat *w = &p->w;
+  int64_t ld = dso_round_up(p->k, 32); /* 按缓存行取整 */
+  for (int64_t j0 = 0; j0 < p->nc; j0 += DSO_DOT_UNIT) {
+    int64_t columns = dso_min(DSO_DOT_UNIT, p->nc - j0);
+    for (int64_t j = 0; j < columns; j++) {
+      int64_t row = p->n0 + j0 + j;
+      dso_quant q = dso_quant_at(p->quant, row, 0);
+      isa->dequant(dso_at_mut(scratch->unpacked, fmt, j * ld), fmt,
+                   dso_at(w->data, w->dtype, row * w->rs), w->dtype, &q, p->k);
+    }
+    isa->dot(fmt, p->m, columns, p->k, p->a, p->k, scratch->unpacked, fmt, ld, out + j0, ldc);
+  }
+}
+
 /* 行数多：沿 k 逐段解成计算格式的 [nc][段长]，再走打包的矩阵乘。段长是 128（最大的组）的倍数。 */
 static void multiply_unpacked(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
                               float *out, int64_t ldc, const dso_moe_scratch *scratch) {
   int64_t depth = DSO_KB_BYTES / dso_size_of(fmt);
-  float row[DSO_KB_BYTES / 2];
   const dso_mat *w = &p->w;
   for (int64_t k0 = 0; k0 < p->k; k0 += depth) {
     int64_t kc = dso_min(depth, p->k - k0), at = w->dtype == DSO_I4 ? k0 / 2 : k0;
     int64_t group = w->dtype == DSO_I4 ? k0 / p->quant->group : 0;
     for (int64_t j = 0; j < p->nc; j++) {
       dso_quant q = dso_quant_at(p->quant, p->n0 + j, group);
-      isa->dequant(row, dso_at(w->data, w->dtype, (p->n0 + j) * w->rs + at), w->dtype, &q, kc);
-      isa->from_f32(dso_at_mut(scratch->unpacked, fmt, j * depth), fmt, row, kc);
+      isa->dequant(dso_at_mut(scratch->unpacked, fmt, j * depth), fmt,
+                   dso_at(w->data, w->dtype, (p->n0 + j) * w->rs + at), w->dtype, &q, kc);
     }
     dso_gemm g = {.isa = isa,
                   .fmt = fmt,
@@ -56,7 +75,7 @@ static void multiply_unpacked(const dso_isa *isa, dso_dtype fmt, const dso_moe_p
 static void multiply_quantized(const dso_isa *isa, dso_dtype fmt, const dso_moe_product *p,
                                float *out, int64_t ldc, const dso_moe_scratch *scratch) {
   if (!p->packed_stride) {
-    multiply_unpacked(isa, fmt, p, out, ldc, scratch);
+    (p->m <= DSO_DOT_MAX_M ? multiply_columns : multiply_unpacked)(isa, fmt, p, out, ldc, scratch);
     return;
   }
   const dso_mat *w = &p->w;

@@ -8,7 +8,7 @@ enum {
   DSO_MOE_GATHER = 16,     /* 收集阶段每任务的行数 */
   DSO_MOE_SEGMENT = 2048,  /* 累加阶段每任务的词元数上限：累加器放得进二级缓存 */
   DSO_MOE_AXPY_ROWS = 8,   /* 转置的权重：至此直接读，再多则打包 */
-  DSO_MOE_QUANT_ROWS = 16, /* 量化的权重：至此边读边解，再多则先解开（只解一遍）再打包 */
+  DSO_MOE_QUANT_ROWS = 16, /* 量化的权重：至此边读边解，再多则先解开（只解一遍） */
   DSO_MOE_WIDE = 512,      /* 反向的宽块；DSO_DOT_MAX_M 行时放得进 DSO_MOE_BLOCK */
   DSO_MOE_BLOCK = DSO_MB * DSO_NB
 };
@@ -71,7 +71,7 @@ typedef struct {
 
 typedef struct {
   float *rows;    /* 转置：A 转成 fp32，[至多 DSO_MOE_AXPY_ROWS, widest] */
-  void *unpacked; /* 量化：解开的一段权重，DSO_NB 行 x DSO_KB_BYTES；全部直接读时没有 */
+  void *unpacked; /* 量化：解开的一段权重；全部边读边解时没有 */
   void *scratch;  /* dso_gemm_scratch()；全部直接读时没有 */
 } dso_moe_scratch;
 

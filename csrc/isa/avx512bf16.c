@@ -256,6 +256,65 @@ static void pack_n(void *dst, dso_dtype fmt, int64_t ps, const void *src, dso_dt
     }
 }
 
+/* ---- 量化的权重解成 bf16，一次 32 个 ---- */
+
+enum { UNPACK_AHEAD = 4096 }; /* 提前一页预取：硬件预取不跨页 */
+
+/* 不足 32 个时用掩码；掩码写内存慢，所以只用在末尾。 */
+static inline void store_halves(uint16_t *dst, __m512i v, int64_t n) {
+  if (n >= 32)
+    _mm512_storeu_si512(dst, v);
+  else
+    _mm512_mask_storeu_epi16(dst, (__mmask32)((1ull << n) - 1), v);
+}
+
+static inline __m512i scaled(__m128i codes_low, __m128i codes_high, __m512 scale) {
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes_low));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes_high));
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+}
+
+static void dequant_i8(uint16_t *dst, const int8_t *w, float scale, int64_t k) {
+  __m512 factor = _mm512_set1_ps(scale);
+  int64_t x = 0;
+  for (; x + 32 <= k; x += 32) {
+    const __m128i *p = (const __m128i *)(w + x);
+    _mm_prefetch((const char *)p + UNPACK_AHEAD, _MM_HINT_T0);
+    store_halves(dst + x, scaled(_mm_loadu_si128(p), _mm_loadu_si128(p + 1), factor), 32);
+  }
+  if (x == k) return;
+  __m256i rest = _mm256_maskz_loadu_epi8((__mmask32)((1ull << (k - x)) - 1), w + x);
+  __m512i v = scaled(_mm256_castsi256_si128(rest), _mm256_extracti128_si256(rest, 1), factor);
+  store_halves(dst + x, v, k - x);
+}
+
+/* 每组的 16 个值先算好，32 个码查一次表。查表只看下标的低 5 位：表存两遍，第 5 位不必屏蔽。 */
+static void dequant_i4(uint16_t *dst, const uint8_t *w, const dso_quant *q, int64_t k) {
+  for (int64_t g = 0; g * q->group < k; g++) {
+    float scale = q->scale[g], zero = q->zero ? (float)q->zero[g] : 8.0f;
+    __m512i table = _mm512_castsi256_si512(v_to_bf16(v4_make(scale, -(scale * zero))));
+    table = _mm512_shuffle_i64x2(table, table, 0x44);
+    int64_t end = dso_min((g + 1) * q->group, k);
+    for (int64_t x = g * q->group; x < end; x += 32) {
+      _mm_prefetch((const char *)w + x / 2 + UNPACK_AHEAD, _MM_HINT_T0);
+      __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(w + x / 2)));
+      __m256i high = _mm256_srli_epi16(low, 4);
+      __m512i index = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      store_halves(dst + x, _mm512_permutexvar_epi16(index, table), end - x);
+    }
+  }
+}
+
+static void dequant(void *dst, dso_dtype fmt, const void *w, dso_dtype w_dtype, const dso_quant *q,
+                    int64_t k) {
+  if (fmt != DSO_BF16)
+    base.dequant(dst, fmt, w, w_dtype, q, k);
+  else if (w_dtype == DSO_I8)
+    dequant_i8((uint16_t *)dst, (const int8_t *)w, q->scale[0], k);
+  else
+    dequant_i4((uint16_t *)dst, (const uint8_t *)w, q, k);
+}
+
 void dso_isa_init_avx512bf16(dso_isa *isa) {
   base = *isa;
   isa->name = "avx512_bf16";
@@ -266,4 +325,5 @@ void dso_isa_init_avx512bf16(dso_isa *isa) {
   isa->dot = dot;
   isa->pack_t = pack_t;
   isa->pack_n = pack_n;
+  isa->dequant = dequant;
 }

@@ -46,7 +46,7 @@ typedef struct dso_isa {
                  dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc);
 
   /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A [m, k] · 反量化(W)ᵀ，dequant 解开
-   * 一行的前 k 个。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。A 的各行先由 pack_q 换成本指令集要的样子
+   * 一行的前 k 个成计算格式 fmt。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。A 的各行先由 pack_q 换成本指令集要的样子
    * （fp32 或定点，dso_pack_q_bytes(k) 字节，w_dtype、group 是要乘的权重的），行距 a_stride 字节。
    * next 是接下来要用的同样行距的权重（可为 NULL）：顺带预取。 */
   void (*pack_q)(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
@@ -54,7 +54,8 @@ typedef struct dso_isa {
   void (*dot_q)(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
                 dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
                 const void *next);
-  void (*dequant)(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k);
+  void (*dequant)(void *dst, dso_dtype fmt, const void *w, dso_dtype w_dtype, const dso_quant *q,
+                  int64_t k);
 
   void (*transpose)(float *dst, int64_t ldd, const float *src, int64_t lds, int64_t m, int64_t n);
 

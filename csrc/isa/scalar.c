@@ -121,8 +121,9 @@ static float quantized(const void *w, dso_dtype dtype, const dso_quant *q, int64
   return q->scale[g] * (float)((at < 16 ? byte & 15 : byte >> 4) - zero);
 }
 
-static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k) {
-  for (int64_t x = 0; x < k; x++) dst[x] = quantized(w, w_dtype, q, x);
+static void dequant(void *dst, dso_dtype fmt, const void *w, dso_dtype w_dtype, const dso_quant *q,
+                    int64_t k) {
+  for (int64_t x = 0; x < k; x++) store(dst, fmt, x, quantized(w, w_dtype, q, x));
 }
 
 static void pack_q(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,

@@ -108,7 +108,10 @@ static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stri
     for (int64_t j = 0; j < n; j++) c[i * ldc + j] *= q->scale[j];
 }
 
-static void dequant(float *dst, const void *w, dso_dtype w_dtype, const dso_quant *q, int64_t k) {
+static void dequant(void *to, dso_dtype fmt, const void *w, dso_dtype w_dtype, const dso_quant *q,
+                    int64_t k) {
+  (void)fmt; /* 本指令集只用 fp32 计算格式 */
+  float *dst = (float *)to;
   if (w_dtype == DSO_I8) {
     to_f32(dst, w, DSO_I8, k);
     vscale(dst, q->scale[0], k);

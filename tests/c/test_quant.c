@@ -81,10 +81,15 @@ static void product(const dso_isa *isa, int64_t m, int64_t n, int64_t k, int64_t
   check_close(label, &c, want, dot_tolerance(isa), 1.0);
   buf row = new_buf(DSO_F32, k);
   dso_quant last = dso_quant_at(&w.quant, n - 1, 0);
-  isa->dequant(row.data, dso_at(w.mat.data, w.mat.dtype, (n - 1) * w.mat.rs), w.mat.dtype, &last,
-               k);
+  const void *codes = dso_at(w.mat.data, w.mat.dtype, (n - 1) * w.mat.rs);
+  isa->dequant(row.data, DSO_F32, codes, w.mat.dtype, &last, k);
   snprintf(label, sizeof label, "%s dequant k=%d 组=%d", isa->name, (int)k, (int)group);
   check_close(label, &row, w.value + (n - 1) * k, 2e-6, 1.0);
+  if (isa->native_bf16) {
+    buf half = new_buf(DSO_BF16, k);
+    isa->dequant(half.data, DSO_BF16, codes, w.mat.dtype, &last, k);
+    check_close(label, &half, w.value + (n - 1) * k, 4e-3, 1e-2);
+  }
   free_all();
 }
 
@@ -175,8 +180,8 @@ static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t g
                               .up_quant = w[e][1].quant,
                               .down_quant = w[e][2].quant};
   }
-  int64_t begin[EXPERTS + 1] = {0, tokens, tokens + few}, at[3 * (EXPERTS + 1)], token[64];
-  float weight[64];
+  int64_t begin[EXPERTS + 1] = {0, tokens, tokens + few}, at[3 * (EXPERTS + 1)], token[128];
+  float weight[128];
   for (int64_t i = 0; i < tokens + few; i++)
     token[i] = i < tokens ? i : i - tokens, weight[i] = (float)(0.1 * (double)(i % 7) + 0.2);
   buf x = new_random(dtype, tokens * k, 1.0), y = new_buf(dtype, tokens * n);
@@ -226,6 +231,7 @@ void test_quant(void) {
         for (int t = DSO_F32; t <= DSO_F16; t++) {
           whole(isas[s], (dso_dtype)t, 1, groups[g], zero);
           whole(isas[s], (dso_dtype)t, 40, groups[g], zero);
+          whole(isas[s], (dso_dtype)t, 97, groups[g], zero);
         }
         for (size_t k = 0; k < sizeof ks / sizeof *ks; k++)
           extremes(isas[s], ks[k], groups[g], zero);
