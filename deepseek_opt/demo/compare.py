@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from deepseek_opt import OptimizationProfile, optimize
 from deepseek_opt.benchmarks.shapes import twin
@@ -76,14 +77,19 @@ class Accuracy:
 
 def accuracy(variants: Variants, windows: torch.Tensor, dtype: str) -> Accuracy:
     """windows [N, T]：每行一段留出源码，段间不带上下文。"""
-    values = {}
-    for name in (EAGER, SDPA, OURS):
-        model, right = variants.model(name), 0
-        for row in windows:
-            logits = model(row[None]).logits[0, :-1]
-            right += int((logits.argmax(-1) == row[1:]).sum())
-        values[name] = right / (windows.shape[0] * (windows.shape[1] - 1))
+    values = {name: score(variants.model(name), windows)[0] for name in (EAGER, SDPA, OURS)}
     return Accuracy(dtype, windows.shape[0] * (windows.shape[1] - 1), values)
+
+
+def score(model: Any, windows: torch.Tensor) -> tuple[float, float]:
+    """windows [N, T] 上下一词元的 (准确率, 交叉熵)。"""
+    right, loss = 0, 0.0
+    for row in windows:
+        logits, wanted = model(row[None]).logits[0, :-1], row[1:]
+        right += int((logits.argmax(-1) == wanted).sum())
+        loss += float(F.cross_entropy(logits.float(), wanted, reduction="sum"))
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    return right / count, loss / count
 
 
 @dataclass(frozen=True)
