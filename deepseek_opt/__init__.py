@@ -38,6 +38,9 @@ _EXPORTS = {
     "upcycle_ffn": "upcycle",
     "upcycle_model": "upcycle",
     "restore_ffn": "upcycle",
+    "save_quantized": "quantized_file",
+    "load_quantized": "quantized_file",
+    "empty_parameters": "quantized_file",
 }
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

@@ -183,6 +183,8 @@ class VerificationReport:
         greedy_matched、greedy_total: 一致的前缀长度之和、生成的词元总数。
         layers: 每层隐藏状态（或每个替换模块的输出）的误差。
         replaced、fallbacks: 替换的模块数；核对过程中由原实现计算的 {(模块, 原因): 次数}。
+        quantization: 专家怎样量化；没有量化为 None。
+        error_limit、accuracy_limit: 所用的上限：误差与 logits 均方根之比（fp32 看最大误差，其余看平均）；准确率下降。
         failures: 没有通过的原因；为空即通过。
     """
 
@@ -201,6 +203,9 @@ class VerificationReport:
     layers: tuple[LayerError, ...]
     replaced: int
     fallbacks: Mapping[tuple[str, str], int]
+    quantization: str | None
+    error_limit: float
+    accuracy_limit: float | None
     failures: tuple[str, ...]
 
     @property
@@ -229,6 +234,11 @@ class VerificationReport:
         if self.original_accuracy is not None:
             accuracy = f"{self.original_accuracy:.4%} → {self.optimized_accuracy:.4%}"
             rows.append(["下一词元准确率（原 → 优化）", accuracy])
+        if self.quantization is not None:
+            allowed = f"平均误差 ≤ 均方根的 {self.error_limit:.0%}"
+            if self.accuracy_limit is not None:
+                allowed += f"，准确率下降 ≤ {self.accuracy_limit:.2%}"
+            rows.append([f"上限（专家 {self.quantization}）", allowed])
         if self.greedy_equal is not None:
             state = "完全一致" if self.greedy_equal else "不一致"
             rows.append(

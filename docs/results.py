@@ -1,9 +1,9 @@
 """把 benchmarks/results/*.json 的读数写进文档里有标记的区块；数字从不手写。
 
-    python docs/results.py            改写 README.md 与 docs/性能与内存.md
+    python docs/results.py            改写 README.md、docs/性能与内存.md 与 docs/MoE.md
     python docs/results.py --check    只检查区块是否与读数一致，不一致时退出码为 1
 
-README 只列有要求的各项，性能页列全部。同一套件有多份读数时用最新的一份（先取完整的，再取 quick）。
+README 只列有要求的各项，性能页列全部，MoE 页只列量化的精度。同一套件有多份读数时用最新的一份（先取完整的，再取 quick）。
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTICE = "<!-- 由 docs/results.py 从 benchmarks/results/*.json 生成，不要手改 -->"
 NONE_YET = "尚无读数：运行 `deepseek-opt bench mla --json benchmarks/results/mla.json` 得到。"
-# 文档 -> 是否列出全部读数
-TARGETS = {ROOT / "README.md": False, ROOT / "docs" / "性能与内存.md": True}
+# 文档 -> 是否列出全部读数，或只列哪个套件自己的表
+TARGETS: dict[Path, bool | str] = {
+    ROOT / "README.md": False,
+    ROOT / "docs" / "性能与内存.md": True,
+    ROOT / "docs" / "MoE.md": "quant",
+}
 _SMALL = 10
 
 Document = dict[str, Any]
@@ -56,6 +60,8 @@ def _ratio(row: Document, value: float | None) -> str:
         return "—"
     if row["kind"] == "saving":
         return f"省 {value:.1%}"
+    if row["kind"] == "accuracy":
+        return f"{value:+.2f} 个百分点"
     return f"{value:.2f}x" if value < _SMALL else f"{value:.1f}x"
 
 
@@ -101,13 +107,40 @@ def table(document: Document, everything: bool) -> str:
     return "\n".join([*lines, "", f"有要求的各项达到 {met} / {len(judged)}。"])
 
 
-def block(documents: list[Document], everything: bool) -> str:
-    """标记之间的全部内容。"""
-    body = "\n\n".join(table(d, everything) for d in documents) if documents else NONE_YET
-    return f"{BEGIN}\n{NOTICE}\n\n{body}\n\n{END}"
+def quantization_table(document: Document) -> str:
+    """套件 quant 的表：大小、准确率、损失。"""
+    first = document["rows"][0]["details"]
+    heads = ["专家", "每个权重的位数", "全部专家", "准确率", "与 bf16 原模型相差", "交叉熵的增加"]
+    lines = [
+        f"随包模型，留出的标准库源码 {first['tokens']} 个词元（{document['date'][:10]}）：",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+    ]
+    for row in document["rows"]:
+        more = row["details"]
+        cells = [
+            row["title"],
+            f"{more['bits_per_weight']:.2f}",
+            f"{more['expert_mib']:.2f} MiB",
+            f"{row['ours']:.2f} %",
+            _ratio(row, row["ratio"]),
+            f"{more['loss'] - more['peer_loss']:+.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def updated(text: str, documents: list[Document], everything: bool) -> str:
+def block(documents: list[Document], everything: bool | str) -> str:
+    """标记之间的全部内容；everything 是套件名时只列它自己的表。"""
+    if everything == "quant":
+        body = "\n".join(quantization_table(d) for d in documents if d["suite"] == everything)
+    else:
+        body = "\n\n".join(table(d, everything) for d in documents)
+    return f"{BEGIN}\n{NOTICE}\n\n{body or NONE_YET}\n\n{END}"
+
+
+def updated(text: str, documents: list[Document], everything: bool | str) -> str:
     """换掉区块后的全文；没有恰好一个区块时抛出 ValueError。"""
     pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
     if len(pattern.findall(text)) != 1:

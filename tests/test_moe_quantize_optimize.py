@@ -27,7 +27,7 @@ from tests.moe_models import (
     transformers,
 )
 from tests.test_moe_models import SKIPPED
-from tests.test_moe_optimize import own, routing, snapshot
+from tests.test_moe_optimize import routing, snapshot
 from tests.tolerances import tol
 
 moe_module = pytest.importorskip("transformers.integrations.moe")
@@ -270,7 +270,13 @@ def test_switch_keeps_released_experts_when_the_scheme_is_the_same(released):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_weights_name_the_layer_and_change_nothing(value):
-    model = make_moe("deepseek_v3", num_hidden_layers=4, num_experts=40, n_routed_experts=40, num_local_experts=40)
+    model = make_moe(
+        "deepseek_v3",
+        num_hidden_layers=4,
+        num_experts=40,
+        n_routed_experts=40,
+        num_local_experts=40,
+    )
     with torch.no_grad():
         model.model.layers[3].mlp.experts.down_proj[37, 2, 1] = value
     before, state = snapshot(model), [id(p) for p in model.parameters()]
@@ -423,6 +429,48 @@ def test_torch_compile():
             torch.testing.assert_close(compiled(x), block(x), **tol(torch.float32))
     finally:
         torch.compiler.reset()
+
+
+# ---- verify、metrics ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_verify_states_the_limits(model, form):
+    optimize(model, profile(**FORMS[form][0]))
+    expected = logits(model)
+    checked = dso.verify(model, make_ids(), max_new_tokens=3)
+    assert checked.passed, checked.failures
+    limit = 0.1 if form == "int8" else 0.3
+    assert checked.quantization.startswith(form.split()[0]) and checked.error_limit == limit
+    assert checked.accuracy_limit >= 0.005 and f"≤ 均方根的 {limit:.0%}" in str(checked)
+    assert torch.equal(logits(model), expected) and quantized.stores_in(model)
+
+
+def test_verify_fails_on_broken_quantised_weights(model):
+    optimize(model, profile(**INT4))
+    for _, store in quantized.stores_in(model).values():
+        store.down.scale.mul_(-40)
+    checked = dso.verify(model, make_ids(), max_new_tokens=0)
+    assert not checked.passed and "平均误差" in checked.failures[0]
+
+
+def test_metrics_report_the_bytes(model):
+    assert dso.metrics(model).expert_weight_bytes is None
+    optimize(model, profile())
+    plain = dso.metrics(model)
+    assert plain.expert_weight_bytes == 24576 and plain.expert_original_bytes is None
+    switch(model, profile(**INT4))
+    kept = dso.metrics(model)
+    store = patch_of(block_of(model).experts).store
+    assert (kept.expert_weight_bytes, kept.expert_original_bytes) == (store.nbytes, 24576)
+    logits(model)
+    assert "expert_original_bytes = 24.0 KiB" in str(dso.metrics(model))
+    switch(model, profile(**INT4, keep_original_weights=False))
+    gone = dso.metrics(model)
+    assert (gone.expert_weight_bytes, gone.expert_original_bytes) == (store.nbytes, 0)
+    layer = own_layer()
+    optimize(layer, profile(**INT4))
+    assert dso.metrics(layer).expert_original_bytes == 4 * (3 * 48 * 32) * 4
 
 
 # ---- 本库自己的层 ----

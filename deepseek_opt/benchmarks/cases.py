@@ -19,7 +19,7 @@ from deepseek_opt.benchmarks.shapes import REFERENCE, Shape
 from deepseek_opt.errors import InputError
 
 #: 套件名 -> 登记它的模块；第一次用到时才导入。
-_MODULES = {"mla": "deepseek_opt.benchmarks.mla", "moe": "deepseek_opt.benchmarks.moe"}
+_MODULES = {name: f"deepseek_opt.benchmarks.{name}" for name in ("mla", "moe", "quant")}
 _SUITES: dict[str, Suite] = {}
 
 
@@ -56,8 +56,8 @@ class Row:
     """一行读数。
 
     kind : ``speed``（ratio = 对照 / 本库，越大越好）、``saving``（ratio = 1 - 本库 / 对照）、
-        ``info``（只报告）。
-    unit : ``ms``、``MiB``、``us``、``B``。
+        ``accuracy``（ratio = 本库 - 对照，百分点）、``info``（只报告）。
+    unit : ``ms``、``MiB``、``us``、``B``、``%``。
     target : 要求的 ratio；没有要求为 None。
     roofline : 屋顶线规定的最短时间 / 本库的时间；不适用为 None。
     note : 说明，例如没有运行的原因。
@@ -77,9 +77,11 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """对照 / 本库（speed、info），或省下的比例（saving）；缺一边时为 None。"""
+        """对照 / 本库（speed、info），省下的比例（saving），或相差（accuracy）；缺一边时为 None。"""
         if self.peer is None or not self.ours:
             return None
+        if self.kind == "accuracy":
+            return self.ours - self.peer
         if self.kind == "saving":
             return 1 - self.ours / self.peer if self.peer else None
         return self.peer / self.ours
@@ -183,16 +185,19 @@ def _details(peer: Any, ours: Any, case: SpeedCase, roofline: timing.Roofline) -
 
 @dataclass(frozen=True)
 class Suite:
-    """一个套件：名字、中文名、按环境给出各项的函数。"""
+    """一个套件：名字、中文名、按环境给出各项的函数；model 是不随 --shape 变的模型，没有为 None。"""
 
     name: str
     title: str
     build: Callable[[Env], list[Case]]
+    model: str | None = None
 
 
-def register_suite(name: str, title: str, build: Callable[[Env], list[Case]]) -> None:
+def register_suite(
+    name: str, title: str, build: Callable[[Env], list[Case]], model: str | None = None
+) -> None:
     """登记一个套件；同名的后来者取代先来者。"""
-    _SUITES[name] = Suite(name, title, build)
+    _SUITES[name] = Suite(name, title, build, model)
 
 
 def suite_names() -> list[str]:

@@ -104,7 +104,7 @@ def run_suite(
 
 
 def _result(suite: Suite, env: Env, rows: list[Row]) -> SuiteResult:
-    return SuiteResult(suite.name, suite.title, _document(suite.name, env, rows), tuple(rows))
+    return SuiteResult(suite.name, suite.title, _document(suite, env, rows), tuple(rows))
 
 
 def _run_case(case: Case, env: Env) -> list[Row]:
@@ -123,12 +123,12 @@ def _require_transformers() -> None:
         ) from error
 
 
-def _document(name: str, env: Env, rows: list[Row]) -> dict[str, Any]:
+def _document(suite: Suite, env: Env, rows: list[Row]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "suite": name,
+        "suite": suite.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "shape": env.shape.name,
+        "shape": suite.model or env.shape.name,
         "quick": env.quick,
         "threads": env.threads,
         "machine": machine(),
@@ -192,6 +192,8 @@ def _ratio(row: Row, value: float | None) -> str:
         return "—"
     if row.kind == "saving":
         return f"省 {value:.1%}"
+    if row.kind == "accuracy":
+        return f"{value:+.2f} 个百分点"
     return f"{value:.2f}x" if value < _SMALL else f"{value:.1f}x"
 
 

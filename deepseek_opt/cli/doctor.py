@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_opt.cli.checks import Check, collect
+from deepseek_opt.cli.expert_cost import expert_checks
 
 _MARKS = {"ok": "✓", "warn": "!", "bad": "✗"}
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}
@@ -22,9 +24,15 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="模型目录：另外列出它的专家各种量化占多少内存（不读权重）"),
+    ] = None,
 ) -> None:
     """检查环境；可用时退出码为 0，否则为 1。"""
     checks = collect()
+    if model is not None:
+        checks += expert_checks(model)
     usable = all(check.status != "bad" for check in checks)
     if as_json:
         document = {"usable": usable, "checks": [check.as_dict() for check in checks]}

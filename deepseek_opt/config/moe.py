@@ -53,7 +53,8 @@ class MOEConfig(ConfigBase):
     ``num_experts_per_tok`` 必须给出，其余省略为常用的默认值。
 
     ``optimize`` 替换 transformers 模型的专家计算：专家数、分组等描述结构的字段是核对值，不一致即报错；
-    改变路由、均衡、容量与量化的字段对这些模型不起作用，报告里逐项写明（strict 时报错）。
+    改变路由、均衡与容量的字段对这些模型不起作用，报告里逐项写明（strict 时报错）；``quantization`` 等由
+    ``optimize`` 执行，对 :class:`~deepseek_opt.MoEFeedForward` 也起作用。
 
     示例::
 
@@ -144,6 +145,10 @@ class MOEConfig(ConfigBase):
             if value is not None and values.get(on) not in allowed:
                 message = f"只用于 {on} 为 {' 或 '.join(allowed)} 时"
                 yield Conflict((field, on), message, value)
+        if values.get("quantization") == "int8" and values.get("quantization_symmetric") is False:
+            yield Conflict(
+                ("quantization_symmetric", "quantization"), "int8 没有零点，只能是 true", False
+            )
         for field in ("drop_policy", "drop_renormalize", "pad_to_capacity"):
             value = values.get(field)
             if value is not None and value is not False and values.get("capacity_factor") is None:

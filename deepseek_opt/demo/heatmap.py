@@ -45,9 +45,8 @@ def _layer(name: str, found: ExpertStatistics, top: int) -> str:
     counts, right = found.tokens_per_expert, _WIDTH - _RIGHT
     total, width = max(1, sum(counts)), (right - _LEFT) / len(counts)
     middle = top + _ROW / 2 + 4
-    parts = [
-        f'<text x="{_LEFT - 12}" y="{middle}" text-anchor="end" fill="#1f2937">{escape(name)}</text>'
-    ]
+    style = 'text-anchor="end" fill="#1f2937"'
+    parts = [f'<text x="{_LEFT - 12}" y="{middle}" {style}>{escape(name)}</text>']
     for expert, count in enumerate(counts):
         share, x = count / total, _LEFT + expert * width
         load = share * len(counts)

@@ -258,6 +258,11 @@ def stores_in(model: nn.Module) -> dict[str, tuple[nn.Module, ExpertStore]]:
     return {name: (module, store) for name, module, store in _stores(model)}
 
 
+def scheme_in(model: nn.Module) -> Scheme | None:
+    """专家怎样量化的；没有量化为 None。"""
+    return next((store.scheme for _, _, store in _stores(model)), None)
+
+
 def released_in(model: nn.Module) -> list[str]:
     """原权重已释放的模块名。"""
     return [name for name, _, store in _stores(model) if store.released]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError
+from deepseek_opt.metrics.experts import expert_bytes
 from deepseek_opt.metrics.record import CallRecord, PerformanceMetrics, RingBuffer, summarize
 
 ATTRIBUTE = "_deepseek_opt_metrics"
@@ -70,8 +71,14 @@ class MetricsCollector:
         """汇总窗口内的记录。"""
         records, calls = self._records.snapshot()
         reserved, peak = memory_usage(_device(model))
+        used, original = expert_bytes(model)
         return summarize(
-            records, calls, memory_reserved_bytes=reserved, memory_max_reserved_bytes=peak
+            records,
+            calls,
+            memory_reserved_bytes=reserved,
+            memory_max_reserved_bytes=peak,
+            expert_weight_bytes=used,
+            expert_original_bytes=original,
         )
 
     # ---- 钩子 ----

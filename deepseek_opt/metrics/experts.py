@@ -13,6 +13,7 @@ from deepseek_opt.load import LoadCounter, load_holders
 from deepseek_opt.report import html_tables, render_tables
 
 _COLUMNS = ["模块", "专家", "词元", "有词元的专家", "熵", "最大/平均", "丢弃", "各专家的词元数"]
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _SHOWN = 16  # 表里至多列出的专家数
 
 
@@ -108,6 +109,23 @@ def expert_statistics(model: nn.Module) -> ExpertTable:
         for holder in load_holders(module):
             found[name] = ExpertStatistics.of(holder.load_counter)
     return found
+
+
+def expert_bytes(model: nn.Module) -> tuple[int | None, int | None]:
+    """(路由专家正在用的权重, 量化之后另外保留的原权重) 的字节数；没有替换、没有量化时为 None。"""
+    used = original = None
+    for module in model.modules():
+        if not load_holders(module):
+            continue
+        store = getattr(module.__dict__.get("forward"), "store", None)
+        if store is None:
+            weights = (module._parameters.get(name) for name in _WEIGHTS)
+            size = sum(w.numel() * w.element_size() for w in weights if w is not None)
+        else:
+            size = store.nbytes
+            original = (original or 0) + (0 if store.released else store.original_bytes)
+        used = (used or 0) + size
+    return used, original
 
 
 def _row(name: str, found: ExpertStatistics) -> list[str]:
