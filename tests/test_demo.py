@@ -15,11 +15,22 @@ import torch
 pytest.importorskip("transformers")
 # pylint: disable=wrong-import-position
 
-from deepseek_opt import cli  # noqa: E402
+from deepseek_opt import ExpertStatistics, cli  # noqa: E402
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS, ProbeError, ProbeReading  # noqa: E402
 from deepseek_opt.cli import demo as command  # noqa: E402
-from deepseek_opt.demo import DemoOptions, chart, compare, data, lengths, page, run  # noqa: E402
+from deepseek_opt.demo import (  # noqa: E402
+    DemoOptions,
+    chart,
+    compare,
+    data,
+    experts,
+    heatmap,
+    lengths,
+    page,
+    run,
+)
 from deepseek_opt.errors import InputError, UnsupportedError  # noqa: E402
+from deepseek_opt.optimize import is_optimized  # noqa: E402
 from tests.tiny_models import make_model  # noqa: E402
 
 _VOCABULARY = 96
@@ -54,6 +65,7 @@ def _options(folder: Path, output: Path) -> DemoOptions:
         lengths=(32, 64),
         prompt=16,
         continuation=4,
+        expert_tokens=(1, 6),
     )
 
 
@@ -113,10 +125,13 @@ def test_original_is_untouched_and_ours_is_really_optimized(folder):
 
 def test_files(result):
     names = {path.name for path in result.files}
-    assert {"report.html", "chart.svg", "results.json"} <= names
+    assert {"report.html", "chart.svg", "experts.svg", "results.json"} <= names
     document = json.loads(next(p for p in result.files if p.suffix == ".json").read_text())
     assert document["passed"] is True and len(document["lengths"]["measurements"]) == 10
     assert set(document["versions"]) >= {"torch", "transformers", "deepseek_opt"}
+    moe = document["experts"]
+    assert set(moe["readings"]) == set(experts.VARIANTS)
+    assert all(sum(load["tokens_per_expert"]) == 2 * 24 * 2 for load in moe["loads"].values())
     text = json.dumps(document)
     assert "/" + "home" not in text and str(result.options.output) not in text
 
@@ -158,6 +173,59 @@ def test_svg_is_valid_xml_with_one_line_per_series(result):
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}polyline")) == len(IMPLEMENTATIONS) * len(chart.PANELS)
     assert len(root.findall(f"{space}circle")) == 2 * len(IMPLEMENTATIONS) * len(chart.PANELS)
+
+
+def test_experts_of_every_variant(result, folder):
+    found = result.experts
+    assert found.dtype == run._fast_dtype() and len(found.loads) == 1
+    sizes = {name: reading.weight_bytes for name, reading in found.readings.items()}
+    assert sizes["transformers"] == sizes["none"] > sizes["int8"] > sizes["int4"]
+    for reading in found.readings.values():
+        assert set(reading.seconds) == {1, 6} and min(reading.seconds.values()) > 0
+    names = [check.name for check in result.checks]
+    assert {f"{kind} 专家的准确率" for kind in (found.dtype, "int8", "int4")} <= set(names)
+    table = next(t for t in result.tables if "专家" in t.title)
+    assert len(table.rows) == 4 and len(table.columns) == len(table.rows[0])
+    model = data.load_model(folder, torch.float32)
+    windows = torch.arange(16).view(2, 8)
+    experts.study(model, windows, (2,), lambda _: None)
+    assert not is_optimized(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_expert_accuracy_check_fails_beyond_half_a_point(result):
+    found = result.experts
+    readings = {name: replace(each, accuracy=0.5) for name, each in found.readings.items()}
+    readings["int4"] = replace(readings["int4"], accuracy=0.494)
+    checks = {check.name: check for check in replace(found, readings=readings).checks()}
+    assert [c.passed for c in checks.values()] == [True, True, False]
+    assert "0.600 个百分点" in checks["int4 专家的准确率"].detail
+    assert not replace(result, experts=replace(found, readings=readings)).passed
+
+
+def test_model_without_experts_has_no_expert_part(result):
+    dense = make_model("deepseek_v3", first_k_dense_replace=8)
+    ticks: list[str] = []
+    assert experts.study(dense, torch.arange(8)[None], (1,), ticks.append) is None
+    assert len(ticks) == len(experts.VARIANTS)
+    without = replace(result, experts=None)
+    assert len(without.charts) == 1 and len(without.tables) == len(result.tables) - 1
+    assert without.to_dict()["experts"] is None and without.headline()
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_heatmap_is_valid_xml_with_one_cell_per_expert(count):
+    busy = ExpertStatistics((10 * count, *[0] * (count - 1)), 1 / count, 0.0, float(count))
+    idle = ExpertStatistics((0,) * count, None, None, None)
+    root = ElementTree.fromstring(heatmap.svg({"a<b": busy, "c": idle}))
+    space = "{http://www.w3.org/2000/svg}"
+    cells = [r for r in root.iter(f"{space}rect") if r.find(f"{space}title") is not None]
+    assert len(cells) == 2 * count and cells[0].get("fill") == heatmap.color(9.0)
+    assert {cell.get("fill") for cell in cells[1:]} == {heatmap.color(0.0)}
+    assert "100.0%" in cells[0].find(f"{space}title").text
+    labels = [text.text for text in root.iter(f"{space}text")]
+    assert ("100.0%" in labels) == (count == 4) and "—" in labels
+    assert ElementTree.fromstring(heatmap.svg({})) is not None
 
 
 def test_svg_without_readings():
@@ -205,7 +273,7 @@ def test_failing_check_is_red_everywhere(result, monkeypatch):
         headline=broken.headline(),
         checks=broken.checks,
         tables=broken.tables,
-        chart="",
+        charts=[],
         continuation=broken.continuation,
         environment=[],
         notes=[],

@@ -64,20 +64,33 @@ def gated_ffn(width: int, inner: int, rows: int, itemsize: int) -> Cost:
     return Cost(2 * rows * weights, weights * itemsize)
 
 
-def model_decode(config: dict[str, Any], rows: int, cached: int, itemsize: int) -> Cost:
-    """整个模型、每行一个新词元：注意力、稠密 FFN、被选中的专家、共享专家、路由、LM head。"""
+def model_decode(  # pylint: disable=too-many-arguments
+    config: dict[str, Any],
+    rows: int,
+    cached: int,
+    itemsize: int,
+    *,
+    expert_itemsize: float | None = None,
+    touched: int | None = None,
+) -> Cost:
+    """整个模型、每行一个新词元：注意力、稠密 FFN、被选中的专家、共享专家、路由、LM head。
+
+    expert_itemsize 为路由专家每个权重的字节数，默认同 itemsize；touched 为各层用到的专家数之和，默认按各行
+    选的专家都不同计。
+    """
     width, layers = config["hidden_size"], config["num_hidden_layers"]
     dense = config["first_k_dense_replace"]
     one = attention_decode(config, rows, cached, itemsize)
     expert = 3 * width * config["moe_intermediate_size"]
     top, routed = config["num_experts_per_tok"], config["n_routed_experts"]
-    shared = config["n_shared_experts"]
+    shared, sparse = config["n_shared_experts"], layers - dense
     common = dense * 3 * width * config["intermediate_size"] + width * config["vocab_size"]
-    common += (layers - dense) * (shared * expert + routed * width)
-    chosen = (layers - dense) * expert
-    flops = layers * one.flops + 2 * rows * (common + top * chosen)
-    weights = common + min(routed, top * rows) * chosen
-    return Cost(flops, layers * one.read_bytes + weights * itemsize)
+    common += sparse * (shared * expert + routed * width)
+    if touched is None:
+        touched = sparse * min(routed, top * rows)
+    flops = layers * one.flops + 2 * rows * (common + top * sparse * expert)
+    reads = layers * one.read_bytes + common * itemsize
+    return Cost(flops, reads + touched * expert * (expert_itemsize or itemsize))
 
 
 def moe_layer(

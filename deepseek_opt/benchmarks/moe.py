@@ -14,6 +14,7 @@ import torch
 from deepseek_opt.benchmarks import counts, moe_quantized, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, Row, SpeedCase, Work, register_suite
 from deepseek_opt.benchmarks.decode_work import model_decode
+from deepseek_opt.benchmarks.sparse_dense import SparseDenseCase
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _PEER = "transformers grouped_mm"
@@ -202,7 +203,9 @@ def _model_cases(env: Env) -> list[Case]:
 
 
 def build(env: Env) -> list[Case]:
-    """MoE 套件的各项。"""
+    """MoE 套件的各项；专家从一开始就是 int4 的形状，只与同样大小的稠密模型比。"""
+    if env.shape.int4_group:
+        return [SparseDenseCase()]
     experts, groups = _ROUTER
     routers = [
         SpeedCase(

@@ -90,9 +90,12 @@ def run_suite(
     progress : 每项开始前调用 progress(序号, 总数, 标题)。
     finished : 每项完成后以到此为止的结果调用，用来边跑边显示、边存盘。
 
-    抛出 InputError（没有这个套件、指令集不可用、only 什么也没选中）、UnsupportedError（缺 transformers）。
+    抛出 InputError（没有这个套件、形状不适用、指令集不可用、only 什么也没选中）、UnsupportedError（缺
+    transformers）。
     """
     suite = find_suite(name)
+    if shape.suite not in (None, name):
+        raise InputError(f"形状 {shape.name} 只用于套件 {shape.suite}，不能用于 {name}")
     _require_transformers()
     env = Env(shape, quick, threads or torch.get_num_threads(), isa)
     cases = [c for c in suite.build(env) if not only or any(part in c.key for part in only)]

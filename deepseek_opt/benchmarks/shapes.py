@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 _FILL = 1_000_003  # 随机块的长度取质数：平铺到矩阵里各行不重复
-_STD = 0.02
+STD = 0.02  # 矩阵的标准差
 
 
 @dataclass(frozen=True)
 class Shape:
-    """一种形状：config 为 DeepseekV3Config 的参数，其余为各项工作的规模（词元数、行数）。"""
+    """一种形状：config 为 DeepseekV3Config 的参数，其余为各项工作的规模（词元数、行数）。
+
+    int4_group 大于 0 的形状，专家从一开始就是 int4（这么多个一组），没有半精度的权重；只用于 suite 套件。
+    """
 
     name: str
     config: dict[str, Any] = field(hash=False)
+    suite: str | None = None
+    int4_group: int = 0
     long_context: int = 4096
     batch_context: int = 1024
     batch: int = 8
@@ -96,7 +101,31 @@ TINY = Shape(
 # 除了每次调用的开销什么都没有：27 层、宽 64（DeepSeek-V2-Lite 的层数）。
 OVERHEAD = Shape("overhead-27L", {**TINY.config, "num_hidden_layers": 27}, long_context=16)
 
-SHAPES = {shape.name: shape for shape in (REFERENCE, TINY)}
+# 约 131 亿参数，每个词元用其中约 13 亿（含词嵌入）；半精度要 26 GB，专家 int4 时不到 8 GB。
+SPARSE_13B = Shape(
+    "13b-a1.3b",
+    {
+        **REFERENCE.config,
+        "num_hidden_layers": 25,
+        "moe_intermediate_size": 640,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 0,
+    },
+    suite="moe",
+    int4_group=128,
+)
+
+TINY_SPARSE = replace(
+    TINY,
+    name="tiny-int4",
+    config={**TINY.config, "n_routed_experts": 8, "first_k_dense_replace": 0},
+    suite="moe",
+    int4_group=32,
+)
+
+SHAPES = {shape.name: shape for shape in (REFERENCE, TINY, SPARSE_13B, TINY_SPARSE)}
 
 
 def make_config(shape: Shape, attention: str = "sdpa") -> Any:
@@ -111,21 +140,29 @@ def make_config(shape: Shape, attention: str = "sdpa") -> Any:
 
 def build_model(shape: Shape, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """随机权重的 DeepseekV3ForCausalLM（eval）。先建在 meta 上再填，省去十几秒的逐个初始化。"""
+    return materialize(build_on_meta(make_config(shape, attention), dtype))
+
+
+def build_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
+    """只有形状、不占内存的 DeepseekV3ForCausalLM。"""
     from transformers import DeepseekV3ForCausalLM
 
-    config = make_config(shape, attention)
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config).to(dtype)
+        return DeepseekV3ForCausalLM(config).to(dtype)
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """给 meta 上的模型随机权重（eval、不求导）。"""
     model = model.to_empty(device="cpu")
     rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config)  # meta 上算出的频率没有数值
+    model.model.rotary_emb = rotary(model.config)  # meta 上算出的频率没有数值
     fill_random(model)
     return model.eval().requires_grad_(False)
 
 
 def fill_random(model: nn.Module) -> None:
     """矩阵填随机数，一维参数（归一化权重）填 1，专家的修正偏置填 0。"""
-    block = torch.randn(_FILL, generator=torch.Generator().manual_seed(0)) * _STD
+    block = torch.randn(_FILL, generator=torch.Generator().manual_seed(0)) * STD
     for parameter in model.parameters():
         if parameter.dim() < 2:
             nn.init.ones_(parameter)
@@ -135,6 +172,14 @@ def fill_random(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.zero_()
+
+
+def fill_bytes(packed: torch.Tensor) -> None:
+    """uint8 张量填随机字节。"""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randint(0, 256, (_FILL,), dtype=torch.uint8, generator=generator)
+    for piece in packed.view(-1).split(_FILL):
+        piece.copy_(block[: piece.numel()])
 
 
 def build_attention(shape: Shape, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -51,11 +51,19 @@ def interleaved(
     seconds: float,
     evict: bool = True,
 ) -> tuple[Times | None, Times]:
-    """先各热身一次，再 对照、本库、对照、本库…… 至多 rounds 轮，超过 seconds 秒就停（至少一轮）。
+    """对照与本库交替计时；见 :func:`in_turn`。"""
+    sides = [side for side in (peer, ours) if side is not None]
+    found = in_turn(sides, rounds=rounds, seconds=seconds, evict=evict)
+    return (found[0] if peer is not None else None), found[-1]
+
+
+def in_turn(
+    sides: Sequence[Callable[[], Any]], *, rounds: int, seconds: float, evict: bool = True
+) -> list[Times]:
+    """先各热身一次，再从头到尾轮流…… 至多 rounds 轮，超过 seconds 秒就停（至少一轮）。
 
     热身就超过 seconds 秒的一边，不再重跑，热身的读数就是它的读数。
     """
-    sides = [side for side in (peer, ours) if side is not None]
     warm = [_timed(side, evict) for side in sides]
     readings: list[list[float]] = [[first] if first > seconds else [] for first in warm]
     deadline = time.perf_counter() + seconds
@@ -65,8 +73,7 @@ def interleaved(
         for side, times, first in zip(sides, readings, warm, strict=True):
             if first <= seconds:
                 times.append(_timed(side, evict))
-    found = [Times(min(t), statistics.median(t), len(t)) for t in readings]
-    return (found[0] if peer is not None else None), found[-1]
+    return [Times(min(t), statistics.median(t), len(t)) for t in readings]
 
 
 def call_microseconds(run: Callable[[], Any], calls: int, rounds: int = 5) -> float:

@@ -36,7 +36,13 @@ def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     only: Annotated[
         list[str] | None, typer.Option("--only", help="只跑键名含有它的各项，可重复")
     ] = None,
-    shape: Annotated[str, typer.Option("--shape", help="形状：V2-Lite-3L、tiny")] = "V2-Lite-3L",
+    shape: Annotated[
+        str,
+        typer.Option(
+            "--shape",
+            help="形状：V2-Lite-3L、tiny；套件 moe 另有 13b-a1.3b（对 13B 稠密）、tiny-int4",
+        ),
+    ] = "V2-Lite-3L",
     strict: Annotated[
         bool, typer.Option("--strict", help="有一项没达到要求，退出码就为 1")
     ] = False,

@@ -19,7 +19,7 @@ STYLES = {
     "transformers_sdpa": ("#f59e0b", 1.8, ""),
     "optimized": ("#047857", 3.2, ""),
 }
-_FONT = "'Noto Sans CJK SC','PingFang SC','Microsoft YaHei','WenQuanYi Micro Hei',sans-serif"
+FONT = "'Noto Sans CJK SC','PingFang SC','Microsoft YaHei','WenQuanYi Micro Hei',sans-serif"
 _CJK = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
         "PingFang SC", "Microsoft YaHei", "SimHei", "Noto Sans SC")  # fmt: skip
 _WIDTH, _HEIGHT, _TOP, _LEFT, _GAP, _PLOT_W, _PLOT_H = 1080, 400, 92, 62, 76, 276, 236
@@ -78,7 +78,7 @@ def svg(table: LengthTable) -> str:
     """一张自含的 SVG（三幅小图、图例、悬停可见数值）。"""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="内存与延迟" font-family="{escape(_FONT)}" font-size="12">',
+        f'aria-label="内存与延迟" font-family="{escape(FONT)}" font-size="12">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         _legend(),
     ]

@@ -46,16 +46,19 @@ def render(
     headline: Sequence[tuple[str, str]],
     checks: Sequence[Check],
     tables: Sequence[Table],
-    chart: str,
+    charts: Sequence[tuple[str, str]],
     continuation: Continuation,
     environment: Sequence[tuple[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """整页 HTML。headline 为 (大字, 说明)；chart 为 SVG；environment 为 (项, 值)。"""
+    """整页 HTML。headline 为 (大字, 说明)；charts 为 (标题, SVG)；environment 为 (项, 值)。"""
     verdict = "全部检查通过" if passed else "有检查没有通过"
     kind = "ok" if passed else "fail"
     cards = "".join(
         f'<div class="card"><b>{escape(big)}</b>{escape(small)}</div>' for big, small in headline
+    )
+    pictures = "".join(
+        f'<h2>{escape(title)}</h2><div class="chart">{svg}</div>\n' for title, svg in charts
     )
     body = "".join(f"<h2>{escape(t.title)}</h2>{_table(t)}" for t in tables)
     about = "".join(f'<p class="note">{escape(line)}</p>' for line in notes)
@@ -66,7 +69,7 @@ def render(
         f'<h1>deepseek_opt 演示报告</h1>\n<p class="{kind}">{verdict}</p>\n'
         f'<div class="cards">{cards}</div>\n'
         f"<h2>检查</h2>{_checks(checks)}\n"
-        f'<h2>内存与延迟</h2><div class="chart">{chart}</div>\n{body}\n'
+        f"{pictures}{body}\n"
         f"{_continuation(continuation)}\n"
         f"<h2>环境</h2>{_environment(environment)}\n<h2>怎样测的</h2>{about}\n"
         "</body>\n</html>\n"

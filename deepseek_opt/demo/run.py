@@ -18,8 +18,9 @@ import torch
 from deepseek_opt import _native
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS
 from deepseek_opt.benchmarks.runner import machine, versions
-from deepseek_opt.demo import chart, compare, data, lengths, page, tables
+from deepseek_opt.demo import chart, compare, data, experts, heatmap, lengths, page, tables
 from deepseek_opt.demo.compare import SDPA, Accuracy, Check, Comparison, Continuation, Variants
+from deepseek_opt.demo.experts import ExpertStudy
 from deepseek_opt.demo.lengths import LengthTable
 from deepseek_opt.demo.tables import Table
 from deepseek_opt.errors import UnsupportedError
@@ -37,6 +38,7 @@ class DemoOptions:
     full : 不限时间与内存，全部跑完。windows : 准确率用几段，每段 window 个词元。
     batches、contexts、steps : 对照的行数、上下文长度、生成的词元数。
     lengths : 内存与延迟的各长度。prompt、continuation : 续写的提示与续写长度（词元）。
+    expert_tokens : MoE 部分计时的各种词元数，不超过 window。
     """
 
     folder: Path = data.MODEL_FOLDER
@@ -51,12 +53,14 @@ class DemoOptions:
     lengths: tuple[int, ...] = lengths.LENGTHS
     prompt: int = 512
     continuation: int = 96
+    expert_tokens: tuple[int, ...] = (1, 8, 512)
 
     @property
     def ticks(self) -> int:
         """进度条的总步数。"""
         compared = len(self.batches) * len(self.contexts) * 3
-        return 2 + len(_DTYPES) * (compared + 1) + 1 + len(self.lengths) * len(IMPLEMENTATIONS)
+        measured = len(self.lengths) * len(IMPLEMENTATIONS) + len(experts.VARIANTS)
+        return 2 + len(_DTYPES) * (compared + 1) + 1 + measured
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,15 @@ class DemoResult:
     comparisons: list[Comparison] = field(hash=False)
     continuation: Continuation
     table: LengthTable
+    experts: ExpertStudy | None = None
     skipped: list[Check] = field(default_factory=list, hash=False)
     files: list[Path] = field(default_factory=list, hash=False)
 
     @property
     def checks(self) -> list[Check]:
-        """全部检查：准确率、fp32 的贪心词元、续写、8192 词元的内存。"""
+        """全部检查：准确率（含换了专家、量化之后）、fp32 的贪心词元、续写、8192 词元的内存。"""
         found = [entry.check() for entry in self.accuracies]
+        found += self.experts.checks() if self.experts else []
         found += [entry.check() for entry in self.comparisons if entry.dtype == "float32"]
         found += [*self.skipped, self.continuation.check()]
         return found + self.table.checks()
@@ -88,11 +94,18 @@ class DemoResult:
     @property
     def tables(self) -> list[Table]:
         """要打印的表（检查另列）。"""
-        return [
-            tables.length_table(self.table),
-            tables.comparison_table(self.comparisons),
-            tables.accuracy_table(self.accuracies),
-        ]
+        found = [tables.length_table(self.table)]
+        found += [tables.expert_table(self.experts)] if self.experts else []
+        comparisons = tables.comparison_table(self.comparisons)
+        return [*found, comparisons, tables.accuracy_table(self.accuracies)]
+
+    @property
+    def charts(self) -> list[tuple[str, str]]:
+        """(标题, SVG)。"""
+        found = [("内存与延迟", chart.svg(self.table))]
+        if self.experts:
+            found.append(("各层专家的负载（留出源码）", heatmap.svg(self.experts.loads)))
+        return found
 
     def headline(self) -> list[tuple[str, str]]:
         """(大字, 说明)：最醒目的几个数，都出自读数。"""
@@ -105,6 +118,10 @@ class DemoResult:
             label = f"{length} 词元的内存，对标准多头注意力（SDPA）"
             found.append((f"-{saved_at[length]:.0%}", label))
         found += self._speedups()
+        if self.experts:
+            count = min(self.experts.readings["transformers"].seconds)
+            label = f"MoE 部分，一次 {count} 个词元，对 transformers grouped_mm"
+            found.append((f"{self.experts.speedup('none', count):.1f}x", label))
         worst = max((abs(a.drop) for a in self.accuracies), default=None)
         if worst is not None:
             found.append((f"{worst * 100:.2f}", "下一词元准确率最多相差（百分点）"))
@@ -137,6 +154,7 @@ class DemoResult:
             "threads": torch.get_num_threads(),
             "checks": [asdict(check) for check in self.checks],
             "accuracy": [asdict(entry) for entry in self.accuracies],
+            "experts": None if self.experts is None else asdict(self.experts),
             "comparisons": [_comparison_dict(entry) for entry in self.comparisons],
             "lengths": {
                 "dtype": self.table.dtype,
@@ -184,23 +202,27 @@ def run_demo(options: DemoOptions, tick: Tick = lambda _: None) -> DemoResult:
 def _compare_all(
     options: DemoOptions, tokenizer: Any, deadline: float | None, tick: Tick
 ) -> dict[str, Any]:
-    """DemoResult 的 accuracies、comparisons、continuation、skipped。"""
+    """DemoResult 的 accuracies、comparisons、continuation、experts、skipped。"""
     stream = data.held_out_stream(tokenizer, options.windows * options.window)
     windows = torch.tensor(stream).view(options.windows, options.window)
-    accuracies, comparisons, skipped, text = [], [], [], None
+    accuracies, comparisons, skipped, text, moe = [], [], [], None, None
     for name, dtype in _DTYPES.items():
-        variants = Variants(data.load_model(options.folder, dtype))
+        model = data.load_model(options.folder, dtype)
+        variants = Variants(model)
         tick(f"{name}：留出源码上的准确率")
         accuracies.append(compare.accuracy(variants, windows, name))
         if text is None:
             tick("续写留出的源文件")
             text = _continue(options, variants, tokenizer)
+        if name == _fast_dtype():
+            moe = experts.study(model, windows, options.expert_tokens, tick)
         for entry in _comparisons(options, variants, tokenizer, name, deadline, tick):
             (skipped if isinstance(entry, Check) else comparisons).append(entry)
     return {
         "accuracies": accuracies,
         "comparisons": comparisons,
         "continuation": text,
+        "experts": moe,
         "skipped": skipped,
     }
 
@@ -232,10 +254,13 @@ def _comparisons(
         yield compare.compare(variants, ids, options.steps, dtype, partial(tick, label))
 
 
+def _fast_dtype() -> str:
+    """bf16 只在 CPU 有 bf16 指令时才是使用者会选的类型；没有时 torch 的 bf16 是软件模拟。"""
+    return "bfloat16" if _native.isa() == "avx512_bf16" else "float32"
+
+
 def _measure(options: DemoOptions, deadline: float | None, tick: Tick) -> LengthTable:
-    # bf16 只在 CPU 有 bf16 指令时才是使用者会选的类型；没有时 torch 的 bf16 是软件模拟。
-    name = "bfloat16" if _native.isa() == "avx512_bf16" else "float32"
-    dtype = _DTYPES[name]
+    dtype = _DTYPES[_fast_dtype()]
     config = _config(options.folder)
     planner = lengths.Planner(config, dtype, deadline)
     with ExitStack() as stack:
@@ -250,23 +275,26 @@ def _config(folder: Path) -> Any:
 
 
 def write_files(result: DemoResult) -> list[Path]:
-    """写 report.html、chart.svg、chart.png（有 matplotlib 时）、results.json，返回路径。"""
+    """写 report.html、chart.svg、experts.svg（有 MoE 时）、chart.png（有 matplotlib 时）、
+    results.json，返回路径。"""
     folder = result.options.output
     folder.mkdir(parents=True, exist_ok=True)
-    picture = chart.svg(result.table)
+    charts = result.charts
     html = page.render(
         passed=result.passed,
         headline=result.headline(),
         checks=result.checks,
         tables=result.tables,
-        chart=picture,
+        charts=charts,
         continuation=result.continuation,
         environment=environment(result),
         notes=notes(result),
     )
     document = json.dumps(result.to_dict(), ensure_ascii=False, indent=2)
     written = []
-    for name, text in (("report.html", html), ("chart.svg", picture), ("results.json", document)):
+    pictures = zip(("chart.svg", "experts.svg"), charts, strict=False)
+    named = [("report.html", html), *((name, svg) for name, (_, svg) in pictures)]
+    for name, text in (*named, ("results.json", document)):
         (folder / name).write_text(text + "\n", encoding="utf-8")
         written.append(folder / name)
     if chart.write_png(result.table, folder / "chart.png"):
@@ -300,6 +328,8 @@ def notes(result: DemoResult) -> list[str]:
         "权重随机，只比内存与速度。eager 是逐步计算，SDPA 是 PyTorch 的融合实现。",
         "时间：首词元是一次预填充加一次取词；每词元是随后各步的中位数。各实现按长度轮流测，"
         "别的程序占用 CPU 会影响读数。",
+        "专家：图与 MoE 部分的输入都来自原模型读留出源码；计时前冲掉缓存（真实模型的专家总是从内存来），"
+        "各实现轮流，取最短。内存峰值是激活，不含权重。",
         "输入：正在运行的 Python 的标准库里，模型训练时留出的模块的源文件。",
         "未运行的格子：时间或内存不够，没有编造数字；deepseek-opt demo --full 会全部跑完。",
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS
 from deepseek_opt.demo.compare import EAGER, OURS, SDPA, Accuracy, Comparison
+from deepseek_opt.demo.experts import VARIANTS, ExpertStudy
 from deepseek_opt.demo.lengths import LengthTable, Measurement
 
 _MIB = 1 << 20
@@ -71,6 +72,29 @@ def comparison_table(found: list[Comparison]) -> Table:
             )
         )
     return Table("同一进程：原版与优化后（随包小模型，真实源码）", columns, tuple(rows))
+
+
+def expert_table(found: ExpertStudy) -> Table:
+    """MoE 部分：各实现的权重、准确率、速度与内存。"""
+    counts = list(found.readings["transformers"].seconds)
+    columns = (
+        "实现",
+        "专家权重 MiB",
+        "准确率",
+        *(f"词元/秒，一次 {count} 个" for count in counts),
+        f"{found.peak_tokens} 词元的内存峰值 MiB",
+    )
+    rows = []
+    for name, reading in found.readings.items():
+        speeds = []
+        for count in counts:
+            text = f"{count / reading.seconds[count]:,.0f}"
+            times = "" if name == "transformers" else f"（{found.speedup(name, count):.1f}x）"
+            speeds.append(text + times)
+        weights, peak = f"{reading.weight_bytes / _MIB:.2f}", f"{reading.peak_bytes / _MIB:.1f}"
+        rows.append((VARIANTS[name], weights, f"{reading.accuracy:.3%}", *speeds, peak))
+    title = f"专家：全部 MoE 块（{found.dtype}；括号里是对 transformers 的倍数）"
+    return Table(title, columns, tuple(rows), frozenset({1}))
 
 
 def length_table(table: LengthTable) -> Table:
