@@ -176,8 +176,11 @@ static void dot_group(int64_t m, int64_t k, const uint16_t *a, int64_t lda, cons
 static void dot_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda,
                      const uint16_t *w, int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
-  if (m == 1)
+  if (m == 1) { /* 一行一页（4 KiB）时硬件预取每行都要重来：提前一组列预取 */
+    for (; j + 16 <= n; j += 8)
+      dot_tile(1, 8, 8, k, a, lda, w + j * ldw, ldw, w + (j + 8) * ldw, c + j, ldc, 0);
     for (; j + 8 <= n; j += 8) dot_tile(1, 8, 0, k, a, lda, w + j * ldw, ldw, w, c + j, ldc, 0);
+  }
   for (; j + DOT_NR <= n; j += DOT_NR)
     dot_group(m, k, a, lda, w + j * ldw, ldw, c + j, ldc, j + 2 * DOT_NR <= n);
   for (; j < n; j++) /* 不足一组的尾部，逐列 */
