@@ -1,7 +1,8 @@
 // 大块内存的回收池：梯度（几百 MiB 到几 GiB）与算子的暂存每一步大小都相同，却每步向系统要一次、还一次；
 // 首次写入的缺页与清零曾占训练一步的四分之一。这里留下来给下一步用，像 torch 在 GPU 上做的那样。
 //
-// 占用不会因此变大：在用的与空闲的合计不超过在用的历史最大值；空闲的块已交代给系统（MADV_FREE），内存紧张时
+// 占用不会因此变大：在用的与空闲的合计不超过在用的历史最大值的
+// 一又四分之一（前向与反向的暂存大小不同，要都留得下）；空闲的块已交代给系统（MADV_FREE），内存紧张时
 // 系统可以直接取走；buffer_release 立即全部归还。
 #include "binding_buffers.h"
 
@@ -100,9 +101,9 @@ class Pool {
     return data;
   }
 
-  // 为新分配的 want 让位：合计不超过历史最大值，先放小的（容易再要到）。
+  // 为新分配的 want 让位：合计不超过上限，先放小的（容易再要到）。
   void trim(size_t want) {
-    const size_t after = live_bytes_ + want, limit = std::max(most_, after);
+    const size_t after = live_bytes_ + want, limit = std::max(most_ + most_ / 4, after);
     while (!idle_.empty() && idle_bytes_ + after > limit) drop(idle_.begin());
   }
 

@@ -55,8 +55,9 @@ static void gemm_f32(int64_t m, int64_t panels, int64_t k, const float *a, int64
   }
 }
 
-/* ---- 点积路径：A、W 都沿 k 连续，W 在读入时转 fp32；add 为 1 时累加到 c ---- */
-static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64_t k,
+/* ---- 点积路径：A、W 都沿 k 连续，W 在读入时转 fp32；add 为 1 时累加到 c。
+ * ahead 为 1 时顺带把其后的 nr 行权重预取到二级缓存。 ---- */
+static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int ahead, int64_t k,
                                                            const float *a, int64_t lda,
                                                            const void *w, dso_dtype dtype,
                                                            int64_t ldw, float *c, int64_t ldc,
@@ -69,6 +70,7 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64
     vf av[DOT_MR];
     _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) av[i] = v_load(a + i * lda + x);
     _Pragma("GCC unroll 8") for (int j = 0; j < nr; j++) {
+      if (ahead) _mm_prefetch((const char *)dso_at(w, dtype, (nr + j) * ldw + x), _MM_HINT_T1);
       vf wv = load_full(dso_at(w, dtype, j * ldw + x), dtype);
       _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) acc[i][j] = v_fma(av[i], wv, acc[i][j]);
     }
@@ -89,18 +91,29 @@ static inline __attribute__((always_inline)) void dot_tile(int mr, int nr, int64
 /* 一组列沿 k 分段：这一段权重留在一级缓存里，依次服务全部行块。 */
 #define DOT_KC 1024
 
-static inline
-    __attribute__((always_inline)) void dot_group(int nr, int64_t m, int64_t k, const float *a,
-                                                  int64_t lda, const void *w, dso_dtype dtype,
-                                                  int64_t ldw, float *c, int64_t ldc) {
-  for (int64_t x = 0; x < k; x += DOT_KC) {
-    int64_t kc = dso_min(DOT_KC, k - x), i = 0;
-    const void *wx = dso_at(w, dtype, x);
-    for (; i + DOT_MR <= m; i += DOT_MR)
-      dot_tile(DOT_MR, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
-    for (; i < m; i++)
-      dot_tile(1, nr, kc, a + i * lda + x, lda, wx, dtype, ldw, c + i * ldc, ldc, x > 0);
-  }
+/* 至多 DOT_MR 行；more 为 1 时预取其后的一组列。 */
+static inline __attribute__((always_inline)) void dot_rows(int nr, int64_t m, int more, int64_t k,
+                                                           const float *a, int64_t lda,
+                                                           const void *w, dso_dtype dtype,
+                                                           int64_t ldw, float *c, int64_t ldc,
+                                                           int add) {
+#define ROWS(MR)                                                \
+  if (DOT_MR >= MR && m == MR && more)                          \
+    dot_tile(MR, nr, 1, k, a, lda, w, dtype, ldw, c, ldc, add); \
+  else if (DOT_MR >= MR && m == MR)                             \
+    dot_tile(MR, nr, 0, k, a, lda, w, dtype, ldw, c, ldc, add);
+  ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+#undef ROWS
+}
+
+static inline __attribute__((always_inline)) void dot_group(int nr, int64_t m, int more, int64_t k,
+                                                            const float *a, int64_t lda,
+                                                            const void *w, dso_dtype dtype,
+                                                            int64_t ldw, float *c, int64_t ldc) {
+  for (int64_t x = 0; x < k; x += DOT_KC)
+    for (int64_t i = 0; i < m; i += DOT_MR)
+      dot_rows(nr, dso_min(DOT_MR, m - i), more && i == 0, dso_min(DOT_KC, k - x), a + i * lda + x,
+               lda, dso_at(w, dtype, x), dtype, ldw, c + i * ldc, ldc, x > 0);
 }
 
 static inline __attribute__((always_inline)) void dot_f32_as(int64_t m, int64_t n, int64_t k,
@@ -108,12 +121,17 @@ static inline __attribute__((always_inline)) void dot_f32_as(int64_t m, int64_t 
                                                              const void *w, dso_dtype dtype,
                                                              int64_t ldw, float *c, int64_t ldc) {
   int64_t j = 0;
-  if (m == 1)
+  if (m == 1) {
+    for (; j + 2 * DOT_NR_WIDE <= n; j += DOT_NR_WIDE)
+      dot_tile(1, DOT_NR_WIDE, 1, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc, 0);
     for (; j + DOT_NR_WIDE <= n; j += DOT_NR_WIDE)
-      dot_tile(1, DOT_NR_WIDE, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc, 0);
+      dot_tile(1, DOT_NR_WIDE, 0, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc, 0);
+  }
   for (; j + DOT_NR <= n; j += DOT_NR)
-    dot_group(DOT_NR, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
-  for (; j < n; j++) dot_group(1, m, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
+    dot_group(DOT_NR, m, j + 2 * DOT_NR <= n, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw,
+              c + j, ldc);
+  for (; j < n; j++)
+    dot_group(1, m, 0, k, a, lda, dso_at(w, dtype, j * ldw), dtype, ldw, c + j, ldc);
 }
 
 static void dot_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
