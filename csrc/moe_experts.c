@@ -24,6 +24,10 @@ static shared_view shared_of(const dso_ctx *ctx, const dso_moe_inputs *in, dso_d
 
 static int64_t packed_rows(const dso_moe_inputs *in) { return in->packed_at[in->experts]; }
 
+static int64_t pack_tasks(const dso_moe_inputs *in) {
+  return dso_ceil_div(packed_rows(in), DSO_MOE_PACK);
+}
+
 /* 全部打包时不必收集。 */
 static int64_t gather_tasks(const dso_moe_inputs *in) {
   return packed_rows(in) == dso_moe_total(in) ? 0 : dso_moe_gather_tasks(in);
@@ -42,6 +46,11 @@ static void pack_row(const dso_ctx *ctx, const dso_moe_inputs *in, dso_dtype fmt
   if (ctx->stage == 2 && e->inner > 0)
     ctx->isa->pack_q(dst, dso_at(s.h, fmt, in->hidden_at[at] + row * e->inner), fmt, e->inner,
                      e->down.dtype, e->down_quant.group);
+}
+
+static void pack_rows(const dso_ctx *ctx, const dso_moe_inputs *in, dso_dtype fmt, int64_t task) {
+  int64_t first = task * DSO_MOE_PACK, last = dso_min(first + DSO_MOE_PACK, packed_rows(in));
+  for (int64_t i = first; i < last; i++) pack_row(ctx, in, fmt, i);
 }
 
 /* 专家 e 第 row 行起的输入：打包的，或计算格式的 rows（第一行在下标 base）。 */
@@ -91,9 +100,9 @@ static dso_plan plan(const void *params, const dso_isa *isa) {
 
 static int64_t tasks(const void *params, int64_t stage) {
   const dso_moe_inputs *in = &((const dso_moe_params *)params)->in;
-  if (stage == 0) return gather_tasks(in) + packed_rows(in);
+  if (stage == 0) return gather_tasks(in) + pack_tasks(in);
   if (stage == 1) return dso_moe_hidden_tasks(in);
-  if (stage == 2) return packed_rows(in);
+  if (stage == 2) return pack_tasks(in);
   return dso_ceil_div(in->tokens, DSO_MOE_SEGMENT) * dso_ceil_div(in->n, out_columns(in));
 }
 
@@ -169,7 +178,7 @@ static void run(const dso_ctx *ctx, int64_t task) {
   if (task < gathers)
     dso_moe_gather(ctx->isa, in, fmt, in->x, in->k, task, shared_of(ctx, in, fmt).x);
   else if (ctx->stage == 0 || ctx->stage == 2)
-    pack_row(ctx, in, fmt, task - gathers);
+    pack_rows(ctx, in, fmt, task - gathers);
   else
     (ctx->stage == 1 ? hidden : output)(ctx, in, task);
 }

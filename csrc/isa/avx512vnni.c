@@ -315,10 +315,17 @@ typedef void (*tile_fn)(const product *, int64_t, int64_t, const char *);
 #define NAME_TILE(PER, MR, NR) [PER][MR][NR] = tile_##PER##_##MR##x##NR,
 static const tile_fn TILE[5][ROWS + 1][COLUMNS + 1] = {TILES(NAME_TILE)};
 
+/* 第 j 列起一组列的尺度：与权重分开存放，组小时也不少。越过末尾的预取无害。 */
+static void prefetch_scales(const product *p, int64_t j) {
+  const char *at = (const char *)(p->q.scale + j * p->q.groups);
+  for (int64_t x = 0; x < COLUMNS * p->q.groups * 4; x += 64) _mm_prefetch(at + x, _MM_HINT_T0);
+}
+
 /* 一组列依次服务各行块；第一个行块顺带预取下一组列。 */
 static void run(int64_t per, const product *p, const char *next) {
   int64_t j = 0;
   for (; j + COLUMNS <= p->n; j += COLUMNS) {
+    if (per > 0) prefetch_scales(p, j + COLUMNS);
     const char *here = p->w + j * p->ldw;
     const char *ahead = j + 2 * COLUMNS <= p->n ? here + COLUMNS * p->ldw : next ? next : here;
     for (int64_t i = 0, mr; i < p->m; i += mr, ahead = here) {
