@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ TARGETS: dict[Path, bool | str] = {
     ROOT / "README.md": False,
     ROOT / "docs" / "性能与内存.md": True,
     ROOT / "docs" / "MoE.md": "quant",
+}
+BALANCE_BEGIN, BALANCE_END = "<!-- balance:begin -->", "<!-- balance:end -->"
+_BALANCE = ("max_over_mean", "entropy")
+_BALANCE_NAMES = {
+    "none": "不均衡",
+    "bias_update": "偏置更新",
+    "sequence_aux_loss": "逐序列辅助损失",
+    "global_aux_loss": "全局辅助损失",
 }
 _SMALL = 10
 
@@ -148,15 +157,60 @@ def updated(text: str, documents: list[Document], everything: bool | str) -> str
     return pattern.sub(lambda _: block(documents, everything), text)
 
 
+def balance(path: Path = RESULTS / "balance.json") -> str:
+    """各种负载均衡的做法的对照表。"""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    model, runs = document["model"], document["runs"]
+    lines = [
+        f"{document['date']}；{document['machine']['cpu']}，{document['threads']} 线程；"
+        f"每种 {model['steps']} 步 × {model['batch']} × {model['length']} 字节；种子 {document['seed']}。"
+        "负载取最后四分之一的训练，为各层的平均（最差的层）；秒是 CPU 时间。",
+        "",
+        "| 做法 | 最大/平均负载 | 熵 | 留出文本上的最大/平均 | 留出损失（奈特每字节） | 词元 | 秒 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        late = run["history"][-max(1, len(run["history"]) // 4) :]
+        load, entropy = ([_layers(entry[key]) for entry in late] for key in _BALANCE)
+        final, held = run["final"], _layers(run["final"]["held_out_max_over_mean"])
+        average = [sum(values) / len(values) for values in zip(*load, strict=True)]
+        cells = [
+            _BALANCE_NAMES[name],
+            f"{average[0]:.2f}（{average[1]:.2f}）",
+            f"{sum(mean for mean, _ in entropy) / len(entropy):.3f}",
+            f"{held[0]:.2f}（{held[1]:.2f}）",
+            f"{final['held_out_loss']:.4f}",
+            f"{run['tokens']:,}",
+            f"{run['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([BALANCE_BEGIN, NOTICE, "", *lines, "", BALANCE_END])
+
+
+def _layers(values: list[float]) -> tuple[float, float]:
+    """(各层的平均, 最大)。"""
+    return sum(values) / len(values), max(values)
+
+
+def balance_updated(text: str) -> str:
+    """换掉均衡的区块后的全文。"""
+    pattern = re.compile(re.escape(BALANCE_BEGIN) + r".*?" + re.escape(BALANCE_END), re.DOTALL)
+    return pattern.sub(lambda _: balance(), text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """命令行。"""
     parser = argparse.ArgumentParser(description="用基准读数更新文档")
     parser.add_argument("--check", action="store_true", help="只检查，不改文件")
     check = parser.parse_args(arguments).check
     documents, stale = load(), []
-    for path, everything in TARGETS.items():
+    wanted_texts = {
+        path: partial(updated, documents=documents, everything=everything)
+        for path, everything in TARGETS.items()
+    }
+    for path, change in {**wanted_texts, ROOT / "docs" / "MoE.md": balance_updated}.items():
         text = path.read_text(encoding="utf-8")
-        wanted = updated(text, documents, everything)
+        wanted = change(text)
         if wanted == text:
             continue
         stale.append(path.name)

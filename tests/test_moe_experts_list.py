@@ -16,6 +16,7 @@ from tests.tolerances import tol
 
 OPS = torch.ops.deepseek_opt
 
+
 def make(joint=False, sizes=(9, 8, 6, 7), count=4, **options) -> Lists:
     return Lists.of(experts(sizes, count, **options), joint)
 

@@ -37,7 +37,10 @@ SKIPPED = {
     "muse_spark": "has_post_expert_norm",
 }
 # 有共享专家、登记了块、却要分开算的架构及原因。
-APART: dict[str, str] = {}
+APART = {
+    "glm5_next": "专家是截断的门控",
+    "hy_v4": "专家是截断的门控，共享专家不截断",
+}
 # 登记了块、连同共享专家一次算完的架构。
 FUSED = {path.split(".")[2] for path in moe_block.BLOCKS} - set(SKIPPED) - set(APART)
 # 块只在别的（没有小模型的）部分里。

@@ -82,7 +82,7 @@ class OwnMoe(nn.Module):
             out = out + self.shared(x)
         return self.finish(out.view(hidden.shape), logits)
 
-    def finish(self, out, logits):
+    def finish(self, out, _logits):
         return out
 
 
@@ -129,7 +129,7 @@ def assert_same(actual, expected, dtype=torch.float32):
         torch.testing.assert_close(a.float() / size, b.float() / size, **tol(dtype))
 
 
-def reason_of(model, **fields):
+def reason_of(model):
     """没有替换的那一层的原因。"""
     report = optimize(model, PROFILE)
     (entry, *_) = report.skipped
@@ -313,7 +313,7 @@ def test_dense_part_leaves_the_experts_alone():
 
 
 class Half(OwnMoe):
-    def finish(self, out, logits):
+    def finish(self, out, _logits):
         return out * 0.5
 
 
@@ -321,6 +321,7 @@ class Remembers(OwnMoe):
     """记下辅助损失；train_only 时只在训练模式。"""
 
     train_only = False
+    aux = None
 
     def finish(self, out, logits):
         if self.training or not self.train_only:
@@ -334,13 +335,13 @@ class Counts(OwnMoe):
         self.register_buffer("seen", torch.zeros(()))
 
     def finish(self, out, logits):
-        self.seen += len(logits)
+        self.seen.add_(len(logits))
         return out
 
 
 class Swaps(Counts):
     def finish(self, out, logits):
-        self.seen = self.seen + len(logits)
+        self.register_buffer("seen", self.seen + len(logits))
         return out
 
 
@@ -413,7 +414,7 @@ def test_refused(case):
         optimize(model, PROFILE, strict=True)
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert all(v.is_meta or torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not hasattr(model.layers[0], "aux")
+    assert getattr(model.layers[0], "aux", None) is None
 
 
 def test_subclass_with_its_own_forward():
@@ -440,7 +441,7 @@ def test_training_only_effects_use_the_original_while_training(monkeypatch):
 
 def test_dropout_is_noticed():
     class Dropped(OwnMoe):
-        def finish(self, out, logits):
+        def finish(self, out, _logits):
             return F.dropout(out, 0.5, self.training)
 
     state = torch.get_rng_state()
@@ -505,8 +506,9 @@ def test_unregistered_is_not_silent():
 
 def test_advice_names_the_attributes():
     block = OwnMoe()
-    block.router, block.ffns = block.gate, block.experts
-    del block.gate, block.experts
+    for old, new in (("gate", "router"), ("experts", "ffns")):
+        block.add_module(new, getattr(block, old))
+        delattr(block, old)
     assert 'cls=OwnMoe, gate="router", experts="ffns"' in moe_adapter.describe_unregistered(block)
 
 

@@ -100,10 +100,11 @@ def own_reason(module: nn.Module, adapter: MoeAdapter) -> str | None:
     """从一开始就不能替换的原因；此处还没有核对 forward。"""
     try:
         members = resolve(module, adapter.experts)
-        if not isinstance(members, nn.ModuleList) or not len(members):
+        if not isinstance(members, nn.ModuleList) or len(members) == 0:
             return f"{adapter.experts} 不是非空的 nn.ModuleList"
-        adapter.rule(module), adapter.value(module, "limit")
-        for path in (adapter.gate, adapter.choice_bias, adapter.shared, adapter.shared_gate):
+        structure(module, adapter)
+        limit = adapter.limit if isinstance(adapter.limit, str) else None
+        for path in (adapter.gate, adapter.choice_bias, adapter.shared, adapter.shared_gate, limit):
             if path is not None:
                 resolve(module, path)
         return adapter_reason(module) or instance_reason(module) or state_reason(module, adapter)
