@@ -72,7 +72,7 @@ class ExpertStudy:
                 continue
             drop = abs(before - reading.accuracy)
             detail = (
-                f"transformers {before:.3%}，{reading.accuracy:.3%}，相差 {drop * 100:.3f} 个百分点"
+                f"transformers {before:.3%}，本库 {reading.accuracy:.3%}，相差 {drop * 100:.3f} 个百分点"
                 f"（{self.tokens} 个词元，限 {ACCURACY_LIMIT * 100:.1f}）"
             )
             kind = self.dtype if name == "none" else name

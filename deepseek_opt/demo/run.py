@@ -116,7 +116,7 @@ class DemoResult:
         length = judged if judged in measured else max(measured, default=None)
         if length is not None:
             label = f"{length} 词元的内存，对标准多头注意力（SDPA）"
-            found.append((f"-{saved_at[length]:.0%}", label))
+            found.append((f"{-saved_at[length]:+.0%}", label))
         found += self._speedups()
         if self.experts:
             count = min(self.experts.readings["transformers"].seconds)
