@@ -128,6 +128,16 @@ def test_bias_is_an_unmet_requirement():
     assert not is_optimized(model)
 
 
+def test_parametrised_weights_are_an_unmet_requirement(model):
+    experts = block_of(model).experts
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    expected = logits(model)
+    report = optimize(model, profile(**INT4))
+    assert not quantized.stores_in(model)
+    assert any("不是普通参数" in entry.reason for entry in report.unmet)
+    torch.testing.assert_close(logits(model), expected, **tol(torch.float32))
+
+
 @moe_module.use_experts_implementation(is_transposed=True, is_concatenated=False)
 class Turned(nn.Module):
     """转置且交错存放、没有偏置的专家（gpt-oss 的布局）。"""
@@ -468,54 +478,3 @@ def test_metrics_report_the_bytes(model):
     switch(model, profile(**INT4, keep_original_weights=False))
     gone = dso.metrics(model)
     assert (gone.expert_weight_bytes, gone.expert_original_bytes) == (store.nbytes, 0)
-    layer = own_layer()
-    optimize(layer, profile(**INT4))
-    assert dso.metrics(layer).expert_original_bytes == 4 * (3 * 48 * 32) * 4
-
-
-# ---- 本库自己的层 ----
-
-
-def own_layer(**fields):
-    torch.manual_seed(0)
-    config = MOEConfig(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, **fields)
-    return nn.Sequential(dso.MoEFeedForward(config, 32, 48), nn.Linear(32, 4))
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_own_layers(form, keep):
-    model, x = own_layer(capacity_factor=1.0, shared_expert_gate=True).eval(), torch.randn(5, 32)
-    fields, numbers = FORMS[form]
-    plain, twin = model(x), copy.deepcopy(model)
-    for weight in (twin[0].gate_up_proj, twin[0].down_proj):
-        weight.copy_(dequantize(quantize_experts(weight, *numbers)))
-    before = model[0].load_counter.snapshot()
-    report = optimize(model, profile(**fields, keep_original_weights=keep), strict=True)
-    torch.testing.assert_close(model(x), twin(x), **tol(torch.float32))
-    assert not report.fallbacks and (model[0].load_counter.snapshot() >= before).all()
-    assert [e.name for e in report.replaced] == ["0"] and "每个专家" in report.replaced[0].reason
-    if keep:
-        assert torch.equal(restore(model)(x), plain)
-    else:
-        with pytest.raises(UnsupportedError, match="已经释放"):
-            model.train()(x)
-        torch.testing.assert_close(
-            restore(model.eval(), dequantize=True)(x), twin(x), **tol(torch.float32)
-        )
-
-
-def test_own_layers_train_with_the_original_weights():
-    model = own_layer()
-    report = optimize(model, profile(**INT4))
-    model(torch.randn(3, 32)).sum().backward()
-    assert model[0].gate_up_proj.grad is not None
-    assert any("训练" in reason for _, reason in report.fallbacks)
-
-
-def test_own_layers_filtered_or_not_quantised():
-    report = optimize(own_layer(), profile(**INT4), filter_fn=lambda *_: False)
-    assert not report.replaced and "filter_fn" in report.skipped[0].reason
-    report = optimize(own_layer(), profile(quantization="none"), strict=True)
-    assert not report.replaced and report.skipped[0].native
