@@ -3,7 +3,8 @@
     python docs/results.py            改写 README.md、docs/性能与内存.md 与 docs/MoE.md
     python docs/results.py --check    只检查区块是否与读数一致，不一致时退出码为 1
 
-README 只列有要求的各项，性能页列全部，MoE 页只列量化的精度。同一套件有多份读数时用最新的一份（先取完整的，再取 quick）。
+README 只列有要求的各项，性能页列全部，MoE 页只列量化的精度。同一套件、同一形状
+有多份读数时用最新的一份（先取完整的，再取 quick）。
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ Document = dict[str, Any]
 
 
 def load(folder: Path = RESULTS) -> list[Document]:
-    """每个基准套件的最新读数；别的 JSON（例如 GPU 脚本的）不在这里。"""
-    newest: dict[str, Document] = {}
+    """每个基准套件、每种形状的最新读数；别的 JSON（例如 GPU 脚本的）不在这里。"""
+    newest: dict[tuple[str, str], Document] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "suite" not in document or "rows" not in document:
             continue
-        old = newest.get(document["suite"])
-        if old is None or _age(document) > _age(old):
-            newest[document["suite"]] = document
-    return [newest[name] for name in sorted(newest)]
+        key = (document["suite"], document["shape"])
+        if key not in newest or _age(document) > _age(newest[key]):
+            newest[key] = document
+    return [newest[key] for key in sorted(newest)]
 
 
 def _age(document: Document) -> tuple[bool, str]:

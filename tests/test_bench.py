@@ -192,6 +192,14 @@ def test_peak_sees_temporary_memory(monkeypatch, tmp_path, clear):
     assert reading.method == ("VmHWM" if clear else "sampling")
 
 
+def test_exact_allocations_give_memory_back_at_once():
+    with process_memory.exact_allocations():
+        block = torch.ones(8 << 20, dtype=torch.uint8)
+        held = process_memory.status_bytes("VmRSS")
+        del block
+        assert held - process_memory.status_bytes("VmRSS") > 7 << 20
+
+
 def test_memory_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "none")
     with pytest.raises(UnsupportedError, match="VmRSS"):

@@ -188,7 +188,7 @@ def test_experts_of_every_variant(result, folder):
     assert len(table.rows) == 4 and len(table.columns) == len(table.rows[0])
     model = data.load_model(folder, torch.float32)
     windows = torch.arange(16).view(2, 8)
-    experts.study(model, windows, (2,), lambda _: None)
+    experts.study(model, windows, 0.5, (2,), lambda _: None)
     assert not is_optimized(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -206,7 +206,7 @@ def test_expert_accuracy_check_fails_beyond_half_a_point(result):
 def test_model_without_experts_has_no_expert_part(result):
     dense = make_model("deepseek_v3", first_k_dense_replace=8)
     ticks: list[str] = []
-    assert experts.study(dense, torch.arange(8)[None], (1,), ticks.append) is None
+    assert experts.study(dense, torch.arange(8)[None], 0.5, (1,), ticks.append) is None
     assert len(ticks) == len(experts.VARIANTS)
     without = replace(result, experts=None)
     assert len(without.charts) == 1 and len(without.tables) == len(result.tables) - 1

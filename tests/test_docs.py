@@ -210,10 +210,12 @@ def test_results_table_shows_readings_and_misses(results):
 
 
 def test_results_prefer_complete_and_recent_readings(results, tmp_path):
+    other = {**reading("2026-02-01"), "shape": "另一种"}
     stored = {"a": reading(), "b": reading("2026-03-01"), "c": reading("2026-04-01", quick=True)}
+    stored["d"] = other
     for name, document in {**stored, "gpu": {"device": "GPU"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
-    assert [d["date"] for d in results.load(tmp_path)] == ["2026-03-01"]
+    assert [d["date"] for d in results.load(tmp_path)] == ["2026-02-01", "2026-03-01"]
     text = f"前\n{results.BEGIN}\n旧\n{results.END}\n后"
     assert "旧" not in results.updated(text, results.load(tmp_path), True)
     assert results.NONE_YET in results.updated(text, [], False)

@@ -27,7 +27,7 @@ from deepseek_opt.errors import UnsupportedError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COMPARE_LIMIT = 140.0  # 秒；此后不再开始新的对照（每种类型至少做一项），列为没有检查
-_TIME_LIMIT = 105.0  # 秒；此后不再开始预计做不完的长度测量，其余约 50 秒留给同一进程的对照
+_TIME_LIMIT = 95.0  # 秒；此后不再开始预计做不完的长度测量，其余约 60 秒留给同一进程的对照与专家
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DemoResult:
         length = judged if judged in measured else max(measured, default=None)
         if length is not None:
             label = f"{length} 词元的内存，对标准多头注意力（SDPA）"
-            found.append((f"-{saved_at[length]:.0%}", label))
+            found.append((f"{-saved_at[length]:+.0%}", label))
         found += self._speedups()
         if self.experts:
             count = min(self.experts.readings["transformers"].seconds)
@@ -215,7 +215,8 @@ def _compare_all(
             tick("续写留出的源文件")
             text = _continue(options, variants, tokenizer)
         if name == _fast_dtype():
-            moe = experts.study(model, windows, options.expert_tokens, tick)
+            before = accuracies[-1].values[SDPA]
+            moe = experts.study(model, windows, before, options.expert_tokens, tick)
         for entry in _comparisons(options, variants, tokenizer, name, deadline, tick):
             (skipped if isinstance(entry, Check) else comparisons).append(entry)
     return {
