@@ -41,7 +41,7 @@ def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
 
 @fake("moe_experts_backward_into")
 def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
-    need_x, need_shared = options[-4:-2]
+    need_x, need_shared = options[-4], options[-3]
     return (
         _grad_like(x, need_x, x),
         weights.new_empty(weights.shape),
