@@ -84,6 +84,7 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("_compiled_isas() -> str");
   m.def("_set_isa(str name) -> ()");
   m.def("_release_buffers() -> int");
+  m.def("_advise_huge_pages(Tensor t) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
@@ -168,5 +169,6 @@ STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {
   m.impl("_available_isas", TORCH_BOX(&dso::isa_available));
   m.impl("_compiled_isas", TORCH_BOX(&dso::isa_compiled));
   m.impl("_release_buffers", TORCH_BOX(&dso::release_buffers));
+  m.impl("_advise_huge_pages", TORCH_BOX(&dso::advise_huge_pages));
   m.impl("_set_isa", TORCH_BOX(&dso::isa_set));
 }
