@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deepseek_opt.benchmarks import counts, moe_quantized, shapes
+from deepseek_opt.benchmarks import counts, llamacpp, moe_quantized, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, Row, SpeedCase, Work, register_suite
 from deepseek_opt.benchmarks.decode_work import model_decode
 from deepseek_opt.benchmarks.sparse_dense import SparseDenseCase
@@ -240,7 +240,8 @@ def build(env: Env) -> list[Case]:
         )
         for tokens in (1, 512)
     ]
-    return [*_layer_cases(env), *routers, *moe_quantized.build(), *_model_cases(env)]
+    beside = llamacpp.cases(env, _model_decode, _model_prefill, _BF16)
+    return [*_layer_cases(env), *routers, *moe_quantized.build(), *_model_cases(env), *beside]
 
 
 register_suite("moe", "MoE：专家、路由、整个模型", build)
