@@ -160,7 +160,8 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "moe_experts_quantized(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor "
       "gate_up_scale, Tensor? gate_up_zero, Tensor down, Tensor down_scale, Tensor? down_zero,"
       " Tensor[] shared, int group_size, str activation, float alpha, float limit, bool gated,"
-      " Tensor[] shared_scale, Tensor[] shared_zero) -> Tensor");
+      " Tensor[] shared_scale, Tensor[] shared_zero, Tensor? gate_up_bias, Tensor? down_bias)"
+      " -> Tensor");
   m.def(
       "moe_experts_backward(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor gate_up,"
       " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str activation,"

@@ -89,7 +89,7 @@ dso_expert expert_at(const Experts &m, const Layout &layout, dso_dtype type, boo
   else
     out.up = {nullptr, 0, type};
   out.down = {at(d, type, e * d.stride(0)), d.stride(1), type};
-  out.bias_step = paired ? 1 : step;
+  out.bias_dtype = type, out.bias_step = paired ? 1 : step;
   if (has_bias) {
     out.gate_bias = at(m.gate_up_bias, type, e * width);
     if (layout.gated && !paired)

@@ -66,7 +66,7 @@ const void *at(const Tensors &list, size_t e, int64_t skip, dso_dtype type) {
 dso_expert expert_of(const Lists &w, size_t e, int64_t inner, dso_dtype type, bool gated) {
   const bool joint = w.is_joint(gated);
   dso_expert out{};
-  out.inner = inner, out.bias_step = 1;
+  out.inner = inner, out.bias_dtype = type, out.bias_step = 1;
   out.gate = mat_of(w.gate[e], type), out.down = mat_of(w.down[e], type);
   out.up = {nullptr, 0, type};
   if (joint) out.up = {at(w.gate, e, inner * out.gate.rs, type), out.gate.rs, type};

@@ -98,6 +98,33 @@ dso_expert expert_of(const Stack &gate, int64_t gate_row, const Stack &up, int64
   return one;
 }
 
+// 路由专家的偏置 [E, R]：浮点，gate_up 的与 down 的同一个类型。张量要活到执行结束。
+Tensor bias_of(const char *name, const Tensor &bias, int64_t experts, int64_t rows) {
+  expect_shape(kOp, name, bias, {experts, rows});
+  float_dtype(kOp, name, bias);
+  return torch::stable::contiguous(bias);
+}
+
+void fill_biases(Experts &m, int64_t rows, bool gated, const std::optional<Tensor> &gate_up,
+                 const std::optional<Tensor> &down) {
+  if (gate_up) m.gate_up_bias = bias_of("gate_up_bias", *gate_up, m.routed, rows);
+  if (down) m.down_bias = bias_of("down_bias", *down, m.routed, m.in.n);
+  if (gate_up && down) expect_type(kOp, "down_bias", *down, gate_up->scalar_type());
+  if (!gate_up && !down) return;
+  const dso_dtype type = float_dtype(kOp, "gate_up_bias", gate_up ? *gate_up : *down);
+  const int64_t size = type == DSO_F32 ? 4 : 2;
+  auto at = [size](const Tensor &t, int64_t index) {
+    return static_cast<const char *>(t.const_data_ptr()) + index * size;
+  };
+  for (int64_t e = 0; e < m.routed; e++) {
+    dso_expert &one = m.list[static_cast<size_t>(e)];
+    one.bias_dtype = type;
+    if (gate_up) one.gate_bias = at(m.gate_up_bias, e * rows);
+    if (gate_up && gated) one.up_bias = at(m.gate_up_bias, e * rows + m.inner);
+    if (down) one.down_bias = at(m.down_bias, e * m.in.n);
+  }
+}
+
 // 量化的共享专家：格式由 gate 的类型分辨，int8 的可与 int4 的路由专家同用。kept 留住张量。
 void fill_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
                            const std::vector<Tensor> &scale, const std::vector<Tensor> &zero,
@@ -132,7 +159,9 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
                              const Tensor &down_scale, const std::optional<Tensor> &down_zero,
                              std::vector<Tensor> shared, int64_t group_size, std::string activation,
                              double alpha, double limit, bool gated,
-                             std::vector<Tensor> shared_scale, std::vector<Tensor> shared_zero) {
+                             std::vector<Tensor> shared_scale, std::vector<Tensor> shared_zero,
+                             const std::optional<Tensor> &gate_up_bias,
+                             const std::optional<Tensor> &down_bias) {
   expect_shape(kOp, "x", x, {-1, -1});
   expect(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, kOp,
          "：group_size 应为 0（int8）或 32、64、128（int4），实际是 ", group_size, "。");
@@ -151,6 +180,7 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   m.list.reserve(static_cast<size_t>(m.routed + 1));
   for (int64_t e = 0; e < m.routed; e++)
     m.list.push_back(expert_of(up, 0, up, gated ? m.inner : 0, last, e, m.inner));
+  fill_biases(m, up.rows, gated, gate_up_bias, down_bias);
   std::vector<Stack> kept;
   if (shared_scale.empty() && shared_zero.empty())
     fill_shared(kOp, m, shared);

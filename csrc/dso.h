@@ -227,8 +227,9 @@ static inline int dso_act_clips(dso_act_kind kind) {
 typedef struct {
   int64_t inner;
   dso_mat gate, up, down;
-  const void *gate_bias, *up_bias, *down_bias; /* 可为 NULL，dtype 与各自权重相同 */
-  int64_t bias_step;                           /* gate_bias、up_bias 相邻两个的间隔，元素数 */
+  const void *gate_bias, *up_bias, *down_bias; /* 可为 NULL */
+  dso_dtype bias_dtype;
+  int64_t bias_step; /* gate_bias、up_bias 相邻两个的间隔，元素数 */
   dso_quant gate_quant, up_quant, down_quant;
 } dso_expert;
 

@@ -27,7 +27,7 @@ dso_moe_scratch dso_moe_scratch_at(const dso_moe_inputs *in, void *base) {
 static void add_bias(const dso_isa *isa, const dso_moe_product *p, float *out, int64_t ldc) {
   for (int64_t j = 0; p->bias && j < p->nc; j++) {
     float b;
-    isa->to_f32(&b, dso_at(p->bias, p->w.dtype, (p->n0 + j) * p->bias_step), p->w.dtype, 1);
+    isa->to_f32(&b, dso_at(p->bias, p->bias_dtype, (p->n0 + j) * p->bias_step), p->bias_dtype, 1);
     for (int64_t i = 0; i < p->m; i++) out[i * ldc + j] += b;
   }
 }
@@ -130,6 +130,7 @@ void dso_moe_gate_up(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt
                        x,
                        e->gate,
                        e->gate_bias,
+                       e->bias_dtype,
                        e->bias_step,
                        &e->gate_quant,
                        dso_moe_packed_stride(in, e - in->expert),

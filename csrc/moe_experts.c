@@ -155,6 +155,7 @@ static void output(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
                            h,
                            e->down,
                            e->down_bias,
+                           e->bias_dtype,
                            1,
                            &e->down_quant,
                            dso_moe_packed_stride(in, i),

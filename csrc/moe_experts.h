@@ -63,7 +63,8 @@ typedef struct {
   int64_t m, k, n0, nc;
   const void *a; /* 计算格式，行距 k；packed_stride 不为 0 时是打包的行（量化的 w） */
   dso_mat w;
-  const void *bias; /* 可为 NULL，dtype 与 w 相同 */
+  const void *bias; /* 可为 NULL */
+  dso_dtype bias_dtype;
   int64_t bias_step;
   const dso_quant *quant; /* 只用于量化的 w */
   int64_t packed_stride;

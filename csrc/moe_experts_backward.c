@@ -285,14 +285,14 @@ static void bias_grads(const dso_ctx *ctx, int64_t i) {
   int64_t m = dso_moe_rows(in, i), first = in->begin[i];
   int64_t width = in->paired ? 2 * e->inner : e->inner;
   if (to->gate_bias)
-    column_sums(ctx, (dso_mat){h.g, h.rs, fmt}, m, width, NULL, to->gate_bias, e->gate.dtype,
+    column_sums(ctx, (dso_mat){h.g, h.rs, fmt}, m, width, NULL, to->gate_bias, e->bias_dtype,
                 e->bias_step);
   if (to->up_bias)
-    column_sums(ctx, (dso_mat){h.u, h.rs, fmt}, m, width, NULL, to->up_bias, e->gate.dtype,
+    column_sums(ctx, (dso_mat){h.u, h.rs, fmt}, m, width, NULL, to->up_bias, e->bias_dtype,
                 e->bias_step);
   if (to->down_bias)
     column_sums(ctx, (dso_mat){dso_at(s.dy, fmt, first * in->n), in->n, fmt}, m, in->n,
-                in->weight + first, to->down_bias, e->down.dtype, 1);
+                in->weight + first, to->down_bias, e->bias_dtype, 1);
 }
 
 /* dw：各段之和；down 有偏置时再加 ⟨dY, 偏置⟩。一个专家一个任务。 */
@@ -308,7 +308,7 @@ static void weight_sums(const dso_ctx *ctx, int64_t i) {
     for (int64_t j = 0; j < blocks; j++) sum += s.partial[r * stride + j];
     for (int64_t n0 = 0; e->down_bias && n0 < in->n; n0 += DSO_NB) {
       int64_t nc = dso_min(DSO_NB, in->n - n0);
-      ctx->isa->to_f32(bias, dso_at(e->down_bias, e->down.dtype, n0), e->down.dtype, nc);
+      ctx->isa->to_f32(bias, dso_at(e->down_bias, e->bias_dtype, n0), e->bias_dtype, nc);
       ctx->isa->to_f32(dy, dso_at(s.dy, fmt, r * in->n + n0), fmt, nc);
       sum += ctx->isa->vdot(bias, dy, nc);
     }

@@ -89,10 +89,7 @@ def quantize_experts(  # pylint: disable=too-many-arguments
     for e in range(count):
         wide = weight[e].detach() if order is None else weight[e].detach()[order]
         wide = wide.float()
-        if not wide.isfinite().all():
-            raise InputError.expected(
-                f"{name}[{e}]", "有限的数", "含有 NaN 或无穷（或超出 float32）"
-            )
+        require_finite(wide, f"{name}[{e}]")
         if bits == 8:
             packed[e], scale[e] = _int8(wide)
             continue
@@ -101,6 +98,17 @@ def quantize_experts(  # pylint: disable=too-many-arguments
         if zero is not None:
             zero[e] = zeros
     return QuantizedExperts(packed, scale, zero, bits, group, (count, rows, columns))
+
+
+def require_finite(wide: Tensor, name: str) -> None:
+    """fp32 的权重有 NaN、无穷时抛出 InputError；name 为报错时的称呼。
+
+    示例::
+
+        require_finite(weight.float(), "down_proj")
+    """
+    if not wide.isfinite().all():
+        raise InputError.expected(name, "有限的数", "含有 NaN 或无穷（或超出 float32）")
 
 
 def packed_shapes(

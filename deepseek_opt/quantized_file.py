@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from deepseek_opt.errors import InputError
-from deepseek_opt.integrations import experts, moe_layer, quantized
-from deepseek_opt.integrations.quantized import ExpertStore, Known, Scheme
+from deepseek_opt.integrations import experts, moe_block, moe_layer, quantized
+from deepseek_opt.integrations.expert_store import ExpertStore, Scheme, weight_at
+from deepseek_opt.integrations.quantized import Known
 from deepseek_opt.optimize import FilterFn, apply_profile, check_model, is_optimized, lock_of
 from deepseek_opt.quantize import GROUP_SIZES, QuantizedExperts, packed_shapes
 from deepseek_opt.report import OptimizationReport
 
-FORMAT, VERSION = "deepseek_opt.quantized_experts", "1"
+FORMAT, VERSION = "deepseek_opt.quantized_experts", "2"
 _LISTED = 20  # 一次错误里至多列出的条数
 
 
@@ -156,10 +157,10 @@ def _contents(
     for name, (module, store) in stores.items():
         if not store.is_fresh(module):
             raise InputError(f"{name} 的原权重在量化之后被改动；请先用 switch 重新量化再保存")
-        layers[name] = {"layout": _layout(store), "weights": {}}
-        for key, weight in zip(store.names, (store.gate_up, store.down), strict=True):
+        layers[name] = {"layout": _plain(store.layout), "weights": {}}
+        for key, weight in store.parts.items():
             layers[name]["weights"][key] = list(weight.shape)
-            skipped.add(id(module._parameters[key]))
+            skipped.add(id(weight_at(module, key)))
             for part in ("packed", "scale", "zero"):
                 if getattr(weight, part) is not None:
                     tensors[_key(name, key, part)] = getattr(weight, part).contiguous()
@@ -178,8 +179,9 @@ def _key(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def _layout(store: ExpertStore) -> dict[str, Any]:
-    return json.loads(json.dumps(store.layout._asdict()))
+def _plain(layout: Any) -> dict[str, Any] | None:
+    """写进元数据的布局；只有共享专家时为 None。"""
+    return None if layout is None else json.loads(json.dumps(layout._asdict()))
 
 
 def _rest(model: nn.Module, skipped: set[int]) -> Iterator[tuple[str, dict, str]]:
@@ -199,10 +201,10 @@ def _rest(model: nn.Module, skipped: set[int]) -> Iterator[tuple[str, dict, str]
 
 
 class _Layer(NamedTuple):
-    """文件里的一层：各权重 [E, N, K] 的形状与布局。"""
+    """文件里的一层：各权重 [E, N, K] 的形状（共享专家 E = 1）与路由专家的布局（没有为 None）。"""
 
     weights: dict[str, tuple[int, int, int]]
-    layout: dict[str, Any]
+    layout: dict[str, Any] | None
 
 
 @contextmanager
@@ -224,8 +226,10 @@ def _header(file: Any) -> tuple[Scheme, dict[str, _Layer]]:
     if data.get("format") != FORMAT:
         raise InputError(f"文件不是 save_quantized 写的：元数据里没有 format = {FORMAT}")
     if data.get("version") != VERSION:
+        old = "（旧格式，共享专家没有量化；请由原权重重新 optimize、save_quantized）"
         raise InputError(
-            f"文件的版本是 {data.get('version')}，这个版本的 deepseek_opt 只认 {VERSION}"
+            f"文件的版本是 {data.get('version')}{old if data.get('version') == '1' else ''}，"
+            f"这个版本的 deepseek_opt 只认 {VERSION}"
         )
     try:
         scheme = Scheme(*(json.loads(data[name]) for name in Scheme._fields))
@@ -275,7 +279,7 @@ def _check_layers(
             continue
         if wanted != layer.weights:
             problems.append(f"{name}：模型的形状是 {wanted}，文件里是 {layer.weights}")
-        layout = json.loads(json.dumps(_identify(module)._asdict()))
+        layout = _plain(_identify(module))
         if layout != layer.layout:
             problems.append(f"{name}：模型的布局或激活是 {layout}，文件里是 {layer.layout}")
         for weight, shape in layer.weights.items():
@@ -307,47 +311,56 @@ def _check_weight(
 _DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}
 
 
-def _expected(module: nn.Module) -> dict[str, tuple[int, int, int]] | None:
-    """参数名 -> 核的布局下的形状 [E, N, K]；不是专家层为 None。"""
-    transposed = False
+def _names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(路由专家, 共享专家) 里可以量化的权重的路径；都没有时为两个空的。"""
+    spec = moe_block.find_block(module)
     if experts.looks_like_experts(module):
-        if quantized.why_not(module, experts.weight_names(module)) is not None:
-            return None
-        transposed = module.is_transposed
-    elif not moe_layer.is_moe_layer(module):
-        return None
-    weights = {k: module._parameters[k] for k in experts.weight_names(module)}
-    return {k: tuple((w.mT if transposed else w).shape) for k, w in weights.items()}
+        found = experts.weight_names(module), ()
+    elif moe_layer.is_moe_layer(module):
+        found = experts.weight_names(module), moe_layer.shared_names(module)
+    else:
+        found = (), () if spec is None else moe_block.shared_paths(module, spec)
+    return found if quantized.why_not(module, sum(found, ())) is None else ((), ())
+
+
+def _expected(module: nn.Module) -> dict[str, tuple[int, int, int]] | None:
+    """参数的路径 -> 核的布局下的形状 [E, N, K]；没有可以量化的为 None。"""
+    routed, shared = _names(module)
+    transposed = getattr(module, "is_transposed", False)
+    weights = {k: weight_at(module, k) for k in routed}
+    found = {k: tuple((w.mT if transposed else w).shape) for k, w in weights.items()}
+    found.update({k: (1, *weight_at(module, k).shape) for k in shared})
+    return found or None
 
 
 def _identify(module: nn.Module) -> Any:
     if moe_layer.is_moe_layer(module):
         return moe_layer.layout_of(module)
-    return experts.identify(module)
+    return experts.identify(module) if experts.looks_like_experts(module) else None
 
 
 def _read_layer(
     model: nn.Module, file: Any, scheme: Scheme, layer: _Layer, name: str
 ) -> ExpertStore:
     module = model.get_submodule(name)
-    found = []
+    found = {}
     for weight, shape in layer.weights.items():
         packed, scale = (file.get_tensor(_key(name, weight, p)) for p in ("packed", "scale"))
         zeroed = scheme.bits == 4 and not scheme.symmetric
         zero = file.get_tensor(_key(name, weight, "zero")) if zeroed else None
-        found.append(QuantizedExperts(packed, scale, zero, *scheme[:2], shape))
-    return ExpertStore(scheme, _identify(module), tuple(found), module, tuple(layer.weights))
+        found[weight] = QuantizedExperts(packed, scale, zero, *scheme[:2], shape)
+    return ExpertStore(scheme, _identify(module), found, module, _names(module)[1])
 
 
 def _broken(store: ExpertStore) -> bool:
-    return not all(bool(w.scale.isfinite().all()) for w in (store.gate_up, store.down))
+    return not all(bool(part.scale.isfinite().all()) for part in store.parts.values())
 
 
 def _missing_rest(model: nn.Module, layers: dict[str, _Layer]) -> list[tuple[str, dict, str]]:
     """量化的专家以外要从文件读的张量；都已有数据时为空。"""
     modules = dict(model.named_modules())
     skipped = {
-        id(modules[name]._parameters.get(key))
+        id(weight_at(modules[name], key))
         for name, layer in layers.items()
         for key in layer.weights
         if name in modules

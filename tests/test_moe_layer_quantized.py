@@ -1,4 +1,4 @@
-"""量化本库的 MoEFeedForward：路由、容量、共享专家照旧，只有路由专家是量化的。"""
+"""量化本库的 MoEFeedForward：路由、容量照旧，路由专家与共享专家是量化的。"""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def test_own_layers(form, keep):
     plain, twin = model(x), copy.deepcopy(model)
     for weight in (twin[0].gate_up_proj, twin[0].down_proj):
         weight.copy_(dequantize(quantize_experts(weight, *numbers)))
+    for weight in (twin[0].shared_gate, twin[0].shared_up, twin[0].shared_down):
+        weight.copy_(dequantize(quantize_experts(weight[None], *numbers))[0])
     before = model[0].load_counter.snapshot()
     report = optimize(model, profile(**fields, keep_original_weights=keep), strict=True)
     torch.testing.assert_close(model(x), twin(x), **tol(torch.float32))
@@ -65,7 +67,7 @@ def test_metrics_of_own_layers():
     layer = own_layer()
     optimize(layer, profile(**INT4))
     found = dso.metrics(layer)
-    assert found.expert_original_bytes == 4 * (3 * 48 * 32) * 4
+    assert found.expert_original_bytes == (4 + 1) * (3 * 48 * 32) * 4
     assert found.expert_weight_bytes < found.expert_original_bytes / 4
 
 

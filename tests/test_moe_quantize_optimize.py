@@ -33,7 +33,6 @@ from tests.tolerances import tol
 moe_module = pytest.importorskip("transformers.integrations.moe")
 
 HERE = [name for name in MODELS if available(name) and name not in SKIPPED]
-BIASED = {"gpt_oss", "openai_privacy_filter"}
 INT4 = {"quantization": "int4", "quantization_group_size": 32}
 FORMS = {
     "int8": ({"quantization": "int8"}, (8, None, True)),
@@ -52,7 +51,7 @@ def logits(model):
 
 
 def rounded(model, form):
-    """model 的副本，专家权重换成量化再还原的值；布局按 transformers 的标志换算。"""
+    """model 的副本，量化的专家权重换成量化再还原的值；布局按 transformers 的标志换算。"""
     twin = copy.deepcopy(model)
     for module in experts_in(twin).values():
         for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
@@ -64,7 +63,23 @@ def rounded(model, form):
             if name == "gate_up_proj" and not module.is_concatenated:
                 plain = torch.stack(plain.chunk(2, 1), 2).flatten(1, 2)
             weight.data.copy_(plain.mT if module.is_transposed else plain)
+    optimize(tried := copy.deepcopy(model), profile(quantization="int8"))
+    for name in blocks_in(tried):
+        for weight in shared_of(twin.get_submodule(name)):
+            weight.data.copy_(dequantize(quantize_experts(weight.data[None], *form))[0])
     return twin
+
+
+def blocks_in(model):
+    """连同共享专家一次算完的块的名字。"""
+    return [n for n, m in model.named_modules() if isinstance(patch_of(m), MoeBlockPatch)]
+
+
+def shared_of(block):
+    """共享专家的三个权重。"""
+    names = ("shared_experts", "shared_expert", "shared_mlp")
+    mlp = next(getattr(block, name) for name in names if hasattr(block, name))
+    return [getattr(mlp, part).weight for part in ("gate_proj", "up_proj", "down_proj")]
 
 
 @pytest.fixture
@@ -94,15 +109,11 @@ def test_every_model_computes_with_the_quantised_weights(model_type):
     state, expected = state_of(model), logits(model)
     report = optimize(model, profile(**INT4))
     stores = quantized.stores_in(model)
-    if model_type in BIASED:
-        assert not stores and all("偏置" in e.reason for e in report.unmet) and report.unmet
-        torch.testing.assert_close(logits(model), expected, **tol(torch.float32))
-    else:
-        assert set(stores) == set(experts_in(model)) and not report.unmet
-        want = logits(rounded(model, FORMS["int4"][1]))
-        scale = max(1.0, float(want.abs().max()))
-        torch.testing.assert_close(logits(model) / scale, want / scale, **tol(torch.float32))
-        assert "int4（32 个一组），每个专家" in str(report)
+    assert set(stores) == {*experts_in(model), *blocks_in(model)} and not report.unmet
+    want = logits(rounded(restore(copy.deepcopy(model)), FORMS["int4"][1]))
+    scale = max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(logits(model) / scale, want / scale, **tol(torch.float32))
+    assert "int4（32 个一组），每个专家" in str(report)
     assert not report.fallbacks and same_state(model, state)
     restore(model)
     assert torch.equal(logits(model), expected)
@@ -117,15 +128,31 @@ def test_formats(model_type, form):
     report = optimize(model, profile(**fields), strict=True)
     torch.testing.assert_close(logits(model), want, **tol(torch.float32))
     assert any(form.split()[0] in entry.reason for entry in report.replaced)
-    blocks = [m for m in model.modules() if isinstance(patch_of(m), MoeBlockPatch)]
-    assert bool(blocks) is (model_type != "mixtral")  # 共享专家仍一次算完
+    assert bool(blocks_in(model)) is (model_type != "mixtral")  # 共享专家仍一次算完
 
 
-def test_bias_is_an_unmet_requirement():
-    model = make_moe("gpt_oss")
-    with pytest.raises(UnsupportedError, match="偏置"):
-        optimize(model, profile(**INT4), strict=True)
-    assert not is_optimized(model)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_biased_experts(form, keep):
+    """gpt-oss：转置、交错、带偏置。偏置不量化，改动了下一次就生效。"""
+    model, (fields, numbers) = make_moe("gpt_oss"), FORMS[form]
+    with torch.no_grad():
+        for module in experts_in(model).values():
+            module.gate_up_proj_bias.normal_()
+            module.down_proj_bias.normal_()
+    twin = rounded(model, numbers)
+    settings = profile(**fields, keep_original_weights=keep)
+    report = optimize(model, settings, strict=True)
+    torch.testing.assert_close(logits(model), logits(twin), **tol(torch.float32))
+    switch(model, settings)  # 已释放的要由小替身核对
+    with torch.no_grad():
+        for each in (model, twin):
+            for module in experts_in(each).values():
+                module.gate_up_proj_bias.mul_(-1.5)
+    torch.testing.assert_close(logits(model), logits(twin), **tol(torch.float32))
+    assert not report.fallbacks
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(logits(copied), logits(twin), **tol(torch.float32))
 
 
 def test_parametrised_weights_are_an_unmet_requirement(model):
@@ -226,6 +253,7 @@ def test_released_weights_are_gone(model):
     optimize(model, profile(**INT4, keep_original_weights=False), strict=True)
     experts = block_of(model).experts
     assert experts.gate_up_proj.is_meta and experts.down_proj.is_meta
+    assert all(weight.is_meta for weight in shared_of(block_of(model)))
     assert [type(p) for p in experts.parameters()] == kinds
     assert [p.shape for p in experts.parameters()] == [p.shape for p in refs]
     torch.testing.assert_close(logits(model), want, **tol(torch.float32))
@@ -459,7 +487,7 @@ def test_verify_states_the_limits(model, form):
 def test_verify_fails_on_broken_quantised_weights(model):
     optimize(model, profile(**INT4))
     for _, store in quantized.stores_in(model).values():
-        store.down.scale.mul_(-40)
+        next(reversed(store.parts.values())).scale.mul_(-40)
     checked = dso.verify(model, make_ids(), max_new_tokens=0)
     assert not checked.passed and "平均误差" in checked.failures[0]
 
@@ -468,13 +496,13 @@ def test_metrics_report_the_bytes(model):
     assert dso.metrics(model).expert_weight_bytes is None
     optimize(model, profile())
     plain = dso.metrics(model)
-    assert plain.expert_weight_bytes == 24576 and plain.expert_original_bytes is None
+    assert plain.expert_weight_bytes == 30720 and plain.expert_original_bytes is None
     switch(model, profile(**INT4))
     kept = dso.metrics(model)
-    store = patch_of(block_of(model).experts).store
-    assert (kept.expert_weight_bytes, kept.expert_original_bytes) == (store.nbytes, 24576)
+    size = sum(store.nbytes for _, store in quantized.stores_in(model).values())
+    assert (kept.expert_weight_bytes, kept.expert_original_bytes) == (size, 30720)
     logits(model)
-    assert "expert_original_bytes = 24.0 KiB" in str(dso.metrics(model))
+    assert "expert_original_bytes = 30.0 KiB" in str(dso.metrics(model))
     switch(model, profile(**INT4, keep_original_weights=False))
     gone = dso.metrics(model)
-    assert (gone.expert_weight_bytes, gone.expert_original_bytes) == (store.nbytes, 0)
+    assert (gone.expert_weight_bytes, gone.expert_original_bytes) == (size, 0)

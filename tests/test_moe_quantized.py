@@ -44,6 +44,8 @@ class Case:
     gated: bool = True
     shared_scale: tuple[Tensor, ...] = ()
     shared_zero: tuple[Tensor, ...] = ()
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def but(self, **changes) -> Case:
         return dataclasses.replace(self, **changes)
@@ -55,11 +57,13 @@ class Case:
 
     def run(self, function=ops.moe_experts_quantized) -> Tensor:
         more = {"shared_scale": self.shared_scale, "shared_zero": self.shared_zero}
+        more.update(gate_up_bias=self.up_bias, down_bias=self.down_bias)
         return function(*self.args(), gated=self.gated, **more)
 
     def packed_args(self) -> tuple:
         """算子本身（没有默认值）的参数。"""
-        return (*self.args(), self.gated, list(self.shared_scale), list(self.shared_zero))
+        more = (list(self.shared_scale), list(self.shared_zero), self.up_bias, self.down_bias)
+        return (*self.args(), self.gated, *more)
 
     def exact(self) -> Tensor:
         shared = tuple(t.double() if t.is_floating_point() else t for t in self.shared)
@@ -107,6 +111,12 @@ def with_shared(case: Case, form, count: int = 3) -> Case:
     zeros = () if form[2] else tuple(q.zero[0] for q in stacks)
     scales = tuple(q.scale[0] for q in stacks)
     return case.but(shared=tuple(common), shared_scale=scales, shared_zero=zeros)
+
+
+def with_bias(case: Case, dtype: torch.dtype = torch.float32) -> Case:
+    """加上路由专家的偏置。"""
+    up, down = (randn(*q.shape[:2], dtype=dtype) for q in (case.up, case.down))
+    return case.but(up_bias=up, down_bias=down)
 
 
 # ---- 量化本身 ----
@@ -254,6 +264,28 @@ def test_quantized_shared(form, dtype):
         with_shared(case, INT8, count).check()
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("form", [INT8, INT4])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_biases(form, dtype):
+    """少行、多行；偏置与 x 的类型可以不同，可以只有一个；有、没有门；与共享专家同用。"""
+    for tokens, other in itertools.product((3, 40), FLOATS):
+        case = with_bias(make((tokens, 150, 70, 45), form, dtype=dtype), other)
+        case.check()
+        with_shared(case, form, 4).check()
+        case.but(up_bias=None).check()
+        case.but(down_bias=None, activation="clipped").check()
+    plain = make((3, 40, 35, 30), form, dtype=dtype, gated=False)
+    with_bias(plain, dtype).check()
+    assert not torch.equal(plain.run(), with_bias(plain).run())
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
+def test_empty_dimensions_with_biases(sizes):
+    for form in (INT8, INT4):
+        with_bias(make(sizes, form)).check()
+
+
 @pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
 def test_quantized_shared_with_empty_dimensions(sizes):
     for form in (INT8, INT4, (4, 32, True)):
@@ -385,7 +417,9 @@ def test_outliers_in_the_activations(form, dtype):
 def test_opcheck(form):
     torch.library.opcheck(OP, make((5, 40, 6, 7), form, shared=4).packed_args())
     torch.library.opcheck(OP, make((5, 40, 6, 7), form, gated=False).packed_args())
-    torch.library.opcheck(OP, with_shared(make((5, 40, 6, 7), form), form, 4).packed_args())
+    case = with_shared(make((5, 40, 6, 7), form), form, 4)
+    torch.library.opcheck(OP, case.packed_args())
+    torch.library.opcheck(OP, with_bias(case, torch.bfloat16).packed_args())
 
 
 @pytest.mark.parametrize("form", [INT8, INT4])
@@ -410,6 +444,10 @@ def test_autocast(dtype):
         got = case.run()
     shared = (*case.shared[:3], case.shared[3].to(dtype))
     assert torch.equal(got, case.but(x=lower.x, shared=shared).run())
+    case = with_bias(case.but(x=lower.x, shared=shared))
+    with torch.autocast("cpu", dtype):
+        got = case.run()
+    assert torch.equal(got, case.run())  # 偏置仍是 fp32
 
 
 def test_backward_is_refused():
@@ -501,6 +539,25 @@ def test_bad_quantized_shared():
     for case, message in bad:
         with pytest.raises(ValueError, match=f"moe_experts_quantized：{message}"):
             case.run()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"up_bias": randn(4, 11)}, r"gate_up_bias 的形状应为 \[4, 12\]，实际是 \[4, 11\]"),
+        ({"up_bias": randn(12)}, "gate_up_bias 的形状"),
+        ({"down_bias": randn(3, 7)}, r"down_bias 的形状应为 \[4, 7\]"),
+        ({"up_bias": randn(4, 12).double()}, "gate_up_bias 的类型.*float64"),
+        ({"up_bias": torch.ones(4, 12, dtype=torch.int8)}, "gate_up_bias 的类型.*int8"),
+        (
+            {"up_bias": randn(4, 12), "down_bias": randn(4, 7).half()},
+            "down_bias 的类型应为 float32.*float16",
+        ),
+    ],
+)
+def test_bad_biases(change, message):
+    with pytest.raises(ValueError, match=f"deepseek_opt：moe_experts_quantized：{message}"):
+        make((5, 40, 6, 7), INT8).but(**change).run()
 
 
 @pytest.mark.parametrize("group", [-32, 16, 48, 256])

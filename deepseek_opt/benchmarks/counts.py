@@ -75,7 +75,7 @@ def model_decode(  # pylint: disable=too-many-arguments
 ) -> Cost:
     """整个模型、每行一个新词元：注意力、稠密 FFN、被选中的专家、共享专家、路由、LM head。
 
-    expert_itemsize 为路由专家每个权重的字节数，默认同 itemsize；touched 为各层用到的专家数之和，默认按各行
+    expert_itemsize 为路由专家与共享专家每个权重的字节数，默认同 itemsize；touched 为各层用到的专家数之和，默认按各行
     选的专家都不同计。
     """
     width, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -85,12 +85,12 @@ def model_decode(  # pylint: disable=too-many-arguments
     top, routed = config["num_experts_per_tok"], config["n_routed_experts"]
     shared, sparse = config["n_shared_experts"], layers - dense
     common = dense * 3 * width * config["intermediate_size"] + width * config["vocab_size"]
-    common += sparse * (shared * expert + routed * width)
+    common += sparse * routed * width
     if touched is None:
         touched = sparse * min(routed, top * rows)
-    flops = layers * one.flops + 2 * rows * (common + top * sparse * expert)
+    flops = layers * one.flops + 2 * rows * (common + (top + shared) * sparse * expert)
     reads = layers * one.read_bytes + common * itemsize
-    return Cost(flops, reads + touched * expert * (expert_itemsize or itemsize))
+    return Cost(flops, reads + (touched + sparse * shared) * expert * (expert_itemsize or itemsize))
 
 
 def moe_layer(

@@ -72,8 +72,8 @@ class QuantCase(Case):
 
 
 def _expert_weights(model: Any) -> int:
-    """路由专家的权重个数。"""
-    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    """路由专家与共享专家的权重个数。"""
+    return sum(p.numel() for name, p in model.named_parameters() if "experts." in name)
 
 
 def _build(_env: Env) -> list[Case]:

@@ -66,7 +66,7 @@ class Int4Ffn(nn.Module):
 def build_sparse(shape: shapes.Shape) -> nn.Module:
     """int4 专家的 DeepseekV3ForCausalLM，注意力、路由、专家都由本库计算。"""
     from deepseek_opt import MLAConfig, MOEConfig, OptimizationProfile
-    from deepseek_opt.integrations import experts, quantized
+    from deepseek_opt.integrations import expert_store, experts, moe_block, quantized
     from deepseek_opt.optimize import apply_profile
 
     model = shapes.build_on_meta(shapes.make_config(shape), _BF16)
@@ -76,13 +76,21 @@ def build_sparse(shape: shapes.Shape) -> nn.Module:
             blocks[name] = (module, dict(module._parameters))
             module._parameters.clear()  # 留在 meta 上，不分配
     shapes.materialize(model)
-    scheme, stores = quantized.Scheme(4, group, True), {}
+    scheme, stores = expert_store.Scheme(4, group, True), {}
     for name, (module, parameters) in blocks.items():
         module._parameters.update(parameters)
         names = experts.weight_names(module)
-        packed = tuple(random_int4(*parameters[key].shape, group) for key in names)
+        packed = {key: random_int4(*parameters[key].shape, group) for key in names}
         layout = experts.identify(module)
-        stores[name] = quantized.ExpertStore(scheme, layout, packed, module, names)
+        stores[name] = expert_store.ExpertStore(scheme, layout, packed, module)
+    for name, module in model.named_modules():
+        spec = moe_block.find_block(module)
+        if spec is None:
+            continue
+        paths = moe_block.shared_paths(module, spec)
+        sizes = [expert_store.weight_at(module, path).shape for path in paths]
+        packed = {p: random_int4(1, *size, group) for p, size in zip(paths, sizes, strict=True)}
+        stores[name] = expert_store.ExpertStore(scheme, None, packed, module, paths)
     int4 = MOEConfig(
         quantization="int4", quantization_group_size=group, keep_original_weights=False
     )
@@ -212,7 +220,7 @@ def _speed_row(
     shares = [side.floor / side.seconds for side in (sparse, dense)]
     note = (
         f"每秒 {speeds[0]:.1f} 对 {speeds[1]:.1f} 个词元；稠密占屋顶线 {shares[1]:.0%}。"
-        f"路由专家、稠密 FFN 是 int4（{shape.int4_group} 个一组），其余两边都是 bf16"
+        f"路由专家、共享专家、稠密 FFN 是 int4（{shape.int4_group} 个一组），其余两边都是 bf16"
     )
     details = {
         "parameters": sizes[0],

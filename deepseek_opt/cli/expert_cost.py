@@ -24,11 +24,11 @@ def expert_checks(folder: Path) -> list[Check]:
     require_transformers()
     if not (folder / "config.json").is_file():
         raise InputError.expected("--model", "有 config.json 的模型目录", str(folder))
-    shapes, width = _shapes(folder)
+    shapes, layers, width = _shapes(folder)
     if not shapes:
         return [Check(_GROUP, folder.name, "warn", "没有认得的 MoE 专家，量化不起作用")]
     original = width * sum(math.prod(shape) for shape in shapes)
-    checks = [Check(_GROUP, "原权重", "ok", f"{format_bytes(original)}，{len(shapes) // 2} 层")]
+    checks = [Check(_GROUP, "原权重", "ok", f"{format_bytes(original)}，{layers} 层")]
     forms = [("int8", 8, 0, True)]
     for group in GROUP_SIZES:
         for symmetric in (True, False):
@@ -44,22 +44,29 @@ def expert_checks(folder: Path) -> list[Check]:
     return checks
 
 
-def _shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
-    """(各专家权重 [E, N, K] 的形状, 一个元素的字节数)。"""
+def _shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int, int]:
+    """(各专家权重 [E, N, K] 的形状（共享专家 E = 1）, 层数, 一个元素的字节数)。"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from deepseek_opt.integrations import experts
+    from deepseek_opt.integrations import experts, moe_block
+    from deepseek_opt.integrations.expert_store import weight_at
     from deepseek_opt.quantized_file import empty_parameters
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with empty_parameters():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     found: list[Any] = []
+    layers = 0
     for module in model.modules():
-        if experts.looks_like_experts(module) and not module.has_bias:
+        spec = moe_block.find_block(module)
+        if experts.looks_like_experts(module):
+            layers += 1
             weights = [module._parameters[name] for name in experts.weight_names(module)]
             found += [w.mT if module.is_transposed else w for w in weights]
-    return [tuple(w.shape) for w in found], found[0].element_size() if found else 0
+        elif spec is not None:
+            found += [weight_at(module, path)[None] for path in moe_block.shared_paths(module, spec)]
+    width = found[0].element_size() if found else 0
+    return [tuple(w.shape) for w in found], layers, width
 
 
 def _size(shape: tuple[int, int, int], bits: int, group: int, symmetric: bool) -> int:

@@ -26,7 +26,7 @@ from deepseek_opt.benchmarks import timing
 from deepseek_opt.benchmarks.process_memory import exact_allocations, measure_peak
 from deepseek_opt.benchmarks.shapes import twin
 from deepseek_opt.demo.compare import ACCURACY_LIMIT, Check, score
-from deepseek_opt.integrations.experts import looks_like_experts, weight_names
+from deepseek_opt.integrations.experts import looks_like_experts
 from deepseek_opt.integrations.quantized import stores_in
 
 #: 各行的键名与中文名，第一行是对照；次序即表格里的次序。
@@ -174,9 +174,9 @@ def _peak(model: Any, inputs: list[Tensor]) -> int:
 
 
 def _weight_bytes(model: Any) -> int:
+    """路由专家与共享专家。"""
     stores = stores_in(model)
     if stores:
         return sum(store.nbytes for _, store in stores.values())
-    inner = [m for m in model.modules() if looks_like_experts(m)]
-    weights = [m._parameters[name] for m in inner for name in weight_names(m)]
-    return sum(w.numel() * w.element_size() for w in weights)
+    named = (pair for block in moe_blocks(model) for pair in block.named_parameters())
+    return sum(w.numel() * w.element_size() for name, w in named if "experts." in name)

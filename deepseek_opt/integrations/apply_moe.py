@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,13 @@ from deepseek_opt.integrations import (
     router,
 )
 from deepseek_opt.integrations.dense import instance_reason
+from deepseek_opt.integrations.expert_store import ExpertStore
 from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.moe_layer import MoeLayerPatch
 from deepseek_opt.integrations.own_moe import OwnMoePatch
 from deepseek_opt.integrations.patch import patch_of
-from deepseek_opt.integrations.quantized import ExpertStore, Known
+from deepseek_opt.integrations.quantized import Known
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.load import LoadCounter
 from deepseek_opt.report import ReportEntry
@@ -58,7 +60,7 @@ def replace_moe(
 ) -> list[ReportEntry]:
     """替换全部认得的 Experts 实例与 MoE 块；config 为 MOEConfig，known 为已有的量化专家。
 
-    先算好全部量化的权重，再装补丁：量化中途出错时什么都没有改动。
+    路由专家的量化全部算好之后再装补丁；共享专家的在整块替换时做，出错由调用者撤销全部补丁。
     """
     chosen, entries = _choose(model, filter_fn, known.stores)
     actual_fields: set[str] = set()
@@ -80,7 +82,7 @@ def replace_moe(
             MoeLayerPatch(module, runtime, name, stores[name]).install()
             reason = stores[name].describe(keep)
             entries.append(ReportEntry(name, "moe", type(module).__name__, True, reason))
-    entries += _replace_blocks(model, runtime, filter_fn)
+    entries += _replace_blocks(model, config, runtime, filter_fn, known)
     entries += _replace_routers(model, runtime, filter_fn)
     own, listed = _replace_own(model, config, runtime, filter_fn)
     entries += own
@@ -121,9 +123,10 @@ def _quantize(
         if old is not None or known.exclusive or scheme is None:
             continue
         names = experts.weight_names(module)
-        reason = quantized.why_not(module, names)
+        shared = moe_layer.shared_names(module) if moe_layer.is_moe_layer(module) else ()
+        reason = quantized.why_not(module, names + shared)
         if reason is None:
-            stores[name] = quantized.quantize_module(module, layout, scheme, name, names)
+            stores[name] = quantized.quantize_module(module, layout, scheme, name, names, shared)
         else:
             entries.append(ReportEntry(name, "moe", "quantization", False, reason, True))
     return stores
@@ -159,7 +162,7 @@ def _choose(
 
 
 def _replace_blocks(
-    model: nn.Module, runtime: Runtime, filter_fn: FilterFn
+    model: nn.Module, config: Any, runtime: Runtime, filter_fn: FilterFn, known: Known
 ) -> Iterator[ReportEntry]:
     """专家已换上的块里，能连同共享专家一起算的整块替换。"""
     for name, module in list(model.named_modules()):
@@ -171,12 +174,24 @@ def _replace_blocks(
         if filter_fn is not None and not filter_fn(name, module):
             yield ReportEntry(name, "moe", kind, False, _FILTERED)
             continue
-        reason = moe_block.block_reason(module, spec, runtime.profile)
-        if reason is None:
-            MoeBlockPatch(module, runtime, name, spec).install()
-            yield ReportEntry(name, "moe", kind, True, "共享专家与路由专家一次算完")
-        else:
-            yield ReportEntry(name, "moe", kind, False, f"共享专家单独计算：{reason}")
+        scheme = quantized.scheme_of(config)
+        old = quantized.reusable(name, module, known, scheme)
+        with nullcontext() if old is None else old.borrowed(module):
+            reason = moe_block.block_reason(module, spec, runtime.profile)
+        if reason is not None:
+            kept = "，保持原来的类型" if patch_of(inner).store is not None else ""
+            yield ReportEntry(name, "moe", kind, False, f"共享专家单独计算{kept}：{reason}")
+            continue
+        patch, note = MoeBlockPatch(module, runtime, name, spec), "共享专家与路由专家一次算完"
+        if patch_of(inner).store is not None:
+            patch.store = old
+            if old is None and not known.exclusive:
+                paths = moe_block.shared_paths(module, spec)
+                patch.store = quantized.quantize_module(module, None, scheme, name, (), paths)
+        if patch.store is not None:
+            note += f"；{patch.store.describe(config.keep_original_weights is not False)}"
+        patch.install()
+        yield ReportEntry(name, "moe", kind, True, note)
 
 
 def _replace_routers(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepseek_opt import ops
+from deepseek_opt.integrations.expert_store import ExpertStore, SharedTensors
 from deepseek_opt.integrations.patch import QuantizablePatch
-from deepseek_opt.integrations.quantized import ExpertStore
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.load import LoadCounter
 from deepseek_opt.reference.moe import activate
@@ -78,12 +78,14 @@ class ExpertsPatch(QuantizablePatch):
         return self.call_original(hidden_states, top_k_index, top_k_weights, *args, **kwargs)
 
     def compute(
-        self, x: Tensor, indices: Tensor, weights: Tensor, shared: Sequence[Tensor] = ()
+        self, x: Tensor, indices: Tensor, weights: Tensor, shared: SharedTensors | None = None
     ) -> Tensor:
         """x [T, H] -> [T, H]。"""
-        if self.store is not None:
-            return self.store.compute(x, indices, weights, shared)
-        return compute(self.module, self.layout, x, indices, weights, shared)
+        module, store = self.module, self.store
+        if store is not None:
+            return store.compute(x, indices, weights, shared, store.biases(module))
+        tensors = () if shared is None else shared.tensors
+        return compute(module, self.layout, x, indices, weights, tensors)
 
     def refusal(self, hidden: Tensor) -> str | None:
         """这次调用不能由本库计算的原因；可以则为 None。"""

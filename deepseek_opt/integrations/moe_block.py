@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from deepseek_opt.eval_mode import evaluating
 from deepseek_opt.integrations import experts
 from deepseek_opt.integrations.dense import ffn_reason, instance_reason, probe_ffn
+from deepseek_opt.integrations.expert_store import SharedTensors
 from deepseek_opt.integrations.experts import ExpertsPatch
-from deepseek_opt.integrations.patch import Patch, patch_of
+from deepseek_opt.integrations.patch import QuantizablePatch, patch_of
 from deepseek_opt.integrations.projections import is_hooked, is_plain
 from deepseek_opt.integrations.router import RouterPatch, route
 from deepseek_opt.integrations.runtime import Runtime
@@ -105,8 +106,8 @@ BLOCKS: dict[str, MoeBlockSpec] = {
 }
 
 
-class MoeBlockPatch(Patch):
-    """一个 MoE 块的新 forward；专家的计数在它的 :class:`ExpertsPatch` 上。"""
+class MoeBlockPatch(QuantizablePatch):
+    """一个 MoE 块的新 forward；专家的计数在它的 :class:`ExpertsPatch` 上，``store`` 是量化的共享专家。"""
 
     kind = "moe"
 
@@ -118,7 +119,7 @@ class MoeBlockPatch(Patch):
         self.runtime.require_moe()
         reason = "有额外的参数" if args or kwargs else self._refusal(hidden_states)
         if reason is not None:
-            self.runtime.count(self.name, reason)
+            self.give_way(reason)
             return self.call_original(hidden_states, *args, **kwargs)
         module, spec = self.module, self.spec
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -145,14 +146,20 @@ class MoeBlockPatch(Patch):
         patch.load_counter.add_indices(indices, training=training)
         return weights, indices
 
-    def _shared(self, flat: Tensor) -> list[Tensor]:
-        """共享专家的三个权重，可再带逐词元的系数 [T]。"""
+    def shared_weights(self) -> list[Tensor]:
+        """共享专家的三个原权重。"""
         parts = self.module._modules[self.spec.shared]._modules
-        tensors = [parts[name]._parameters["weight"] for name in _FFN]
+        return [parts[name]._parameters["weight"] for name in _FFN]
+
+    def _shared(self, flat: Tensor) -> SharedTensors:
+        """共享专家，可再带逐词元的系数 [T]（不量化）。"""
+        coefficient = []
         if self.spec.shared_gate is not None:
             logit = getattr(self.module, self.spec.shared_gate)(flat)
-            tensors.append(torch.sigmoid(logit).squeeze(-1))
-        return tensors
+            coefficient.append(torch.sigmoid(logit).squeeze(-1))
+        if self.store is not None:
+            return self.store.shared_tensors(coefficient)
+        return SharedTensors(self.shared_weights() + coefficient)
 
     def _refusal(self, hidden: Tensor) -> str | None:
         """这次调用不能一起算的原因：原 forward 里的专家部分仍由 ExpertsPatch 计算。"""
@@ -161,7 +168,10 @@ class MoeBlockPatch(Patch):
         if not isinstance(patch, ExpertsPatch):
             return "专家的补丁已被取下"
         reason = "专家" + _BY_HOOKS if is_hooked(inner) else patch.refusal(hidden)
-        return reason or _shared_reason(self.module, self.spec)
+        reason = reason or _shared_reason(self.module, self.spec)
+        if reason is None and self.store is not None:
+            reason = self.store.refusal(self.module)
+        return reason
 
 
 def find_block(module: nn.Module) -> MoeBlockSpec | None:
@@ -186,6 +196,14 @@ def block_reason(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | N
     if any(is_hooked(part) for part in module.modules()):
         return "块内有钩子"
     return probe_ffn(getattr(module, spec.shared)) or _probe(module, spec, profile)
+
+
+def shared_paths(module: nn.Module, spec: MoeBlockSpec) -> tuple[str, ...]:
+    """共享专家三个权重的路径；不是三个普通 nn.Linear 的门控 FFN 时为空。"""
+    mlp = getattr(module, spec.shared, None)
+    if not all(type(getattr(mlp, part, None)) is nn.Linear for part in _FFN):
+        return ()
+    return tuple(f"{spec.shared}.{part}.weight" for part in _FFN)
 
 
 _BY_HOOKS = "上有钩子，合在一起算就不会触发它"

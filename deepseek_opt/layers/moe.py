@@ -137,7 +137,7 @@ class MoEFeedForward(nn.Module):
         return self.forward_with(hidden, self._compute)
 
     def forward_with(self, hidden: Tensor, compute: Callable[..., Tensor]) -> Tensor:
-        """同 forward，专家由 compute(x, 下标, 权重, 共享专家) 计算（例如量化的专家）。"""
+        """同 forward，专家由 compute(x, 下标, 权重, [共享专家的三个权重, 可再带系数]) 计算（例如量化的专家）。"""
         self._check_config()
         self._check_hidden(hidden)
         x = hidden.reshape(-1, self.hidden_size)

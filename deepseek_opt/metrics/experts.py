@@ -13,7 +13,7 @@ from deepseek_opt.load import LoadCounter, load_holders
 from deepseek_opt.report import html_tables, render_tables
 
 _COLUMNS = ["模块", "专家", "词元", "有词元的专家", "熵", "最大/平均", "丢弃", "各专家的词元数"]
-_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj", "shared_gate", "shared_up", "shared_down")
 _SHOWN = 16  # 表里至多列出的专家数
 
 
@@ -112,20 +112,33 @@ def expert_statistics(model: nn.Module) -> ExpertTable:
 
 
 def expert_bytes(model: nn.Module) -> tuple[int | None, int | None]:
-    """(路由专家正在用的权重, 量化之后另外保留的原权重) 的字节数；没有替换、没有量化时为 None。"""
+    """(专家正在用的权重, 量化之后另外保留的原权重) 的字节数；没有替换、没有量化时为 None。
+
+    与路由专家一次算完的共享专家也算在内。
+    """
     used = original = None
     for module in model.modules():
-        if not load_holders(module):
-            continue
         store = getattr(module.__dict__.get("forward"), "store", None)
+        weights = None if store is not None else _own_weights(module)
+        if store is None and weights is None:
+            continue
         if store is None:
-            weights = (module._parameters.get(name) for name in _WEIGHTS)
-            size = sum(w.numel() * w.element_size() for w in weights if w is not None)
+            size = sum(w.numel() * w.element_size() for w in weights)
         else:
             size = store.nbytes
             original = (original or 0) + (0 if store.released else store.original_bytes)
         used = (used or 0) + size
     return used, original
+
+
+def _own_weights(module: nn.Module) -> list[Any] | None:
+    """本库按原权重计算的专家（或一次算完的共享专家）的权重；不是这样的模块为 None。"""
+    shared = getattr(module.__dict__.get("forward"), "shared_weights", None)
+    if shared is not None:
+        return shared()
+    if not load_holders(module):
+        return None
+    return [w for name in _WEIGHTS if (w := module._parameters.get(name)) is not None]
 
 
 def _row(name: str, found: ExpertStatistics) -> list[str]:

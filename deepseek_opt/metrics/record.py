@@ -87,7 +87,7 @@ class PerformanceMetrics:
         cache_bytes: 最近一次带缓存的前向之后，缓存的字节数。
         memory_reserved_bytes、memory_max_reserved_bytes: CUDA 为 torch 的保留量及其峰值；
             CPU 为进程的常驻内存及其峰值。
-        expert_weight_bytes: 路由专家正在用的权重的字节数：量化之后是量化的；没有替换 MoE 层的为 None。
+        expert_weight_bytes: 专家（含一次算完的共享专家）正在用的权重的字节数：量化之后是量化的；没有替换 MoE 层的为 None。
         expert_original_bytes: 量化之后另外保留的原权重的字节数；没有量化的为 None，已释放为 0。
         spec_decode_num_drafts、spec_decode_num_draft_tokens、spec_decode_num_accepted_tokens:
             多词元预测的起草次数、起草与接受的词元数；模型没有起草时为 None。

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from deepseek_opt.op_rules.register import autocast, autograd, fake
 
-# 参数位置：混合权重与尺度在 autocast 里保持 fp32。
+# 参数位置：混合权重与尺度在 autocast 里保持 fp32，偏置保持原来的类型。
 _WEIGHTS, _GATE_UP_SCALE, _DOWN, _DOWN_SCALE, _SHARED_SCALE = 2, 4, 6, 7, 15
+_BIASES = (17, 18)
 
 
 @fake("moe_experts_quantized")
@@ -26,4 +27,7 @@ def _backward(ctx, grad):
 
 
 autograd("moe_experts_quantized", _backward, _setup, has_backward_op=False)
-autocast("moe_experts_quantized", keep=(_WEIGHTS, _GATE_UP_SCALE, _DOWN_SCALE, _SHARED_SCALE))
+autocast(
+    "moe_experts_quantized",
+    keep=(_WEIGHTS, _GATE_UP_SCALE, _DOWN_SCALE, _SHARED_SCALE, *_BIASES),
+)

@@ -28,6 +28,8 @@ def moe_experts_quantized(
     gated: bool = True,
     shared_scale: Sequence[Tensor] = (),
     shared_zero: Sequence[Tensor] = (),
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """int8、int4 的稀疏专家：与 ``moe_experts`` 相同，权重在读入时反量化，以 fp32 累加；只做推理。
 
@@ -47,6 +49,8 @@ def moe_experts_quantized(
         activation, alpha, limit: 同 ``moe_experts``。
         shared_scale: 共享专家没有量化时为空；否则 gate、up、down 三个的尺度。
         shared_zero: 同样三个零点；空是对称的。
+        gate_up_bias、down_bias: 路由专家的偏置 [E, 2I]（gate 在前）、[E, N]，任一种浮点类型，两个相同；
+            没有为 None。共享专家没有偏置。
 
     Returns:
         [T, N]，dtype 随 x。不可求导：反向时报错。
@@ -68,4 +72,5 @@ def moe_experts_quantized(
     """
     first, last = (gate_up, gate_up_scale, gate_up_zero), (down, down_scale, down_zero)
     options = (group_size, activation, alpha, limit, gated, list(shared_scale), list(shared_zero))
-    return run("moe_experts_quantized", x, indices, weights, *first, *last, list(shared), *options)
+    stacked = (*first, *last, list(shared), *options, gate_up_bias, down_bias)
+    return run("moe_experts_quantized", x, indices, weights, *stacked)

@@ -43,6 +43,8 @@ def moe_experts_quantized(
     gated: bool = True,
     shared_scale: Sequence[Tensor] = (),
     shared_zero: Sequence[Tensor] = (),
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """反量化（x 是 fp64 时以 fp64），再逐个专家计算。"""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -56,4 +58,6 @@ def moe_experts_quantized(
         matrices = zip(shared, shared_scale, zeros, formats, columns)
         shared = [*(dequantize(*m, dtype) for m in matrices), *shared[3:]]
     options = (shared, activation, alpha, limit)
-    return moe_experts(x, indices, weights, first, None, last, None, *options, gated=gated)
+    biases = [None if b is None else b.to(dtype) for b in (gate_up_bias, down_bias)]
+    stacked = (first, biases[0], last, biases[1])
+    return moe_experts(x, indices, weights, *stacked, *options, gated=gated)

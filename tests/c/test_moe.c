@@ -43,7 +43,7 @@ static void build_experts(problem *p) {
   for (int64_t e = 0; e < s->experts; e++) {
     dso_expert *x = &p->expert[e];
     memset(x, 0, sizeof *x);
-    x->inner = s->inner, x->bias_step = 1;
+    x->inner = s->inner, x->bias_dtype = p->dtype, x->bias_step = 1;
     x->gate = mat_at(&p->gate, up_size, e, s->transposed ? width : s->k);
     x->up = s->gated && !s->paired ? mat_at(&p->up, up_size, e, x->gate.rs)
                                    : (dso_mat){NULL, 0, p->dtype};

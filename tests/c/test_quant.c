@@ -146,22 +146,24 @@ static void saturated(const dso_isa *isa, int64_t k, int64_t group, int code) {
   free_all();
 }
 
-/* 两个量化的专家（行数不同），silu。 */
+/* 两个量化的专家（行数不同），silu；第一个有偏置，类型与 x 的不同。 */
 enum { EXPERTS = 2 };
 
 static double silu(double x) { return x / (1.0 + exp(-x)); }
 
-static void expert_row(const matrix *w, int64_t inner, const dso_moe_inputs *in, const double *x,
-                       double factor, double *y) {
+static void expert_row(const matrix *w, const buf *bias, int64_t inner, const dso_moe_inputs *in,
+                       const double *x, double factor, double *y) {
   double *h = doubles(inner);
   for (int64_t j = 0; j < inner; j++) {
-    double g = 0.0, u = 0.0;
+    double g = bias ? get(&bias[0], j) : 0.0, u = bias ? get(&bias[1], j) : 0.0;
     for (int64_t i = 0; i < in->k; i++)
       g += x[i] * w[0].value[j * in->k + i], u += x[i] * w[1].value[j * in->k + i];
     h[j] = silu(g) * u;
   }
-  for (int64_t j = 0; j < in->n; j++)
+  for (int64_t j = 0; j < in->n; j++) {
+    y[j] += bias ? factor * get(&bias[2], j) : 0.0;
     for (int64_t i = 0; i < inner; i++) y[j] += factor * h[i] * w[2].value[j * inner + i];
+  }
 }
 
 static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t group, int zero) {
@@ -180,6 +182,11 @@ static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t g
                               .up_quant = w[e][1].quant,
                               .down_quant = w[e][2].quant};
   }
+  dso_dtype other = dtype == DSO_F16 ? DSO_F32 : (dso_dtype)(dtype + 1);
+  buf bias[] = {new_random(other, inner, 1.0), new_random(other, inner, 1.0),
+                new_random(other, n, 1.0)};
+  experts[0].gate_bias = bias[0].data, experts[0].up_bias = bias[1].data;
+  experts[0].down_bias = bias[2].data, experts[0].bias_dtype = other;
   int64_t begin[EXPERTS + 1] = {0, tokens, tokens + few}, at[3 * (EXPERTS + 1)], token[128];
   float weight[128];
   for (int64_t i = 0; i < tokens + few; i++)
@@ -206,7 +213,7 @@ static void whole(const dso_isa *isa, dso_dtype dtype, int64_t tokens, int64_t g
   for (int e = 0; e < EXPERTS; e++)
     for (int64_t i = begin[e]; i < begin[e + 1]; i++) {
       for (int64_t j = 0; j < k; j++) row[j] = get(&x, token[i] * k + j);
-      expert_row(w[e], inner, &p.in, row, weight[i], want + token[i] * n);
+      expert_row(w[e], e ? NULL : bias, inner, &p.in, row, weight[i], want + token[i] * n);
     }
   check_close(label, &y, want, fmax(tolerance(dtype), dot_tolerance(isa)), 1.0);
   free_all();
