@@ -30,7 +30,7 @@ def document_runs(
     """
     named = {"position_ids": position_ids, "document_ids": document_ids}
     for name, value in {**named, "attention_mask": attention_mask}.items():
-        if value is not None and torch.broadcast_shapes(value.shape, tokens.shape) != tokens.shape:
+        if value is not None and tuple(value.shape) not in ((1, tokens.shape[1]), tokens.shape):
             raise InputError.expected(name, f"形状 {list(tokens.shape)} 的张量", value)
     changes = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     if document_ids is not None:
