@@ -57,7 +57,9 @@ def make(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     prefix, sizes = FAMILIES[name]
     suffix = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + suffix)(getattr(transformers, prefix + "Config")(**sizes))
+    model = getattr(transformers, prefix + suffix)(
+        getattr(transformers, prefix + "Config")(**sizes)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -94,7 +96,11 @@ class OwnBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.RMSNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.qkv, self.out = (
+            nn.RMSNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)

@@ -19,7 +19,9 @@ def test_layer_is_of_the_model_s_own_class(name):
     mine = {k: (v.shape, v.dtype) for k, v in layer.block.state_dict().items()}
     assert mine == {k: (v.shape, v.dtype) for k, v in adapter.template.state_dict().items()}
     before = adapter.template.state_dict()
-    assert not any(v.data_ptr() == before[k].data_ptr() for k, v in layer.block.state_dict().items())
+    assert not any(
+        v.data_ptr() == before[k].data_ptr() for k, v in layer.block.state_dict().items()
+    )
     assert type(layer.enorm) is type(adapter.final_norm) and model.mtp is predictor
 
 
@@ -95,6 +97,13 @@ def test_models_that_compute_differently_are_refused(prefix, extra, part):
     with pytest.raises(UnsupportedError, match=part):
         attach_mtp(model, fresh=True)
     assert not hasattr(model, "mtp")
+
+
+def test_a_model_without_data_is_refused():
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    with pytest.raises(InputError, match="meta"):
+        attach_mtp(model, fresh=True)
 
 
 def test_models_without_the_interface_are_refused():

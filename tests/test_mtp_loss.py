@@ -123,7 +123,11 @@ def test_gradients_against_numerical_ones():
     tokens = tokens_of(1, 5)
     hidden = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
     documents = torch.tensor([[0, 0, 0, 0, 1]])
-    weights = [predictor.layers[0].eh_proj.weight, predictor.layers[0].enorm.weight, model.norm.weight]
+    weights = [
+        predictor.layers[0].eh_proj.weight,
+        predictor.layers[0].enorm.weight,
+        model.norm.weight,
+    ]
 
     def run(hidden, *_):
         return mtp_loss(predictor, tokens, hidden, document_ids=documents).loss
@@ -135,20 +139,27 @@ def test_detach_keeps_every_base_parameter_without_gradient():
     model, predictor = attached("llama", depth=2)
     tokens = tokens_of()
     mtp_loss(predictor, tokens, hidden_of(model, tokens)).loss.backward()
-    assert model.lm_head.weight.grad.any() and model.model.layers[0].self_attn.q_proj.weight.grad.any()
+    assert (
+        model.lm_head.weight.grad.any() and model.model.layers[0].self_attn.q_proj.weight.grad.any()
+    )
     wanted = predictor.layers[0].eh_proj.weight.grad.clone()
     model.zero_grad()
     predictor.config.detach_hidden = True
     mtp_loss(predictor, tokens, hidden_of(model, tokens)).loss.backward()
     base = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
     assert all(p.grad is None for p in base)
-    torch.testing.assert_close(predictor.layers[0].eh_proj.weight.grad, wanted, **tol(torch.float32))
+    torch.testing.assert_close(
+        predictor.layers[0].eh_proj.weight.grad, wanted, **tol(torch.float32)
+    )
 
 
 def test_weights_per_depth_and_schedule():
     assert loss_weights(MTPConfig(), 1) == (0.3,)
     schedule = MTPConfig(loss_weight=0.3, final_loss_weight=0.1, loss_weight_steps=10)
-    assert loss_weights(schedule, 2, 9) == (0.15, 0.15) and loss_weights(schedule, 2, 10) == (0.05, 0.05)
+    assert loss_weights(schedule, 2, 9) == (0.15, 0.15) and loss_weights(schedule, 2, 10) == (
+        0.05,
+        0.05,
+    )
     assert loss_weights(MTPConfig(loss_weights=(0.5, 0.25)), 2) == (0.5, 0.25)
     with pytest.raises(InputError, match="loss_weights"):
         loss_weights(MTPConfig(loss_weights=(0.5, 0.25)), 3)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_opt import MLAConfig, MTPConfig, OptimizationProfile, TokenPredictor, attach_mtp, optimize
+from deepseek_opt import (
+    MLAConfig,
+    MTPConfig,
+    OptimizationProfile,
+    TokenPredictor,
+    attach_mtp,
+    optimize,
+)
 from deepseek_opt.errors import InputError
 from deepseek_opt.mtp import HFAdapter
 
@@ -44,7 +51,9 @@ def test_equals_the_mtp_model_of_transformers(tmp_path, monkeypatch):
 
     model, predictor = attached("deepseek_v3", depth=2, shared_layers=False)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[23].*"])
+    monkeypatch.setattr(
+        type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[23].*"]
+    )
     theirs = MtpModel.from_pretrained(type(model).from_pretrained(tmp_path)).eval()
     tokens = tokens_of(1, 9)
     hidden = hidden_of(model, tokens)[:, :-1]
@@ -134,7 +143,9 @@ def test_optimize_also_reaches_the_mtp_layer():
     packed = predictor(tokens[:, 1:], hidden, document_ids=documents).normed
     report = optimize(model, OptimizationProfile(mla=MLAConfig()))
     assert "mtp.layers.0.block.self_attn" in [entry.name for entry in report.replaced]
-    torch.testing.assert_close(predictor(tokens[:, 1:], hidden).normed, before, **tol(torch.float32))
+    torch.testing.assert_close(
+        predictor(tokens[:, 1:], hidden).normed, before, **tol(torch.float32)
+    )
     again = predictor(tokens[:, 1:], hidden, document_ids=documents).normed
     torch.testing.assert_close(again, packed, **tol(torch.float32))
 

@@ -92,7 +92,7 @@ def test_mistakes():
     training = MTPTraining(model)
     with training:
         with pytest.raises(InputError, match="已经在用"):
-            training.__enter__()
+            training.start()
         with pytest.raises(InputError, match="input_ids"):
             model(inputs_embeds=torch.randn(2, 10, 32), labels=tokens)
         with pytest.raises(InputError, match="logits_to_keep"):
@@ -103,8 +103,15 @@ def test_mistakes():
 def train(tmp_path, model, steps=4, **options):
     data = [{"input_ids": t, "labels": t} for t in tokens_of(16, 10)]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=steps, per_device_train_batch_size=4, logging_steps=2,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+        str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        logging_steps=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
         **options,
     )
     callback = MTPCallback()
@@ -148,13 +155,18 @@ def test_schedule_follows_the_steps_of_the_trainer(tmp_path):
     seen = []
 
     class Watch(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, *_, **__):
             seen.append(callback.training.last.weights)
 
     callback, data = MTPCallback(), [{"input_ids": t, "labels": t} for t in tokens_of(4, 8)]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True,
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=data)
     trainer.add_callback(callback)

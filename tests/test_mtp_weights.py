@@ -59,7 +59,10 @@ def test_per_expert_weights_are_merged(saved):
             one = name.replace(".experts.", f".experts.{expert}.") + ".weight"
             if "gate_up" in name:
                 gate, up = value[expert].chunk(2)
-                split[one.replace("gate_up", "gate")], split[one.replace("gate_up", "up")] = gate, up
+                split[one.replace("gate_up", "gate")], split[one.replace("gate_up", "up")] = (
+                    gate,
+                    up,
+                )
             else:
                 split[one] = value[expert]
         if value.dim() == 2:
@@ -102,7 +105,9 @@ def test_quantised_weights_are_refused(saved):
     tensors[name + "_scale_inv"] = torch.ones(1, 1)
     with pytest.raises(InputError) as error:
         attach_mtp(model, tensors)
-    assert f"{name}：类型是" in str(error.value) and f"{name}_scale_inv：是量化的尺度" in str(error.value)
+    assert f"{name}：类型是" in str(error.value) and f"{name}_scale_inv：是量化的尺度" in str(
+        error.value
+    )
 
 
 def test_wrong_numbers(saved):
@@ -133,7 +138,9 @@ def test_copies_of_the_embedding_and_the_head(saved):
     attach_mtp(model, {**tensors, **copies})
     detach_mtp(model)
     copies[f"{PREFIX}shared_head.head.weight"] += 1
-    with pytest.raises(InputError, match=r"shared_head\.head\.weight：与主模型的不同.*shared_head=False"):
+    with pytest.raises(
+        InputError, match=r"shared_head\.head\.weight：与主模型的不同.*shared_head=False"
+    ):
         attach_mtp(model, {**tensors, **copies})
     found = attach_mtp(model, {**tensors, **copies}, MTPConfig(shared_head=False))
     assert torch.equal(found.layers[0].shared_head.head.weight, head + 1)

@@ -63,9 +63,8 @@ class MTPCallback(TrainerCallback):
         from deepseek_opt.mtp import MTPTraining
 
         self._leave()
-        self.training = MTPTraining(model, state.global_step)
+        self.training = MTPTraining(model, state.global_step).start()
         self.training.predictor.statistics.reset()
-        self.training.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         """一个优化器步之后，由 Trainer 调用。"""
@@ -94,5 +93,5 @@ class MTPCallback(TrainerCallback):
 
     def _leave(self) -> None:
         if self.training is not None:
-            self.training.__exit__()
+            self.training.stop()
         self.training = None

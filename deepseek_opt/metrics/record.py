@@ -156,9 +156,7 @@ class PerformanceMetrics:
         return [(f.name, v) for f in fields(self) if (v := getattr(self, f.name)) is not None]
 
 
-def summarize(
-    records: Sequence[CallRecord], calls: int, **others: Any
-) -> PerformanceMetrics:
+def summarize(records: Sequence[CallRecord], calls: int, **others: Any) -> PerformanceMetrics:
     """把窗口内的记录汇总成指标；others 为其余各字段（内存、MTP）。"""
     groups = {
         kind: [r for r in records if r.kind == kind] for kind in ("prefill", "decode", "train")

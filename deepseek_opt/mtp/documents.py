@@ -40,7 +40,9 @@ def document_runs(
     if attention_mask is not None:
         kept = attention_mask.expand_as(tokens) != 0
         changes[:, 1:] |= kept.diff(dim=1)
-        return None if bool((kept.all() & ~changes.any())) else _numbered(changes).where(kept, PADDING)
+        return (
+            None if bool((kept.all() & ~changes.any())) else _numbered(changes).where(kept, PADDING)
+        )
     return _numbered(changes) if bool(changes.any()) else None
 
 

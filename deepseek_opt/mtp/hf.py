@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_opt.errors import UnsupportedError
+from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 from deepseek_opt.mtp.documents import places
@@ -46,10 +46,11 @@ class HFAdapter(MTPAdapter):
         attach_mtp(model, folder, adapter=adapter)
     """
 
-    def __init__(
-        self, model: nn.Module, *, hidden_normed: bool = True, chain_normed: bool = True
-    ):
+    def __init__(self, model: nn.Module, *, hidden_normed: bool = True, chain_normed: bool = True):
         bridge.check_version()
+        empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+        if empty is not None:
+            raise InputError(f"参数 model：{empty} 还在 meta 设备上；请先读入主模型的权重")
         decoder = model.get_decoder()
         layers, norm = _first(decoder, _LAYERS), _first(decoder, _NORMS)
         head = model.get_output_embeddings()
@@ -191,7 +192,11 @@ class HFAdapter(MTPAdapter):
             kind = kinds[self.num_layers - 1]
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedError(f"最后一层的注意力是 {kind}：MTP 层只支持全注意力与滑动窗口")
-        name = "create_causal_mask" if kind == "full_attention" else "create_sliding_window_causal_mask"
+        name = (
+            "create_causal_mask"
+            if kind == "full_attention"
+            else "create_sliding_window_causal_mask"
+        )
         return getattr(masking_utils, name)
 
     # ---- 核对 ----
@@ -201,7 +206,9 @@ class HFAdapter(MTPAdapter):
         self._mask_function()
         seen: dict[str, Any] = {}
         hooks = [
-            self.layers[0].register_forward_pre_hook(_input_saver(seen, "embedded"), with_kwargs=True),
+            self.layers[0].register_forward_pre_hook(
+                _input_saver(seen, "embedded"), with_kwargs=True
+            ),
             self.template.register_forward_pre_hook(_input_saver(seen, "input"), with_kwargs=True),
             self.template.register_forward_hook(_output_saver(seen)),
             self.captured.register_forward_pre_hook(_input_saver(seen, "hidden"), with_kwargs=True),
@@ -240,7 +247,9 @@ def _conversions(model: nn.Module) -> list[Any]:
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
-    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
+    return next(
+        (found for name in names if (found := getattr(module, name, None)) is not None), None
+    )
 
 
 def _input_saver(seen: dict[str, Any], key: str) -> Callable[..., None]:

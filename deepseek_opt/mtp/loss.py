@@ -50,14 +50,17 @@ def loss_weights(config: MTPConfig, depth: int, step: int = 0) -> tuple[float, .
     示例
     ----
     >>> from deepseek_opt import MTPConfig
-    >>> loss_weights(MTPConfig(loss_weight=0.3, final_loss_weight=0.1, loss_weight_steps=9), 1, step=9)
+    >>> config = MTPConfig(loss_weight=0.3, final_loss_weight=0.1, loss_weight_steps=9)
+    >>> loss_weights(config, 1, step=9)
     (0.1,)
     >>> [round(w, 3) for w in loss_weights(MTPConfig(loss_weight=0.7, depth_decay=0.5), 3)]
     [0.4, 0.2, 0.1]
     """
     if config.loss_weights is not None:
         if len(config.loss_weights) != depth:
-            raise InputError.expected("loss_weights", f"{depth} 项（等于预测深度）", config.loss_weights)
+            raise InputError.expected(
+                "loss_weights", f"{depth} 项（等于预测深度）", config.loss_weights
+            )
         return tuple(config.loss_weights)
     scale = DEFAULT_WEIGHT if config.loss_weight is None else config.loss_weight
     if config.loss_weight_steps is not None and step >= config.loss_weight_steps:

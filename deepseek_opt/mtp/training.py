@@ -53,7 +53,8 @@ class MTPTraining:
         self._hidden: Tensor | None = None
         self._active = self._warned = False
 
-    def __enter__(self) -> MTPTraining:
+    def start(self) -> MTPTraining:
+        """装上钩子；``with`` 进入时自动调用。抛出 InputError：已经在用。"""
         if self._handles:
             raise InputError("这个 MTPTraining 已经在用")
         captured = self.predictor.adapter.captured
@@ -64,10 +65,17 @@ class MTPTraining:
         ]
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def stop(self) -> None:
+        """取下钩子；``with`` 离开时自动调用。"""
         for handle in self._handles:
             handle.remove()
         self._handles, self._hidden, self._active = [], None, False
+
+    def __enter__(self) -> MTPTraining:
+        return self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
     def _before(self, module: nn.Module, _args: tuple) -> None:
         self._active, self._hidden = module.training, None

@@ -63,9 +63,16 @@ class Source:
         if found and found == wanted:
             return count
         prefixes = [adapter.layer_prefix(i) + "*" for i in range(max(count, 1))]
-        lines = [f"{name}：没有" for i, name in enumerate(prefixes) if i + adapter.num_layers not in found]
-        lines += [f"{name}：编号不对" for name in sorted(self.entries, key=_natural)
-                  if (m := pattern.match(name)) and int(m.group(1)) in set(found) - set(wanted)]
+        lines = [
+            f"{name}：没有"
+            for i, name in enumerate(prefixes)
+            if i + adapter.num_layers not in found
+        ]
+        lines += [
+            f"{name}：编号不对"
+            for name in sorted(self.entries, key=_natural)
+            if (m := pattern.match(name)) and int(m.group(1)) in set(found) - set(wanted)
+        ]
         raise _error(self.label, lines)
 
 
@@ -168,5 +175,6 @@ def _natural(name: str) -> list[tuple[int, Any]]:
 
 def _error(label: str, lines: list[str]) -> InputError:
     return InputError(
-        f"{label} 里的 MTP 权重不能用，模型没有改动（从头训练请用 fresh=True）：\n  " + "\n  ".join(lines)
+        f"{label} 里的 MTP 权重不能用，模型没有改动（从头训练请用 fresh=True）：\n  "
+        + "\n  ".join(lines)
     )
