@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from deepseek_opt import MTPConfig, MTPTraining, attach_mtp, mtp_loss
 from deepseek_opt.errors import InputError
@@ -173,3 +174,22 @@ def test_schedule_follows_the_steps_of_the_trainer(tmp_path):
     trainer.add_callback(Watch())
     trainer.train()
     assert seen == [(0.3,), (0.3,), (0.1,), (0.1,)]
+
+
+def test_ddp_gives_the_same_gradients(tmp_path):
+    model, predictor = attached("llama", depth=2)
+    model.train()
+    tokens, grads = tokens_of(), []
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        for module in (model, nn.parallel.DistributedDataParallel(model)):
+            model.zero_grad()
+            with MTPTraining(module):
+                module(input_ids=tokens, labels=tokens).loss.backward()
+            grads.append({n: p.grad.clone() for n, p in predictor.named_parameters()})
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
