@@ -24,7 +24,9 @@ logger = logging.getLogger("deepseek_opt")
 _STATE = "_deepseek_opt_state"
 _guard = threading.Lock()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LATER = {"mtp": "MTP（多词元预测）在这个版本中还没有提供"}
+_LATER = {
+    "mtp": "用 MTP 生成在这个版本中还没有提供；训练、读写 MTP 层用 attach_mtp、mtp_loss，见文档“MTP”"
+}
 
 FilterFn = Callable[[str, nn.Module], bool]
 

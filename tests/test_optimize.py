@@ -218,6 +218,7 @@ def test_parts_not_available_yet_are_reported(model):
     wanted = OptimizationProfile(mla=MLAConfig(), mtp=MTPConfig())
     report = optimize(model, wanted)
     assert report.replaced and report.unmet[0].part == "mtp"
+    assert "生成" in report.unmet[0].reason and "attach_mtp" in report.unmet[0].reason
     restore(model)
     with pytest.raises(UnsupportedError, match="mtp"):
         optimize(model, wanted, strict=True)

@@ -1,6 +1,6 @@
 """MTP（多 token 预测）的配置。
 
-本版本只校验和保存这些配置，``optimize`` 会在报告中把 MTP 列为跳过。
+``attach_mtp``、``mtp_loss`` 用它训练与读写；与生成有关的字段只校验和保存，``optimize`` 会在报告中把 MTP 列为跳过。
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ DraftLength = Annotated[Any, BeforeValidator(_check_draft)]
 class MTPConfig(ConfigBase):
     """MTP 的配置；所有字段都可省略，省略即“与模型一致”。
 
-    本版本 ``optimize`` 会在报告中把 MTP 列为跳过；这里只校验并保存，供配置文件提前写好。
+    ``attach_mtp``、``mtp_loss`` 用它训练与读写。用 MTP 生成还没有提供：``optimize`` 会在报告中把 MTP 列为跳过，
+    draft_length、acceptance、acceptance_threshold 只校验并保存。
 
     示例::
 

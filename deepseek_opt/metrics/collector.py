@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError
 from deepseek_opt.metrics.experts import expert_bytes
+from deepseek_opt.metrics.prediction import prediction_metrics
 from deepseek_opt.metrics.record import CallRecord, PerformanceMetrics, RingBuffer, summarize
 
 ATTRIBUTE = "_deepseek_opt_metrics"
@@ -79,6 +80,7 @@ class MetricsCollector:
             memory_max_reserved_bytes=peak,
             expert_weight_bytes=used,
             expert_original_bytes=original,
+            **prediction_metrics(model),
         )
 
     # ---- 钩子 ----

@@ -91,6 +91,8 @@ class PerformanceMetrics:
         expert_original_bytes: 量化之后另外保留的原权重的字节数；没有量化的为 None，已释放为 0。
         spec_decode_num_drafts、spec_decode_num_draft_tokens、spec_decode_num_accepted_tokens:
             多词元预测的起草次数、起草与接受的词元数；模型没有起草时为 None。
+        mtp_loss_per_depth、mtp_acceptance_per_depth: 训练 MTP 时各深度每词元的损失，与贪心预测和主模型相同的
+            比例，从上次清零起累计；没有训练 MTP 的为 None。
         expert_utilization: 各专家分到的词元比例；没有收集路由的模型为 None。
     """
 
@@ -116,6 +118,8 @@ class PerformanceMetrics:
     spec_decode_num_drafts: int | None = None
     spec_decode_num_draft_tokens: int | None = None
     spec_decode_num_accepted_tokens: int | None = None
+    mtp_loss_per_depth: tuple[float, ...] | None = None
+    mtp_acceptance_per_depth: tuple[float, ...] | None = None
     expert_utilization: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,9 +127,13 @@ class PerformanceMetrics:
         return asdict(self)
 
     def scalars(self) -> dict[str, float]:
-        """有值的标量字段，供监控系统使用。"""
-        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: float(v) for name, v in pairs if isinstance(v, (int, float))}
+        """有值的标量字段，供监控系统使用；各深度的写成 ``名字_深度``。"""
+        pairs = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        found = {name: float(v) for name, v in pairs if isinstance(v, (int, float))}
+        for name, values in pairs:
+            if name.endswith("_per_depth") and values is not None:
+                found |= {f"{name}_{i}": value for i, value in enumerate(values, 1)}
+        return found
 
     def render(self) -> str:
         """可读的文本。"""
@@ -148,10 +156,8 @@ class PerformanceMetrics:
         return [(f.name, v) for f in fields(self) if (v := getattr(self, f.name)) is not None]
 
 
-def summarize(
-    records: Sequence[CallRecord], calls: int, **memory: int | None
-) -> PerformanceMetrics:
-    """把窗口内的记录汇总成指标；memory 为各个内存字段。"""
+def summarize(records: Sequence[CallRecord], calls: int, **others: Any) -> PerformanceMetrics:
+    """把窗口内的记录汇总成指标；others 为其余各字段（内存、MTP）。"""
     groups = {
         kind: [r for r in records if r.kind == kind] for kind in ("prefill", "decode", "train")
     }
@@ -176,7 +182,7 @@ def summarize(
         throughput_tokens_per_second=_rate(records),
         decode_tokens_per_second=_rate(decode),
         cache_bytes=cached[-1] if cached else None,
-        **memory,
+        **others,
     )
 
 
@@ -210,4 +216,6 @@ def _readable(name: str, value: Any) -> str:
         return format_bytes(value)
     if name.endswith("_seconds") or "_seconds_" in name:
         return f"{value * 1e3:.3f} ms"
+    if isinstance(value, tuple):
+        return " ".join(f"{one:.3f}" for one in value)
     return f"{value:.1f}" if isinstance(value, float) else str(value)
