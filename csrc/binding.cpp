@@ -1,6 +1,8 @@
 // torch.ops.deepseek_opt 的模式（schema）与执行器。各算子的实现在 binding_*.cpp。
 #include "binding.h"
 
+#include <memory>
+
 #include "binding_buffers.h"
 
 namespace dso {
@@ -10,26 +12,35 @@ constexpr size_t kAlign = 64;
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// 算子的暂存：大的从池里来，执行完归还。
+// 算子的暂存：小的用本线程常备的一块（解码时一层要十几次，经分派器分配每次一两微秒），大的从池里来，执行完归还。
+// 算子不会在执行中再执行别的算子，所以一块就够。
 class Scratch {
  public:
   explicit Scratch(size_t bytes) {
+    if (bytes <= kResidentBytes) {
+      static thread_local std::unique_ptr<char[]> resident(new char[kResidentBytes]);
+      data_ = resident.get();
+      return;
+    }
     pooled_ = bytes >= kPooledBytes ? buffer_take(bytes) : nullptr;
-    if (pooled_ == nullptr)
-      small_ = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    data_ = static_cast<char *>(pooled_);
+    if (pooled_ != nullptr) return;
+    tensor_ = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    data_ = static_cast<char *>(tensor_->mutable_data_ptr());
   }
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
   ~Scratch() {
     if (pooled_ != nullptr) buffer_give(pooled_);
   }
-  char *data() {
-    return static_cast<char *>(pooled_ != nullptr ? pooled_ : small_->mutable_data_ptr());
-  }
+  char *data() const { return data_; }
 
  private:
-  void *pooled_;
-  std::optional<Tensor> small_;
+  static constexpr size_t kResidentBytes = size_t{1} << 20;
+
+  char *data_ = nullptr;
+  void *pooled_ = nullptr;
+  std::optional<Tensor> tensor_;
 };
 }  // namespace
 
@@ -84,6 +95,7 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("_compiled_isas() -> str");
   m.def("_set_isa(str name) -> ()");
   m.def("_release_buffers() -> int");
+  m.def("_advise_huge_pages(Tensor t) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
@@ -169,5 +181,6 @@ STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {
   m.impl("_available_isas", TORCH_BOX(&dso::isa_available));
   m.impl("_compiled_isas", TORCH_BOX(&dso::isa_compiled));
   m.impl("_release_buffers", TORCH_BOX(&dso::release_buffers));
+  m.impl("_advise_huge_pages", TORCH_BOX(&dso::advise_huge_pages));
   m.impl("_set_isa", TORCH_BOX(&dso::isa_set));
 }

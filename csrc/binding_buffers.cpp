@@ -44,10 +44,16 @@ void *map_pages(size_t bytes) {
 }
 void unmap_pages(void *data, size_t bytes) { munmap(data, bytes); }
 void make_reclaimable(void *data, size_t bytes) { madvise(data, bytes, MADV_FREE); }
+void use_large_pages(uintptr_t begin, uintptr_t end) {
+  constexpr uintptr_t small = 4096;
+  begin = (begin + small - 1) / small * small, end = end / small * small;
+  if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+}
 #else
 void *map_pages(size_t) { return nullptr; }  // 别的系统：调用者改用 torch 的分配器
 void unmap_pages(void *, size_t) {}
 [[maybe_unused]] void make_reclaimable(void *, size_t) {}
+void use_large_pages(uintptr_t, uintptr_t) {}
 #endif
 
 class Pool {
@@ -130,6 +136,11 @@ Pool &pool() {
 void *buffer_take(size_t bytes) { return pool().take(bytes); }
 void buffer_give(void *data) { pool().give(data); }
 int64_t buffer_release() { return pool().release(); }
+
+void advise_huge_pages(Tensor t) {
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  use_large_pages(begin, begin + static_cast<uintptr_t>(t.numel() * t.element_size()));
+}
 
 Tensor pooled_empty(const Tensor &like, const std::vector<int64_t> &sizes) {
   size_t bytes = static_cast<size_t>(like.element_size());

@@ -138,6 +138,12 @@ def release_buffers() -> int:
     return _call("_release_buffers")
 
 
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """建议系统用 2 MiB 的页装这个张量；没有本地库时什么都不做。"""
+    if load():
+        _call("_advise_huge_pages", tensor)
+
+
 def build_info() -> dict[str, object]:
     """本地库的构建与运行信息，供 ``deepseek-opt doctor`` 与基准结果记录。
 

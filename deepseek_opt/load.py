@@ -53,6 +53,7 @@ class LoadCounter:
         with torch.inference_mode(False):
             self._table = torch.zeros(2, self.num_experts, dtype=torch.int64, device=device)
             self._dropped = torch.zeros((), dtype=torch.int64, device=device)
+            self._total = self._table[0]  # 每层每步都要，不必每次取视图
 
     def add(
         self, counts: Tensor, *, dropped: Tensor | None = None, training: bool | None = None
@@ -68,9 +69,9 @@ class LoadCounter:
             raise InputError.expected("counts", f"形状 [{self.num_experts}] 的整数张量", counts)
         if training is None:
             training = torch.is_grad_enabled()
-        with self._lock, torch.no_grad():
+        with self._lock:  # 整数张量没有梯度，不必另外关掉求导
             self._follow(counts.device)
-            (self._table if training else self._table[0]).add_(counts)
+            (self._table if training else self._total).add_(counts)
             if dropped is not None:
                 self._dropped.add_(dropped)
 
@@ -90,11 +91,12 @@ class LoadCounter:
             with torch.inference_mode(False):
                 self._table = self._table.to(device)
                 self._dropped = self._dropped.to(device)
+                self._total = self._table[0]
 
     def snapshot(self) -> Tensor:
         """累计的计数 [E]，一份拷贝。"""
         with self._lock:
-            return self._table[0].clone()
+            return self._total.clone()
 
     def pending(self) -> Tensor:
         """上次 :meth:`clear_pending` 以来训练前向的计数 [E]，一份拷贝。"""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_opt import buffers
 from deepseek_opt.errors import InputError
 
 GROUP_SIZES = (32, 64, 128)
@@ -81,7 +82,7 @@ def quantize_experts(  # pylint: disable=too-many-arguments
     groups = -(-columns // group) if group else 1
     shapes = packed_shapes((count, rows, columns), bits, group, symmetric)
     tensors = {
-        part: torch.empty(size, dtype=dtype, device=weight.device)
+        part: buffers.large_empty(size, dtype, weight.device)
         for part, (dtype, size) in shapes.items()
     }
     packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import LatentCache
-from deepseek_opt.cache import LatentLayer, token_bytes
+from deepseek_opt.cache_layer import LatentLayer, token_bytes
 from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 
 RANK, ROPE = 16, 8

@@ -536,3 +536,23 @@ def test_metrics_started_by_the_user_outlive_restore(model):
     with optimized(model, profile()):
         logits(model)
     assert is_collecting(model) and metrics(model).calls == 1
+
+
+def test_clamped_ffn_is_not_mistaken_for_a_plain_one():
+    """DeepSeek-V4、GLM-5 的写法：平常的输入碰不到截断，核对时要放大才看得出。"""
+
+    class Clamped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj = torch.nn.Linear(8, 12, bias=False)
+            self.up_proj = torch.nn.Linear(8, 12, bias=False)
+            self.down_proj = torch.nn.Linear(12, 8, bias=False)
+            self.act_fn = torch.nn.SiLU()
+
+        def forward(self, x):
+            up = self.up_proj(x).clamp(-10, 10)
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * up)
+
+    model = torch.nn.Sequential(Clamped())
+    report = optimize(model, OptimizationProfile(dense=DenseConfig(ffn=True, projections=False)))
+    assert "forward 不是 down(silu(gate x) * up x)" in report.skipped[0].reason

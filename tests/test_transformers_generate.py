@@ -9,7 +9,7 @@ import torch
 
 
 from deepseek_opt import LatentCache, MLAConfig, OptimizationProfile, optimize, restore
-from deepseek_opt.cache import LatentLayer
+from deepseek_opt.cache_layer import LatentLayer
 from tests.tiny_models import DynamicCache, StaticCache, make_inputs, make_model
 from tests.tolerances import tol
 

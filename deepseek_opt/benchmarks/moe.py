@@ -6,12 +6,13 @@ AVX512-BF16、形状 V2-Lite-3L 上的倍数。
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import torch
 
-from deepseek_opt.benchmarks import counts, moe_quantized, shapes
+from deepseek_opt.benchmarks import counts, llamacpp, moe_quantized, shapes
 from deepseek_opt.benchmarks.cases import Case, Env, Row, SpeedCase, Work, register_suite
 from deepseek_opt.benchmarks.decode_work import model_decode
 from deepseek_opt.benchmarks.sparse_dense import SparseDenseCase
@@ -40,8 +41,15 @@ def _touched(block: Any, x: torch.Tensor) -> int:
         return int(block.gate(x)[2].unique().numel())
 
 
-def _layer(env: Env, tokens: int, dtype: torch.dtype, train: bool = False) -> Work:
-    """一个 MoE 块（含路由与共享专家）；train 时前向加反向，对输入与全部权重求导。"""
+def _layer(
+    env: Env, tokens: int, dtype: torch.dtype, train: bool = False, accumulate: bool = False
+) -> Work:
+    """一个 MoE 块（含路由与共享专家）；train 时前向加反向，对输入与全部权重求导。
+
+    accumulate：梯度累积的第二个微批次起，``.grad`` 已经存在；否则每次先清空（set_to_none）。
+    """
+    from deepseek_opt import accumulate_into_grad
+
     block = shapes.build_moe(env.shape, dtype)
     fast = _optimized_twin(block)
     x = torch.randn(1, tokens, env.shape.config["hidden_size"]).to(dtype)
@@ -51,8 +59,13 @@ def _layer(env: Env, tokens: int, dtype: torch.dtype, train: bool = False) -> Wo
     gradient = torch.randn(x.shape).to(dtype)
     x.requires_grad_()
 
+    if accumulate:
+        block, fast = (copy.deepcopy(module) for module in (block, fast))  # 各有各的 .grad
+        accumulate_into_grad(fast)
+
     def run(module: Any) -> None:
-        module.zero_grad(set_to_none=True)
+        if not accumulate:
+            module.zero_grad(set_to_none=True)
         x.grad = None
         module(x).backward(gradient)
 
@@ -155,6 +168,16 @@ def _layer_cases(env: Env) -> list[Case]:
         )
         for name, dtype, target in (("bf16", _BF16, 3.0), ("fp32", _FP32, 2.0))
     ]
+    cases.append(
+        SpeedCase(
+            "layer.train.accumulate",
+            f"MoE 层 {tokens} 个词元 梯度累积 前向+反向 bf16",
+            partial(_layer, tokens=tokens, dtype=_BF16, train=True, accumulate=True),
+            None,
+            _PEER,
+            grad=True,
+        )
+    )
     cases.append(ActivationCase(tokens, 0.4))
     cases += [
         SpeedCase(
@@ -217,7 +240,8 @@ def build(env: Env) -> list[Case]:
         )
         for tokens in (1, 512)
     ]
-    return [*_layer_cases(env), *routers, *moe_quantized.build(), *_model_cases(env)]
+    beside = llamacpp.cases(env, _model_decode, _model_prefill, _BF16)
+    return [*_layer_cases(env), *routers, *moe_quantized.build(), *_model_cases(env), *beside]
 
 
 register_suite("moe", "MoE：专家、路由、整个模型", build)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepseek_opt.benchmarks import counts
 from deepseek_opt.benchmarks.cases import Env, SpeedCase, Work
+from deepseek_opt.buffers import large_empty
 
 _PEER = "本库 bf16"
 # （位数，组大小，要求的倍数）；组小则尺度多，只报告。
@@ -21,14 +22,19 @@ def _stack(count: int, rows: int, columns: int) -> Tensor:
     return one.expand(count, rows, columns).contiguous()
 
 
+def _repeated(one: Tensor, count: int) -> Tensor:
+    """[rows, columns] 重复成 [count, rows, columns]，内存像 ``quantize_experts`` 那样分配。"""
+    return large_empty((count, *one.shape), one.dtype).copy_(one)
+
+
 def _codes(bits: int, group: int, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """随机的码与尺度（对称），形状同 ``quantize_experts`` 的结果。"""
     groups = -(-columns // group) if group else 1
     if bits == 8:
         one = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
-        return one.repeat(count, 1, 1), torch.full((count, rows), 1e-3)
+        return _repeated(one, count), torch.full((count, rows), 1e-3)
     one = torch.randint(0, 256, (rows, groups * group // 2), dtype=torch.uint8)
-    return one.repeat(count, 1, 1), torch.full((count, rows, groups), 1e-3)
+    return _repeated(one, count), torch.full((count, rows, groups), 1e-3)
 
 
 def _experts(env: Env, tokens: int, bits: int, group: int) -> Work:

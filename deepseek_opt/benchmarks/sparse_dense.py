@@ -22,6 +22,7 @@ from deepseek_opt.benchmarks.process_memory import (
     reset_peak,
     status_bytes,
 )
+from deepseek_opt.buffers import large_empty
 from deepseek_opt.quantize import QuantizedExperts
 
 _BF16 = torch.bfloat16
@@ -32,7 +33,7 @@ _MIB = 1 << 20
 
 def random_int4(count: int, rows: int, columns: int, group: int) -> QuantizedExperts:
     """随机的 int4 权重 [count, rows, columns]，标准差与 :func:`shapes.fill_random` 相同。"""
-    packed = torch.empty(count, rows, columns // 2, dtype=torch.uint8)
+    packed = large_empty((count, rows, columns // 2), torch.uint8)
     shapes.fill_bytes(packed)
     scale = torch.full((count, rows, columns // group), shapes.STD / _CODE_STD)
     return QuantizedExperts(packed, scale, None, 4, group, (count, rows, columns))

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deepseek_opt.cache import LatentCache, LatentLayer
+from deepseek_opt.cache import LatentCache
+from deepseek_opt.cache_layer import LatentLayer
 from deepseek_opt.errors import UnsupportedError
 from deepseek_opt.integrations.specs import MIN_TRANSFORMERS
 

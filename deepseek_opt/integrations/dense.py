@@ -156,7 +156,7 @@ def _linear_reason(module: nn.Module) -> str | None:
 
 
 def instance_reason(module: nn.Module) -> str | None:
-    if hasattr(module, "_hf_hook"):
+    if "_hf_hook" in module.__dict__:
         return "accelerate 的设备钩子改写了 forward"
     if "forward" in module.__dict__ and patch_of(module) is None:
         return "forward 已被别的库在实例上改写"
@@ -165,10 +165,10 @@ def instance_reason(module: nn.Module) -> str | None:
 
 def ffn_reason(module: nn.Module) -> str | None:
     for part in _FFN:
-        linear = getattr(module, part)
+        linear = module._modules[part]
         if not is_plain(linear):
             return f"{part} 是 {type(linear).__name__} 或带有钩子，不是普通 nn.Linear"
-        if linear.bias is not None:
+        if linear._parameters["bias"] is not None:
             return f"{part} 带偏置"
     return None if _is_silu(module) else "激活函数不是 SiLU"
 
@@ -202,7 +202,7 @@ def probe_ffn(module: nn.Module) -> str | None:
 def _input_reason(x: Any) -> str | None:
     if not isinstance(x, Tensor):
         return "输入不是张量"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"设备 {x.device.type} 上还没有对应的核"
     if x.dtype not in _DTYPES:
         return f"数据类型 {x.dtype} 不受支持"

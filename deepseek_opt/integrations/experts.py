@@ -177,17 +177,30 @@ def state_reason(module: nn.Module) -> str | None:
     reason = parallel_reason(module)
     if reason is not None:
         return reason
-    up, down = (getattr(module, name, None) for name in weight_names(module))
-    for name, weight in zip(weight_names(module), (up, down), strict=True):
-        reason = weight_reason(name, weight)
-        if reason is not None:
-            return reason
+    names = weight_names(module)
+    up, down = (_weight(module, name) for name in names)
+    if not (_is_plain_weight(up) and _is_plain_weight(down)):
+        for name, weight in zip(names, (up, down), strict=True):
+            reason = weight_reason(name, weight)
+            if reason is not None:
+                return reason
     if up.dtype != down.dtype:
         return f"上、下投影的类型不同：{up.dtype} 与 {down.dtype}"
     return _shape_reason(module, up, down)
 
 
 # ---- 内部 ----
+
+
+def _weight(module: nn.Module, name: str) -> Any:
+    """权重；参数化（PEFT 等）之后不在 _parameters 里，经属性得到。"""
+    found = module._parameters.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
+def _is_plain_weight(weight: Any) -> bool:
+    """常见的情形先放行：每层每步都要看。"""
+    return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype in _DTYPES
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -226,16 +239,16 @@ def weight_reason(name: str, weight: Any) -> str | None:
 
 
 def _shape_reason(module: nn.Module, up: Tensor, down: Tensor) -> str | None:
-    shapes = f"{list(up.shape)}、{list(down.shape)}"
-    if up.dim() != 3 or down.dim() != 3:
-        return f"专家权重不是三维：{shapes}"
+    first, last = up.shape, down.shape
+    if len(first) != 3 or len(last) != 3:
+        return f"专家权重不是三维：{list(first)}、{list(last)}"
     width, inner = (2, 1) if module.is_transposed else (1, 2)
     times = 2 if module.has_gate else 1
     experts = module.num_experts
-    if up.shape[0] != experts or down.shape[0] != experts:
-        return f"专家权重的个数不是 num_experts={experts}：{shapes}"
-    if up.shape[width] != times * down.shape[inner]:
-        return f"专家权重的形状对不上：{shapes}"
+    if first[0] != experts or last[0] != experts:
+        return f"专家权重的个数不是 num_experts={experts}：{list(first)}、{list(last)}"
+    if first[width] != times * last[inner]:
+        return f"专家权重的形状对不上：{list(first)}、{list(last)}"
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from deepseek_opt.cache import LatentLayer
+from deepseek_opt.cache_layer import LatentLayer
 from deepseek_opt.errors import InputError
 
 

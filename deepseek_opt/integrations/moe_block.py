@@ -123,7 +123,7 @@ class MoeBlockPatch(QuantizablePatch):
             return self.call_original(hidden_states, *args, **kwargs)
         module, spec = self.module, self.spec
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        patch = patch_of(getattr(module, spec.experts))
+        patch = patch_of(module._modules[spec.experts])
         weights, indices = self._routed(flat, hidden_states, patch)
         if spec.scale is not None:
             weights = weights * getattr(module, spec.scale)
@@ -135,7 +135,7 @@ class MoeBlockPatch(QuantizablePatch):
     def _routed(self, flat: Tensor, hidden: Tensor, patch: ExpertsPatch) -> tuple[Tensor, Tensor]:
         """(权重, 下标)，各 [T, k]；顺带计数。"""
         module, spec, training = self.module, self.spec, patch.module.training
-        gate = getattr(module, spec.gate)
+        gate = module._modules[spec.gate]
         if isinstance(patch_of(gate), RouterPatch) and not is_hooked(gate):
             _, weights, indices, counts = route(gate, flat)
             patch.load_counter.add(counts, training=training)
@@ -148,8 +148,8 @@ class MoeBlockPatch(QuantizablePatch):
 
     def shared_weights(self) -> list[Tensor]:
         """共享专家的三个原权重。"""
-        mlp = getattr(self.module, self.spec.shared)
-        return [getattr(mlp, name).weight for name in _FFN]
+        parts = self.module._modules[self.spec.shared]._modules
+        return [parts[name]._parameters["weight"] for name in _FFN]
 
     def _shared(self, flat: Tensor) -> SharedTensors:
         """共享专家，可再带逐词元的系数 [T]（不量化）。"""
@@ -163,7 +163,7 @@ class MoeBlockPatch(QuantizablePatch):
 
     def _refusal(self, hidden: Tensor) -> str | None:
         """这次调用不能一起算的原因：原 forward 里的专家部分仍由 ExpertsPatch 计算。"""
-        inner = getattr(self.module, self.spec.experts)
+        inner = self.module._modules[self.spec.experts]
         patch = patch_of(inner)
         if not isinstance(patch, ExpertsPatch):
             return "专家的补丁已被取下"
@@ -210,8 +210,8 @@ _BY_HOOKS = "上有钩子，合在一起算就不会触发它"
 
 
 def _shared_reason(module: nn.Module, spec: MoeBlockSpec) -> str | None:
-    mlp = getattr(module, spec.shared, None)
-    if not all(isinstance(getattr(mlp, part, None), nn.Module) for part in _FFN):
+    mlp = module._modules.get(spec.shared)
+    if mlp is None or any(mlp._modules.get(part) is None for part in _FFN):
         return f"{spec.shared} 不是 gate_proj、up_proj、down_proj 的门控 FFN"
     if is_hooked(mlp):
         return spec.shared + _BY_HOOKS

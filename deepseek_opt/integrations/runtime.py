@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.cache import cache_dtype
+from deepseek_opt.cache_layer import cache_dtype
 from deepseek_opt.errors import ConfigError
 from deepseek_opt.integrations.masks import PlanMemo
 from deepseek_opt.integrations.stamp import stamp

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt import ops
-from deepseek_opt.cache import LatentCache, LatentLayer
+from deepseek_opt.cache import LatentCache
+from deepseek_opt.cache_layer import LatentLayer
 from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
 from deepseek_opt.integrations.masks import ragged_plan

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt import ops
-from deepseek_opt.cache import LatentCache, LatentLayer, cache_dtype, token_bytes
+from deepseek_opt.cache import LatentCache
+from deepseek_opt.cache_layer import LatentLayer, cache_dtype, token_bytes
 from deepseek_opt.config import MLAConfig
 from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask

@@ -1,0 +1,347 @@
+"""潜变量缓存的一层：缓冲区、写入、截断、重排；整个缓存见 ``cache.py``。只依赖 PyTorch。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek_opt import ops
+from deepseek_opt.errors import InputError, MemoryBudgetError
+
+# 容量按 64 个词元取整：一次增长至少够用 64 步，且缓冲区行首保持缓存行对齐。
+_ROUND = 64
+_STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+_DTYPE_NAMES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
+
+def cache_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """把配置里的名字（``"auto"``、``"bfloat16"``、``"int8"`` 等）换成 torch 的 dtype；auto 为 None。"""
+    if isinstance(value, str):
+        if value not in _DTYPE_NAMES:
+            raise InputError.expected("dtype", f"{'、'.join(_DTYPE_NAMES)} 之一", value)
+        return _DTYPE_NAMES[value]
+    if value is not None and value not in _STORE_DTYPES:
+        raise InputError.expected("dtype", "float32、bfloat16、float16 或 int8", str(value))
+    return value
+
+
+def token_bytes(rank: int, rope_dim: int, store: torch.dtype, rope_store: torch.dtype) -> int:
+    """每行每个词元占用的字节数；int8 另有 4 字节的 scale。"""
+    scale = 4 if store == torch.int8 else 0
+    return rank * store.itemsize + rope_dim * rope_store.itemsize + scale
+
+
+class LatentLayer:
+    """一层的缓存：latent [B, C, r]、rope [B, C, dr]、scale [B, C]（仅 int8），C 为容量。
+
+    第一次写入时才分配；容量翻倍增长，不超过 ``max_length`` 与 ``budget_bytes``。
+    int8 时 latent 逐词元量化，rope 保持写入时的类型（fp32 降为 bf16）。
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+        budget_bytes: int | None = None,
+        name: str = "",
+    ):
+        self.store_dtype = dtype
+        self.max_length = max_length
+        self.budget_bytes = budget_bytes
+        self.name = name
+        self.latent: Tensor | None = None
+        self.rope: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._offsets: Tensor | None = None  # [B] int64，每行下一个要写的槽位
+        self._length = 0  # 各行长度的最大值
+        self._ragged = False  # 各行长度是否可能不同
+
+    # ---- 状态 ----
+
+    @property
+    def length(self) -> int:
+        """各行长度的最大值；未写入过为 0。"""
+        return self._length
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """每行长度 [B] int64（副本）；未写入过为 None。"""
+        return None if self._offsets is None else self._offsets.clone()
+
+    @property
+    def ragged(self) -> bool:
+        """各行长度是否可能不同。"""
+        return self._ragged
+
+    @property
+    def capacity(self) -> int:
+        """已分配的槽位数 C。"""
+        return 0 if self.latent is None else self.latent.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """已分配的字节数。"""
+        buffers = (self.latent, self.rope, self.scale)
+        return sum(t.numel() * t.element_size() for t in buffers if t is not None)
+
+    def dequantized(self) -> Tensor | None:
+        """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""
+        if self.latent is None:
+            return None
+        part = self.latent[:, : self._length]
+        if self.scale is None:
+            return part
+        values = part.float() * self.scale[:, : self._length, None]
+        return values.to(self.rope.dtype)
+
+    # ---- 写入 ----
+
+    def append(self, latent: Tensor, rope: Tensor) -> int:
+        """写入 latent [B, T, r]、rope [B, T, dr]（不记录梯度）；返回写入后的最大长度。
+
+        所有检查都在改动之前；抛出 InputError 或 MemoryBudgetError 时缓存不变。
+        """
+        self.prepare(latent, rope)
+        return self.write(latent, rope)
+
+    def has_room(self, hidden: Tensor, rank: int, rope_dim: int) -> bool:
+        """已分配，且不必增长就能再写入 hidden [B, T, ...] 的各词元。"""
+        mine = self.latent
+        if mine is None or self._offsets is None:
+            return False
+        batch, steps = hidden.shape[:2]
+        same = mine.shape[0] == batch and mine.shape[2] == rank and self.rope.shape[2] == rope_dim
+        return same and self._length + steps <= mine.shape[1] and mine.device == hidden.device
+
+    def prepare(self, latent: Tensor, rope: Tensor) -> None:
+        """检查 latent、rope 能否写入，并保证容量；已有内容不变。"""
+        self._check(latent, rope)
+        total = self._length + latent.shape[1]
+        if self.latent is None or total > self.latent.shape[1]:
+            self.reserve(total, latent, rope)
+
+    def write(self, latent: Tensor, rope: Tensor) -> int:
+        """:meth:`prepare` 之后的写入；返回写入后的最大长度。"""
+        if latent.requires_grad or rope.requires_grad:
+            latent, rope = latent.detach(), rope.detach()
+        ops.mla_cache_write(self.latent, self.rope, self.scale, latent, rope, self._offsets)
+        self._offsets += latent.shape[1]
+        return self.advance(latent.shape[1])
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """每行下一个要写的槽位 [B] int64；未写入过为 None。"""
+        return self._offsets
+
+    def advance(self, steps: int) -> int:
+        """每行 steps 个新词元已写入缓冲区，:attr:`offsets` 已前移；返回写入后的最大长度。"""
+        self._length += steps
+        if self._ragged:
+            self._clear_tails()
+        return self._length
+
+    def reserve(self, length: int, latent: Tensor, rope: Tensor) -> None:
+        """保证容量至少 length；latent、rope 给出形状、类型与设备，内容不读。"""
+        limit = self._limit(latent, rope)
+        if limit is not None and length > limit[0]:
+            self._raise_full(length, limit, latent)
+        capacity = max(length, 2 * self.capacity if self.latent is not None else length + _ROUND)
+        capacity = -(-capacity // _ROUND) * _ROUND
+        if limit is not None:
+            capacity = min(capacity, limit[0])
+        batch, rank, rope_dim = latent.shape[0], latent.shape[2], rope.shape[2]
+        store, rope_store = self._stores(latent, rope)
+        device = latent.device
+        new_latent = torch.empty(batch, capacity, rank, dtype=store, device=device)
+        new_rope = torch.empty(batch, capacity, rope_dim, dtype=rope_store, device=device)
+        new_scale = None
+        if store == torch.int8:
+            new_scale = torch.empty(batch, capacity, dtype=torch.float32, device=device)
+        if self.latent is None:
+            self._offsets = torch.zeros(batch, dtype=torch.int64)
+            self._length, self._ragged = 0, False
+        else:
+            used = self._length
+            new_latent[:, :used] = self.latent[:, :used]
+            new_rope[:, :used] = self.rope[:, :used]
+            if new_scale is not None:
+                new_scale[:, :used] = self.scale[:, :used]
+        self.latent, self.rope, self.scale = new_latent, new_rope, new_scale
+
+    def load(self, latent: Tensor, rope: Tensor) -> None:
+        """丢弃已有内容，换成 latent [B, S, r]、rope [B, S, dr]。"""
+        self.reset()
+        if latent.shape[1]:
+            self.append(latent, rope)
+
+    def _stores(self, latent: Tensor, rope: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        store = self.store_dtype or latent.dtype
+        if store != torch.int8:
+            return store, store if self.store_dtype is not None else rope.dtype
+        return store, torch.bfloat16 if rope.dtype == torch.float32 else rope.dtype
+
+    def _limit(self, latent: Tensor, rope: Tensor) -> tuple[int, str] | None:
+        """(放得下的最大长度, 受什么限制)；没有限制为 None。"""
+        limit = None if self.max_length is None else (self.max_length, "max_length")
+        if self.budget_bytes is not None:
+            size = token_bytes(latent.shape[2], rope.shape[2], *self._stores(latent, rope))
+            fits = self.budget_bytes // (size * latent.shape[0])
+            if limit is None or fits < limit[0]:
+                limit = (fits, "budget")
+        return limit
+
+    def _raise_full(self, length: int, limit: tuple[int, str], latent: Tensor) -> None:
+        largest, kind = limit
+        if kind == "max_length":
+            raise InputError(
+                f"{self.name}缓存放不下：需要每行 {length} 个词元，上限 max_length={largest}"
+                f"（已有 {self._length}）"
+            )
+        raise MemoryBudgetError(
+            f"{self.name}缓存超出内存预算：{latent.shape[0]} 行、每行 {length} 个词元放不进本层的"
+            f" {self.budget_bytes} 字节；在此预算内每行最多 {largest} 个词元",
+            budget_bytes=self.budget_bytes,
+            max_length=largest,
+        )
+
+    def _check(self, latent: Tensor, rope: Tensor) -> None:
+        if latent.dim() != 3 or rope.dim() != 3 or latent.shape[:2] != rope.shape[:2]:
+            raise InputError(
+                f"{self.name}latent、rope 应为 [B, T, r] 与 [B, T, dr]，得到 "
+                f"{list(latent.shape)} 与 {list(rope.shape)}"
+            )
+        mine = self.latent
+        if mine is None:
+            if not latent.is_floating_point():
+                raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
+            return
+        if latent.shape[0] != mine.shape[0]:
+            raise InputError(
+                f"{self.name}缓存有 {mine.shape[0]} 行，这次传入 {latent.shape[0]} 行；"
+                "换一批输入请用新的缓存或先 reset()"
+            )
+        if latent.shape[2] != mine.shape[2] or rope.shape[2] != self.rope.shape[2]:
+            raise InputError(
+                f"{self.name}缓存来自另一个模型：缓存的维度是 r={mine.shape[2]}、"
+                f"dr={self.rope.shape[2]}，这次是 r={latent.shape[2]}、dr={rope.shape[2]}"
+            )
+        if latent.device != mine.device or rope.device != mine.device:
+            raise InputError(
+                f"{self.name}缓存在 {mine.device}，传入的张量在 {latent.device}、{rope.device}；"
+                "请放到同一设备"
+            )
+        if not latent.is_floating_point():
+            raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
+
+    def _measure(self) -> None:
+        """各行长度变动之后，重新算出最大长度、是否参差，并清理短行的尾部。"""
+        self._length = int(self._offsets.max())
+        self._ragged = int(self._offsets.min()) != self._length
+        if self._ragged:
+            self._clear_tails()
+
+    def _clear_tails(self) -> None:
+        """各行长度不同时，把较短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
+        for row, end in enumerate(self._offsets.tolist()):
+            for buffer in (self.latent, self.rope, self.scale):
+                if buffer is not None and end < self._length:
+                    buffer[row, end : self._length] = 0
+
+    # ---- 整体操作 ----
+
+    def crop(self, tokens: int) -> None:
+        """tokens <= 0：每行去掉 -tokens 个词元；tokens > 0：只保留前 tokens 个。"""
+        if self.latent is None:
+            return
+        shortest = int(self._offsets.min()) if self._ragged else self._length
+        if -tokens > shortest:
+            raise InputError(f"{self.name}缓存只有 {shortest} 个词元，不能去掉 {-tokens} 个")
+        if tokens > 0:
+            self._offsets.clamp_(max=tokens)
+            self._length = min(self._length, tokens)
+        else:
+            self._offsets += tokens
+            self._length += tokens
+        if self._ragged:
+            self._measure()
+
+    def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
+        """逐行截断到 lengths [B]；每个值须在 0 与该行现有长度之间。"""
+        if self.latent is None:
+            raise InputError(f"{self.name}缓存还是空的，不能逐行截断")
+        wanted = torch.as_tensor(lengths).to("cpu", torch.int64)
+        if wanted.shape != self._offsets.shape:
+            raise InputError(
+                f"lengths 应有 {self._offsets.numel()} 个值，得到形状 {list(wanted.shape)}"
+            )
+        if bool((wanted < 0).any()) or bool((wanted > self._offsets).any()):
+            raise InputError(
+                f"lengths 应在 0 与各行现有长度 {self._offsets.tolist()} 之间，得到 {wanted.tolist()}"
+            )
+        self._offsets.copy_(wanted)
+        self._measure()
+
+    def reorder(self, index: Tensor) -> None:
+        """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
+        if self.latent is None:
+            return
+        index = self._check_index(index)
+        if index.numel() != self.latent.shape[0]:
+            self.select(index)
+            return
+        moved = (index != torch.arange(index.numel(), device=index.device)).nonzero().flatten()
+        if moved.numel() == 0:
+            return
+        source = index[moved]
+        for buffer in (self.latent, self.rope, self.scale):
+            if buffer is not None:
+                part = buffer[:, : self._length]
+                part[moved] = part[source]
+        if self._ragged:
+            self._offsets = self._offsets[index.cpu()]
+            self._measure()
+
+    def select(self, index: Tensor) -> None:
+        """只保留 index 指出的行（可重复、可改变行数）。"""
+        if self.latent is None:
+            return
+        index = self._check_index(index)
+        self.latent = self.latent.index_select(0, index)
+        self.rope = self.rope.index_select(0, index)
+        if self.scale is not None:
+            self.scale = self.scale.index_select(0, index)
+        self._offsets = self._offsets[index.cpu()]
+        self._measure()
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """每行重复 repeats 次。"""
+        if self.latent is not None:
+            rows = torch.arange(self.latent.shape[0], device=self.latent.device)
+            self.select(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """清空并释放缓冲区。"""
+        self.latent = self.rope = self.scale = self._offsets = None
+        self._length, self._ragged = 0, False
+
+    def _check_index(self, index: Tensor) -> Tensor:
+        index = torch.as_tensor(index, device=self.latent.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        index = index.to(torch.int64)
+        rows = self.latent.shape[0]
+        if index.dim() != 1 or index.numel() == 0:
+            raise InputError(f"{self.name}行下标应为非空的一维整数张量，得到 {list(index.shape)}")
+        low, high = int(index.min()), int(index.max())
+        if low < -rows or high >= rows:
+            raise InputError(f"{self.name}行下标应在 0 与 {rows - 1} 之间，得到 {low} 到 {high}")
+        return index % rows
