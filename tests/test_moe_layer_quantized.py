@@ -35,7 +35,7 @@ def test_own_layers(form, keep):
         weight.copy_(dequantize(quantize_experts(weight[None], *numbers))[0])
     before = model[0].load_counter.snapshot()
     report = optimize(model, profile(**fields, keep_original_weights=keep), strict=True)
-    torch.testing.assert_close(model(x), twin(x), **tol(torch.float32))
+    torch.testing.assert_close(model(x), twin(x), **tol("fixed_point"))
     assert not report.fallbacks and (model[0].load_counter.snapshot() >= before).all()
     assert [e.name for e in report.replaced] == ["0"] and "每个专家" in report.replaced[0].reason
     if keep:
@@ -44,7 +44,7 @@ def test_own_layers(form, keep):
         with pytest.raises(UnsupportedError, match="已经释放"):
             model.train()(x)
         torch.testing.assert_close(
-            restore(model.eval(), dequantize=True)(x), twin(x), **tol(torch.float32)
+            restore(model.eval(), dequantize=True)(x), twin(x), **tol("fixed_point")
         )
 
 
