@@ -174,6 +174,17 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "activation, float alpha, float limit, bool transposed, bool interleaved, bool gated, bool "
       "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("mtp_verify_greedy(Tensor logits, Tensor drafts, Tensor? draft_len) -> (Tensor, Tensor)");
+  m.def(
+      "mtp_verify_sample(Tensor probs, Tensor drafts, Tensor? draft_len, Tensor? draft_probs,"
+      " Tensor uniform) -> (Tensor, Tensor)");
+  m.def(
+      "mtp_input(Tensor embedding, Tensor hidden, Tensor embedding_norm, Tensor hidden_norm, "
+      "Tensor weight, float eps) -> Tensor");
+  m.def(
+      "sample_filter(Tensor logits, Tensor? token_ids, Tensor? token_len, float temperature, int "
+      "top_k, float top_p, float min_p, float repetition_penalty) -> Tensor");
+  m.def("sample_tokens(Tensor probs, Tensor uniform) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CompositeExplicitAutograd, m) {

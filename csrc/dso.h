@@ -318,12 +318,76 @@ typedef struct {
   float *out;                        /* [tokens, experts] */
 } dso_moe_route_backward_params;
 
+/* [R, P, V]：第 (r, i) 个位置的 V 个数起于第 r * rs + i * ps 个元素，相邻。 */
+typedef struct {
+  const void *data;
+  int64_t rs, ps;
+  dso_dtype dtype;
+} dso_positions;
+
+/* 逐行核对草稿 draft [R, D]（前 draft_len[r] 个有效，其余不看）：accepted 是从头连续接受的个数，next 是
+ * 其后的词元。next < 0 是出错：位置 -1 - next 上的数不对，accepted 是 dso_mtp_fault。 */
+typedef struct {
+  int64_t rows, drafts, vocab;
+  const int64_t *draft, *draft_len; /* [R, D]、[R] */
+  int64_t *accepted, *next;         /* [R] */
+} dso_mtp_rows;
+
+typedef enum { DSO_MTP_BAD_TARGET = 0, DSO_MTP_BAD_DRAFT = 1 } dso_mtp_fault;
+
+typedef struct {
+  dso_mtp_rows in;
+  dso_positions logits; /* [R, D + 1, V] */
+} dso_mtp_verify_greedy_params;
+
+typedef struct {
+  dso_mtp_rows in;
+  int one_hot;                    /* 1：草稿是确定地选出的，没有 proposal */
+  dso_positions target, proposal; /* 概率 [R, D + 1, V]、[R, D, V] */
+  const double *uniform;          /* [R, D + 1]，[0, 1)；最后一列用来抽 next */
+} dso_mtp_verify_sample_params;
+
+/* h' = W [norm(embedding); norm(hidden)]；embedding、hidden [M, K]，weight [N, 2 K]。 */
+typedef struct {
+  int64_t m, n, k;
+  dso_mat embedding, hidden, weight;        /* embedding 与 hidden 同 dtype */
+  const void *embedding_norm, *hidden_norm; /* [K] */
+  dso_dtype embedding_norm_dtype, hidden_norm_dtype;
+  float eps;
+  void *y; /* [M, N] 连续，与 embedding 同 dtype */
+} dso_mtp_input_params;
+
+/* 采样前对 logits [R, P, V] 的处理，依次是重复惩罚、温度、top-k、top-p、min-p，再 softmax。
+ * top_k 为 0、top_p >= 1、min_p <= 0、penalty 为 1 分别表示不用。 */
+typedef struct {
+  int64_t rows, positions, vocab;
+  dso_positions logits;
+  const int64_t *token; /* [R, L] 已有的词元；不在 [0, V) 的不算。没有则 NULL */
+  int64_t token_rs;
+  const int64_t *token_len; /* [R, P]：各位置看前几个 */
+  float penalty, temperature, min_p;
+  int64_t top_k;
+  double top_p;
+  float *probs;   /* [R, P, V] 连续 */
+  int64_t *fault; /* [R, P]：1 表示 logits 里有 NaN、+inf，或全是 -inf */
+} dso_sample_filter_params;
+
+/* 各行按概率抽一个：第一个累计超过 uniform * 总和的。token < 0 是出错。 */
+typedef struct {
+  int64_t rows, vocab;
+  dso_mat probs;         /* [R, V] */
+  const double *uniform; /* [R]，[0, 1) */
+  int64_t *token;        /* [R] */
+} dso_sample_tokens_params;
+
 extern const dso_op dso_linear, dso_linear_backward;
 extern const dso_op dso_swiglu_mlp, dso_swiglu_mlp_backward;
 extern const dso_op dso_rms_norm, dso_rms_norm_backward;
 extern const dso_op dso_rope, dso_mla_qkv_a, dso_mla_cache_write;
 extern const dso_op dso_moe_route, dso_moe_route_backward;
 extern const dso_op dso_moe_experts, dso_moe_experts_backward;
+extern const dso_op dso_mtp_verify_greedy, dso_mtp_verify_sample, dso_mtp_input;
+extern const dso_op dso_sample_filter, dso_sample_tokens;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 
 /* 指令集：名字为 scalar、avx2、avx512、avx512_vnni、avx512_bf16。 */

@@ -1,8 +1,6 @@
 /* RMS 归一化（可先加残差）：y = cast(x * rsqrt(mean(x²) + eps)) * weight，fp32 内计算。
  * 先舍入到 x 的 dtype 再乘 weight，与 transformers 的 RMSNorm 逐步一致。 */
-#include <math.h>
-
-#include "isa/isa.h"
+#include "rms_norm.h"
 
 enum { ROWS = 16 }; /* 每任务行数：摊薄调度 */
 
@@ -17,13 +15,6 @@ static int64_t tasks(const void *params, int64_t stage) {
   return stage == 0 ? dso_ceil_div(p->rows, ROWS) : 0;
 }
 
-/* 舍入到 dtype 再取回 fp32：与“先存成该 dtype”的结果一致。 */
-static void round_to(const dso_isa *isa, float *v, dso_dtype dtype, void *slot, int64_t n) {
-  if (dtype == DSO_F32) return;
-  isa->from_f32(slot, dtype, v, n);
-  isa->to_f32(v, slot, dtype, n);
-}
-
 static void norm_row(const dso_ctx *ctx, int64_t row, const float *weight, float *v, float *other) {
   const dso_rms_norm_params *p = ctx->params;
   dso_dtype dtype = p->x.dtype;
@@ -36,11 +27,7 @@ static void norm_row(const dso_ctx *ctx, int64_t row, const float *weight, float
     ctx->isa->from_f32(total, dtype, v, p->dim);
     ctx->isa->to_f32(v, total, dtype, p->dim);
   }
-  float mean = ctx->isa->vdot(v, v, p->dim) / (float)p->dim;
-  ctx->isa->vscale(v, 1.0f / sqrtf(mean + p->eps), p->dim);
-  round_to(ctx->isa, v, dtype, y, p->dim);
-  for (int64_t i = 0; i < p->dim; i++) v[i] *= weight[i];
-  ctx->isa->from_f32(y, dtype, v, p->dim);
+  dso_rms_norm_row(ctx->isa, v, weight, p->eps, p->dim, y, dtype);
 }
 
 static void run(const dso_ctx *ctx, int64_t task) {

@@ -157,6 +157,7 @@ def test_model_tables_agree_with_the_specs():
         ("64 个槽位", "csrc/mla_decode.c", r"BLOCK = 64,"),
         ("至多 32 段", "csrc/mla_decode.c", r"MAX_SPLITS = 32,"),
         ("至 96 行", "csrc/gemm.h", r"DSO_DOT_MAX_M = 96,"),
+        ("看每 64 个分数", "csrc/sample_filter.c", r"BLOCK = 64,"),
         ("128 列", "csrc/gemm.h", r"DSO_NB = 128,"),
         ("16 列一个面板", "csrc/isa/isa.h", r"DSO_PANEL 16 "),
     ],

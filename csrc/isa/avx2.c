@@ -107,5 +107,6 @@ void dso_isa_init_avx2(dso_isa *isa) {
       .vaxpy = vaxpy,
       .vscale = vscale,
       .vamax = vamax,
+      .vmax = vmax,
   };
 }

@@ -97,5 +97,6 @@ void dso_isa_init_avx512(dso_isa *isa) {
       .vaxpy = vaxpy,
       .vscale = vscale,
       .vamax = vamax,
+      .vmax = vmax,
   };
 }

@@ -76,6 +76,7 @@ typedef struct dso_isa {
   void (*vaxpy)(float *y, float a, const float *x, int64_t n);
   void (*vscale)(float *y, float a, int64_t n);
   float (*vamax)(const float *x, int64_t n); /* 最大绝对值，含 NaN 时返回 NaN */
+  float (*vmax)(const float *x, int64_t n);  /* 最大值，含 NaN 时返回 NaN；n 为 0 时 -inf */
 } dso_isa;
 
 void dso_isa_init_scalar(dso_isa *isa);

@@ -272,6 +272,15 @@ static float vamax(const float *x, int64_t n) {
   return top;
 }
 
+static float vmax(const float *x, int64_t n) {
+  float top = -INFINITY;
+  for (int64_t i = 0; i < n; i++) {
+    if (x[i] != x[i]) return x[i];
+    top = x[i] > top ? x[i] : top;
+  }
+  return top;
+}
+
 void dso_isa_init_scalar(dso_isa *isa) {
   *isa = (dso_isa){
       .name = "scalar",
@@ -297,5 +306,6 @@ void dso_isa_init_scalar(dso_isa *isa) {
       .vaxpy = vaxpy,
       .vscale = vscale,
       .vamax = vamax,
+      .vmax = vmax,
   };
 }

@@ -218,3 +218,19 @@ static float vamax(const float *x, int64_t n) {
   }
   return odd == odd ? best : (best == INFINITY ? INFINITY : NAN);
 }
+
+static float vmax(const float *x, int64_t n) {
+  vf top = v_set1(-INFINITY), probe = v_set1(0.0f);
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) {
+    vf v = v_load(x + i);
+    top = v_max(top, v);
+    probe = v_fma(v_min(v_set1(1.0f), v_max(v_set1(-1.0f), v)), v_set1(0.0f), probe);
+  }
+  float best = v_hmax(top), odd = v_hsum(probe); /* 夹到 [-1, 1] 之后只有 NaN 乘 0 不得 0 */
+  for (; i < n; i++) {
+    best = x[i] > best ? x[i] : best;
+    odd += x[i] != x[i] ? NAN : 0.0f;
+  }
+  return odd == odd ? best : NAN;
+}

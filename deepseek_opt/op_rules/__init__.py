@@ -4,4 +4,4 @@
 没有二阶导数（对它再求导时 torch 会报错，而不是给出错误的结果）。
 """
 
-from deepseek_opt.op_rules import dense, mla, moe, moe_quantized  # noqa: F401
+from deepseek_opt.op_rules import dense, mla, moe, moe_quantized, mtp  # noqa: F401

@@ -36,6 +36,8 @@ from deepseek_opt.ops.moe import (
     moe_route,
 )
 from deepseek_opt.ops.moe_quantized import moe_experts_quantized
+from deepseek_opt.ops.mtp import mtp_input, mtp_verify_greedy, mtp_verify_sample
+from deepseek_opt.ops.sample import sample_filter, sample_tokens
 from deepseek_opt.ops.spans import (
     make_spans,
     slice_spans,
@@ -60,9 +62,14 @@ __all__ = [
     "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
+    "mtp_input",
+    "mtp_verify_greedy",
+    "mtp_verify_sample",
     "rms_norm",
     "rope",
     "rope_",
+    "sample_filter",
+    "sample_tokens",
     "slice_spans",
     "spans_from_cu_seqlens",
     "swiglu_mlp",

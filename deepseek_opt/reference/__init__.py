@@ -22,6 +22,8 @@ from deepseek_opt.reference.mla import (
 )
 from deepseek_opt.reference.moe import moe_experts, moe_experts_list, moe_route
 from deepseek_opt.reference.moe_quantized import moe_experts_quantized
+from deepseek_opt.reference.mtp import mtp_input, mtp_verify_greedy, mtp_verify_sample
+from deepseek_opt.reference.sample import sample_filter, sample_tokens
 
 __all__ = [
     "add_rms_norm",
@@ -34,7 +36,12 @@ __all__ = [
     "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
+    "mtp_input",
+    "mtp_verify_greedy",
+    "mtp_verify_sample",
     "rms_norm",
     "rope",
+    "sample_filter",
+    "sample_tokens",
     "swiglu_mlp",
 ]

@@ -51,5 +51,6 @@ void test_mla(void);
 void test_moe(void);
 void test_moe_route(void);
 void test_quant(void);
+void test_mtp(void);
 
 #endif

@@ -12,5 +12,6 @@ int main(int argc, char **argv) {
   test_moe();
   test_moe_route();
   test_quant();
+  test_mtp();
   return report();
 }

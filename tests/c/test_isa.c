@@ -247,6 +247,9 @@ static void vectors(int64_t n) {
   check(fabs(tested->vdot(x.data, y.data, n) - sum) <= 1e-5 * (1.0 + fabs(sum)) + 1e-6 * (double)n,
         "%s vdot n=%lld", tested->name, (long long)n);
   check(tested->vamax(x.data, n) == (float)top, "%s vamax n=%lld", tested->name, (long long)n);
+  double most = -INFINITY;
+  for (int64_t i = 0; i < n; i++) most = fmax(most, get(&x, i));
+  check(tested->vmax(x.data, n) == (float)most, "%s vmax n=%lld", tested->name, (long long)n);
   scalar->vaxpy(y.data, 0.37f, x.data, n);
   tested->vaxpy(y1.data, 0.37f, x.data, n);
   check_near("vaxpy", &y1, &y, 1e-6);
@@ -260,6 +263,12 @@ static void vectors(int64_t n) {
     put(&x, i, NAN);
     check(isnan(tested->vamax(x.data, n)), "%s vamax：第 %lld 个（共 %lld）是 NaN", tested->name,
           (long long)i, (long long)n);
+    check(isnan(tested->vmax(x.data, n)), "%s vmax：第 %lld 个（共 %lld）是 NaN", tested->name,
+          (long long)i, (long long)n);
+    put(&x, i, INFINITY);
+    check(tested->vmax(x.data, n) == INFINITY, "%s vmax inf", tested->name);
+    put(&x, i, -INFINITY);
+    check(tested->vmax(x.data, n) <= (float)most, "%s vmax -inf", tested->name);
     put(&x, i, keep);
   }
 }
