@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from deepseek_opt.buffers import large_empty
 from deepseek_opt.errors import InputError
 from deepseek_opt.integrations import experts, moe_block, moe_layer, quantized
 from deepseek_opt.integrations.expert_store import ExpertStore, Scheme, weight_at
@@ -345,7 +346,8 @@ def _read_layer(
     module = model.get_submodule(name)
     found = {}
     for weight, shape in layer.weights.items():
-        packed, scale = (file.get_tensor(_key(name, weight, p)) for p in ("packed", "scale"))
+        mapped, scale = (file.get_tensor(_key(name, weight, p)) for p in ("packed", "scale"))
+        packed = large_empty(mapped.shape, mapped.dtype).copy_(mapped)  # 大页上，不再依赖文件
         zeroed = scheme.bits == 4 and not scheme.symmetric
         zero = file.get_tensor(_key(name, weight, "zero")) if zeroed else None
         found[weight] = QuantizedExperts(packed, scale, zero, *scheme[:2], shape)
