@@ -145,11 +145,12 @@ class SpeedCase(Case):
                 return [self._missing(f"这台机器没有 {self.isa}")]
         mode = torch.enable_grad() if self.grad else torch.inference_mode()
         with timing.settings(self.threads, self.isa), mode:
-            roofline = env.roofline()
             work = self.build(env)
-            peer, ours = timing.interleaved(
-                work.peer, work.ours, rounds=env.rounds, seconds=env.seconds
-            )
+            with timing.fresh_read(env.roofline(), env.quick) as found:
+                peer, ours = timing.interleaved(
+                    work.peer, work.ours, rounds=env.rounds, seconds=env.seconds
+                )
+        roofline = found[0]
         floor = roofline.floor_seconds(work.flops, work.read_bytes, work.dtype)
         return [
             Row(
@@ -175,6 +176,7 @@ def _details(peer: Any, ours: Any, case: SpeedCase, roofline: timing.Roofline) -
         "ours_median_ms": ours.median * 1e3,
         "ours_rounds": ours.rounds,
         "threads": roofline.threads,
+        "read_gbps": roofline.read_gbps,
     }
     if peer is not None:
         details |= {"peer_median_ms": peer.median * 1e3, "peer_rounds": peer.rounds}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from deepseek_opt.benchmarks import timing
 from deepseek_opt.benchmarks.cases import Case, Env, Row, Work
 from deepseek_opt.errors import InputError
 
@@ -43,25 +44,26 @@ class LlamaCase(Case):
         """各跑几轮，取最快的一轮。"""
         command = _command(env, self.options)
         with torch.inference_mode():
-            roofline = env.roofline()
             work = self.build(env)
             work.ours()
-            pairs = [
-                (_llama_ms(command), _ours_ms(work.ours, self.calls))
-                for _ in range(1 if env.quick else _ROUNDS)
-            ]
+            with timing.fresh_read(env.roofline(), env.quick) as found:
+                pairs = [
+                    (_llama_ms(command), _ours_ms(work.ours, self.calls))
+                    for _ in range(1 if env.quick else _ROUNDS)
+                ]
         peers, mine = zip(*pairs, strict=True)
-        floor = roofline.floor_seconds(work.flops, work.read_bytes, work.dtype) * 1e3
+        floor = found[0].floor_seconds(work.flops, work.read_bytes, work.dtype) * 1e3
         peer, ours = min(peers), min(mine)
         details = {
             "threads": env.threads,
+            "read_gbps": found[0].read_gbps,
             "peer_median_ms": statistics.median(peers),
             "ours_median_ms": statistics.median(mine),
             "tokens_per_second": self.tokens / self.calls / ours * 1e3,
             "peer_tokens_per_second": self.tokens / self.calls / peer * 1e3,
         }
-        found = (self.key, self.title, "speed", "ms", "llama.cpp", peer, ours, 1.0, floor / ours)
-        return [Row(*found, details=details)]
+        reading = (self.key, self.title, "speed", "ms", "llama.cpp", peer, ours, 1.0, floor / ours)
+        return [Row(*reading, details=details)]
 
 
 def cases(

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -125,13 +125,27 @@ def measure_roofline(quick: bool = False) -> Roofline:
     fp16 只测本库：没有 AVX512-FP16 的 x86 上，torch 的 fp16 矩阵乘法慢几百倍。
     """
     size, rounds = (256, 1) if quick else (_GEMM, 4)
-    read_bytes = (32 << 20) if quick else _READ_BYTES
     with torch.inference_mode():
         peaks = {
             str(dtype).removeprefix("torch."): _gemm_gflops(dtype, size, rounds)
             for dtype in (torch.bfloat16, torch.float32, torch.float16)
         }
-        return Roofline(torch.get_num_threads(), _read_gbps(read_bytes, rounds), peaks)
+        return Roofline(torch.get_num_threads(), read_gbps(quick), peaks)
+
+
+def read_gbps(quick: bool = False) -> float:
+    """此刻的读带宽，GB/s。"""
+    with torch.inference_mode():
+        return _read_gbps(*((32 << 20, 1) if quick else (_READ_BYTES, 4)))
+
+
+@contextmanager
+def fresh_read(roofline: Roofline, quick: bool = False) -> Iterator[list[Roofline]]:
+    """前后各测一次读带宽，结束时给出取高者的屋顶线：与别人共用内存的机器上，带宽几分钟里会差近一倍。"""
+    found: list[Roofline] = []
+    before = read_gbps(quick)
+    yield found
+    found.append(replace(roofline, read_gbps=max(before, read_gbps(quick))))
 
 
 def _best(run: Callable[[], Any], rounds: int) -> float:
