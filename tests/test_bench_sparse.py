@@ -78,7 +78,10 @@ def test_decode_counts_follow_the_touched_experts():
     same = counts.model_decode(config, 1, 8, 2, touched=layers * 2)
     assert cost == same
     fewer = counts.model_decode(config, 1, 8, 2, expert_itemsize=0.5, touched=3)
-    assert cost.read_bytes - fewer.read_bytes == ((layers * 2 + layers) * 2 - (3 + layers) * 0.5) * expert
+    assert (
+        cost.read_bytes - fewer.read_bytes
+        == ((layers * 2 + layers) * 2 - (3 + layers) * 0.5) * expert
+    )
     assert cost.flops == fewer.flops
 
 

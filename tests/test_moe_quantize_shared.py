@@ -224,5 +224,7 @@ def test_a_file_with_the_shared_expert_as_it_is(model, tmp_path):
     other = hollow()
     report = dso.load_quantized(other, path)
     assert list(quantized.stores_in(other)) == [f"{BLOCK}.experts"]
-    assert any(e.name == BLOCK and e.reason == "共享专家与路由专家一次算完" for e in report.replaced)
+    assert any(
+        e.name == BLOCK and e.reason == "共享专家与路由专家一次算完" for e in report.replaced
+    )
     torch.testing.assert_close(logits(other), expected, **tol("fixed_point"))

@@ -64,7 +64,9 @@ def _shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int, int]:
             weights = [module._parameters[name] for name in experts.weight_names(module)]
             found += [w.mT if module.is_transposed else w for w in weights]
         elif spec is not None:
-            found += [weight_at(module, path)[None] for path in moe_block.shared_paths(module, spec)]
+            found += [
+                weight_at(module, path)[None] for path in moe_block.shared_paths(module, spec)
+            ]
     width = found[0].element_size() if found else 0
     return [tuple(w.shape) for w in found], layers, width
 
