@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,7 @@ def _layers(values: list[float]) -> tuple[float, float]:
 
 
 def balance_updated(text: str) -> str:
-    """换掉均衡的区块后的全文。"""
+    """换掉均衡的区块后的全文；没有区块的不变。"""
     pattern = re.compile(re.escape(BALANCE_BEGIN) + r".*?" + re.escape(BALANCE_END), re.DOTALL)
     return pattern.sub(lambda _: balance(), text)
 
@@ -205,13 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="只检查，不改文件")
     check = parser.parse_args(arguments).check
     documents, stale = load(), []
-    wanted_texts = {
-        path: partial(updated, documents=documents, everything=everything)
-        for path, everything in TARGETS.items()
-    }
-    for path, change in {**wanted_texts, ROOT / "docs" / "MoE.md": balance_updated}.items():
+    for path, everything in TARGETS.items():
         text = path.read_text(encoding="utf-8")
-        wanted = change(text)
+        wanted = balance_updated(updated(text, documents, everything))
         if wanted == text:
             continue
         stale.append(path.name)
