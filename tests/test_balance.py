@@ -189,6 +189,7 @@ def _worker(rank, folder):
         update_expert_bias(wrapped, 0.5)  # 都没有统计：各进程一起报错，不会有谁在等
     except InputError:
         torch.save((local, bias(layer)), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # 一起结束：先走的会让另一个的 gloo 线程在退出时中止
     torch.distributed.destroy_process_group()
 
 

@@ -337,6 +337,7 @@ def replica(rank: int, world: int, port: int, folder: str) -> None:
     model(torch.randn(2, 3, 8, generator=generator)).backward()
     grads = [p.grad for p in model.module.weights]
     torch.save(grads, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()  # 一起结束：先走的会让另一个的 gloo 线程在退出时中止
     dist.destroy_process_group()
 
 
