@@ -52,7 +52,7 @@ void use_large_pages(uintptr_t begin, uintptr_t end) {
 #else
 void *map_pages(size_t) { return nullptr; }  // 别的系统：调用者改用 torch 的分配器
 void unmap_pages(void *, size_t) {}
-[[maybe_unused]] void make_reclaimable(void *, size_t) {}
+void make_reclaimable(void *, size_t) {}
 void use_large_pages(uintptr_t, uintptr_t) {}
 #endif
 

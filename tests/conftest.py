@@ -31,3 +31,14 @@ def threads():
 def _seed():
     """失败可以重现。"""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """基准计时前冲缓存的大块换成很小的：测试不看时间。"""
+    from deepseek_opt.benchmarks import timing  # 只有基准的测试要
+
+    monkeypatch.setattr(timing, "_EVICT_BYTES", 1 << 16)
+    timing._evict_buffer.cache_clear()
+    yield
+    timing._evict_buffer.cache_clear()

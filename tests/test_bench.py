@@ -41,15 +41,9 @@ TINY = shapes.TINY
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch):
+def _fast(small_buffers, threads):  # pylint: disable=unused-argument
     """小的驱逐缓冲、一个线程、不重测屋顶线。"""
-    monkeypatch.setattr(timing, "_EVICT_BYTES", 1 << 16)
-    timing._evict_buffer.cache_clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    timing._evict_buffer.cache_clear()
+    threads(1)
 
 
 @pytest.fixture(name="env")

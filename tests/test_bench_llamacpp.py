@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 # pylint: disable=wrong-import-position
 
-from deepseek_opt.benchmarks import llamacpp, runner, timing  # noqa: E402
+from deepseek_opt.benchmarks import llamacpp, runner  # noqa: E402
 from deepseek_opt.benchmarks.shapes import TINY  # noqa: E402
 from deepseek_opt.errors import InputError  # noqa: E402
 
@@ -27,12 +27,7 @@ print(json.dumps([{{"samples_ns": [8_000_000], "n_gen": count}}]))
 """
 
 
-@pytest.fixture(autouse=True)
-def _small_buffers(monkeypatch):
-    monkeypatch.setattr(timing, "_EVICT_BYTES", 1 << 16)
-    timing._evict_buffer.cache_clear()
-    yield
-    timing._evict_buffer.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_buffers")
 
 
 def _install(tmp_path, monkeypatch, broken=False):

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 # pylint: disable=wrong-import-position
 
 from deepseek_opt import cli, restore  # noqa: E402
-from deepseek_opt.benchmarks import counts, runner, shapes, sparse_dense, timing  # noqa: E402
+from deepseek_opt.benchmarks import counts, runner, shapes, sparse_dense  # noqa: E402
 from deepseek_opt.errors import InputError  # noqa: E402
 from deepseek_opt.quantize import dequantize  # noqa: E402
 from tests.tolerances import tol  # noqa: E402
@@ -18,12 +18,7 @@ TINY = shapes.TINY_SPARSE
 _IDS = torch.arange(24).view(2, 12)
 
 
-@pytest.fixture(autouse=True)
-def _small_buffers(monkeypatch):
-    monkeypatch.setattr(timing, "_EVICT_BYTES", 1 << 16)
-    timing._evict_buffer.cache_clear()
-    yield
-    timing._evict_buffer.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_buffers")
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
