@@ -42,6 +42,8 @@ _EXPORTS = {
     "MTPLoss": "mtp",
     "MTPTraining": "mtp",
     "TokenPredictor": "mtp",
+    "GenerationOutput": "generation.generate",
+    "generate": "generation.generate",
     "attach_mtp": "mtp",
     "detach_mtp": "mtp",
     "mtp_loss": "mtp",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deepseek_opt.cache_layer import LatentLayer, cache_dtype
+from deepseek_opt.cache_rows import crop_layers
 from deepseek_opt.errors import InputError
 
 
@@ -125,6 +126,7 @@ class LatentCache:
     def _update(self, layer_idx: int, latent: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
         layer = self.layer(layer_idx)
         layer.append(latent, rope)
+        layer.tidy()
         return layer.latent, layer.rope, layer.scale
 
     def _update_transformers(
@@ -209,8 +211,7 @@ class LatentCache:
 
     def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
         """逐行截断到 lengths [B]（例如每行接受的草稿词元数不同）。"""
-        for layer in self.layers:
-            layer.crop_rows(lengths)
+        crop_layers(self.layers, lengths)
 
     def reorder(self, index: Tensor) -> None:
         """按 index [B] 重排各行（束搜索）。"""

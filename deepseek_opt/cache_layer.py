@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepseek_opt import ops
 from deepseek_opt.errors import InputError, MemoryBudgetError
+from deepseek_opt.row_lengths import RowLengths
 
 # 容量按 64 个词元取整：一次增长至少够用 64 步，且缓冲区行首保持缓存行对齐。
 _ROUND = 64
@@ -39,7 +40,7 @@ def token_bytes(rank: int, rope_dim: int, store: torch.dtype, rope_store: torch.
     return rank * store.itemsize + rope_dim * rope_store.itemsize + scale
 
 
-class LatentLayer:
+class LatentLayer(RowLengths):
     """一层的缓存：latent [B, C, r]、rope [B, C, dr]、scale [B, C]（仅 int8），C 为容量。
 
     第一次写入时才分配；容量翻倍增长，不超过 ``max_length`` 与 ``budget_bytes``。
@@ -54,49 +55,34 @@ class LatentLayer:
         budget_bytes: int | None = None,
         name: str = "",
     ):
+        super().__init__(name)
         self.store_dtype = dtype
         self.max_length = max_length
         self.budget_bytes = budget_bytes
-        self.name = name
         self.latent: Tensor | None = None
         self.rope: Tensor | None = None
         self.scale: Tensor | None = None
-        self._offsets: Tensor | None = None  # [B] int64，每行下一个要写的槽位
-        self._length = 0  # 各行长度的最大值
-        self._ragged = False  # 各行长度是否可能不同
 
     # ---- 状态 ----
-
-    @property
-    def length(self) -> int:
-        """各行长度的最大值；未写入过为 0。"""
-        return self._length
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """每行长度 [B] int64（副本）；未写入过为 None。"""
-        return None if self._offsets is None else self._offsets.clone()
-
-    @property
-    def ragged(self) -> bool:
-        """各行长度是否可能不同。"""
-        return self._ragged
 
     @property
     def capacity(self) -> int:
         """已分配的槽位数 C。"""
         return 0 if self.latent is None else self.latent.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """已分配的字节数。"""
-        buffers = (self.latent, self.rope, self.scale)
-        return sum(t.numel() * t.element_size() for t in buffers if t is not None)
+    def buffers(self) -> list[Tensor]:
+        found = (self.latent, self.rope, self.scale)
+        return [buffer for buffer in found if buffer is not None]
+
+    def replace(self, buffers: Sequence[Tensor] | None) -> None:
+        found = [None, None, None] if buffers is None else [*buffers, None]
+        self.latent, self.rope, self.scale = found[:3]
 
     def dequantized(self) -> Tensor | None:
         """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""
         if self.latent is None:
             return None
+        self.tidy()
         part = self.latent[:, : self._length]
         if self.scale is None:
             return part
@@ -137,18 +123,6 @@ class LatentLayer:
         self._offsets += latent.shape[1]
         return self.advance(latent.shape[1])
 
-    @property
-    def offsets(self) -> Tensor | None:
-        """每行下一个要写的槽位 [B] int64；未写入过为 None。"""
-        return self._offsets
-
-    def advance(self, steps: int) -> int:
-        """每行 steps 个新词元已写入缓冲区，:attr:`offsets` 已前移；返回写入后的最大长度。"""
-        self._length += steps
-        if self._ragged:
-            self._clear_tails()
-        return self._length
-
     def reserve(self, length: int, latent: Tensor, rope: Tensor) -> None:
         """保证容量至少 length；latent、rope 给出形状、类型与设备，内容不读。"""
         limit = self._limit(latent, rope)
@@ -167,8 +141,7 @@ class LatentLayer:
         if store == torch.int8:
             new_scale = torch.empty(batch, capacity, dtype=torch.float32, device=device)
         if self.latent is None:
-            self._offsets = torch.zeros(batch, dtype=torch.int64)
-            self._length, self._ragged = 0, False
+            self.begin(batch)
         else:
             used = self._length
             new_latent[:, :used] = self.latent[:, :used]
@@ -241,107 +214,3 @@ class LatentLayer:
             )
         if not latent.is_floating_point():
             raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
-
-    def _measure(self) -> None:
-        """各行长度变动之后，重新算出最大长度、是否参差，并清理短行的尾部。"""
-        self._length = int(self._offsets.max())
-        self._ragged = int(self._offsets.min()) != self._length
-        if self._ragged:
-            self._clear_tails()
-
-    def _clear_tails(self) -> None:
-        """各行长度不同时，把较短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
-        for row, end in enumerate(self._offsets.tolist()):
-            for buffer in (self.latent, self.rope, self.scale):
-                if buffer is not None and end < self._length:
-                    buffer[row, end : self._length] = 0
-
-    # ---- 整体操作 ----
-
-    def crop(self, tokens: int) -> None:
-        """tokens <= 0：每行去掉 -tokens 个词元；tokens > 0：只保留前 tokens 个。"""
-        if self.latent is None:
-            return
-        shortest = int(self._offsets.min()) if self._ragged else self._length
-        if -tokens > shortest:
-            raise InputError(f"{self.name}缓存只有 {shortest} 个词元，不能去掉 {-tokens} 个")
-        if tokens > 0:
-            self._offsets.clamp_(max=tokens)
-            self._length = min(self._length, tokens)
-        else:
-            self._offsets += tokens
-            self._length += tokens
-        if self._ragged:
-            self._measure()
-
-    def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
-        """逐行截断到 lengths [B]；每个值须在 0 与该行现有长度之间。"""
-        if self.latent is None:
-            raise InputError(f"{self.name}缓存还是空的，不能逐行截断")
-        wanted = torch.as_tensor(lengths).to("cpu", torch.int64)
-        if wanted.shape != self._offsets.shape:
-            raise InputError(
-                f"lengths 应有 {self._offsets.numel()} 个值，得到形状 {list(wanted.shape)}"
-            )
-        if bool((wanted < 0).any()) or bool((wanted > self._offsets).any()):
-            raise InputError(
-                f"lengths 应在 0 与各行现有长度 {self._offsets.tolist()} 之间，得到 {wanted.tolist()}"
-            )
-        self._offsets.copy_(wanted)
-        self._measure()
-
-    def reorder(self, index: Tensor) -> None:
-        """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
-        if self.latent is None:
-            return
-        index = self._check_index(index)
-        if index.numel() != self.latent.shape[0]:
-            self.select(index)
-            return
-        moved = (index != torch.arange(index.numel(), device=index.device)).nonzero().flatten()
-        if moved.numel() == 0:
-            return
-        source = index[moved]
-        for buffer in (self.latent, self.rope, self.scale):
-            if buffer is not None:
-                part = buffer[:, : self._length]
-                part[moved] = part[source]
-        if self._ragged:
-            self._offsets = self._offsets[index.cpu()]
-            self._measure()
-
-    def select(self, index: Tensor) -> None:
-        """只保留 index 指出的行（可重复、可改变行数）。"""
-        if self.latent is None:
-            return
-        index = self._check_index(index)
-        self.latent = self.latent.index_select(0, index)
-        self.rope = self.rope.index_select(0, index)
-        if self.scale is not None:
-            self.scale = self.scale.index_select(0, index)
-        self._offsets = self._offsets[index.cpu()]
-        self._measure()
-
-    def repeat_interleave(self, repeats: int) -> None:
-        """每行重复 repeats 次。"""
-        if self.latent is not None:
-            rows = torch.arange(self.latent.shape[0], device=self.latent.device)
-            self.select(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        """清空并释放缓冲区。"""
-        self.latent = self.rope = self.scale = self._offsets = None
-        self._length, self._ragged = 0, False
-
-    def _check_index(self, index: Tensor) -> Tensor:
-        index = torch.as_tensor(index, device=self.latent.device)
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
-        index = index.to(torch.int64)
-        rows = self.latent.shape[0]
-        if index.dim() != 1 or index.numel() == 0:
-            raise InputError(f"{self.name}行下标应为非空的一维整数张量，得到 {list(index.shape)}")
-        low, high = int(index.min()), int(index.max())
-        if low < -rows or high >= rows:
-            raise InputError(f"{self.name}行下标应在 0 与 {rows - 1} 之间，得到 {low} 到 {high}")
-        return index % rows

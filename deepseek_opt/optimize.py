@@ -7,34 +7,40 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
-from deepseek_opt.integrations import apply, apply_moe, bridge, quantized
-from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations import apply, apply_moe, apply_mtp, bridge, quantized
+from deepseek_opt.integrations.patch import Patch, patch_of
 from deepseek_opt.integrations.quantized import NOTHING_KNOWN, Known
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.metrics import is_collecting, start_metrics, stop_metrics
-from deepseek_opt.report import OptimizationReport, ReportEntry
+from deepseek_opt.report import OptimizationReport
 
 logger = logging.getLogger("deepseek_opt")
 
 _STATE = "_deepseek_opt_state"
 _guard = threading.Lock()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LATER = {
-    "mtp": "用 MTP 生成在这个版本中还没有提供；训练、读写 MTP 层用 attach_mtp、mtp_loss，见文档“MTP”"
-}
 
 FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Owned:
+    """metrics : 性能指标是否由 optimize 开始收集。predictor_on : optimize 给哪个模型装上了 MTP。"""
+
+    metrics: bool = False
+    predictor_on: nn.Module | None = None
 
 
 class ModelState:
     """放在被优化的模型实例上的私有记录；deepcopy 时随模型复制。
 
-    owns_metrics : 性能指标是否由 optimize 开始收集，因而由 restore 停止。
+    owned : 由 optimize 添上、因而由 restore 去掉的。
     """
 
     def __init__(
@@ -42,12 +48,12 @@ class ModelState:
         runtime: Runtime,
         report: OptimizationReport,
         options: dict[str, Any],
-        owns_metrics: bool,
+        owned: Owned,
     ):
         self.runtime = runtime
         self.report = report
         self.options = options
-        self.owns_metrics = owns_metrics
+        self.owned = owned
 
 
 def optimize(
@@ -107,8 +113,8 @@ def restore(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         else:
             quantized.require_original(model, "restore 无法逐位还原")
         for module, name, value in detach_all(model):
-            if name == _STATE and value.owns_metrics:
-                stop_metrics(module)
+            if name == _STATE:
+                _give_back(module, value.owned)
     logger.info("已恢复 %s", type(model).__name__)
     return model
 
@@ -142,7 +148,7 @@ def switch(
         known = quantized.known_in(model)
         saved = detach_all(model)
         try:
-            return apply_profile(model, profile, strict, chosen, state.owns_metrics, known)
+            return apply_profile(model, profile, strict, chosen, state.owned, known)
         except BaseException:
             reattach(saved)
             raise
@@ -246,7 +252,7 @@ def apply_profile(
     profile: Any,
     strict: bool,
     filter_fn: FilterFn | None,
-    owns_metrics: bool = False,
+    owned: Owned | None = None,
     known: Known = NOTHING_KNOWN,
 ) -> OptimizationReport:
     """装上全部补丁；出错时全部撤销。known 是已有的量化专家，不必再量化。"""
@@ -255,6 +261,8 @@ def apply_profile(
         bridge.register_experts()
     runtime = Runtime(profile)
     report = OptimizationReport(type(model).__name__, [], runtime.fallbacks)
+    mtp = getattr(profile, "mtp", None)
+    attached, lacking = (None, None) if mtp is None else apply_mtp.attach_declared(model, mtp)
     try:
         if profile.mla is not None:
             report.entries += apply.replace_attention(model, profile.mla, runtime, filter_fn)
@@ -263,24 +271,34 @@ def apply_profile(
             report.entries += apply_moe.replace_moe(model, profile.moe, runtime, filter_fn, known)
         if getattr(profile, "dense", None) is not None:
             report.entries += apply.replace_dense(model, profile.dense, runtime, filter_fn)
-        for part, reason in _LATER.items():
-            if getattr(profile, part, None) is not None:
-                report.entries.append(ReportEntry("", part, "", False, reason, True))
+        apply.patch_bases(model, runtime)
+        if mtp is not None:
+            report.entries += apply_mtp.replace_generate(model, runtime, lacking)
         if strict:
             _require_met(report)
         quantized.require_reused(known, model)
-        apply.patch_bases(model, runtime)
         options = {"strict": strict, "filter_fn": filter_fn}
-        owns_metrics = owns_metrics or not is_collecting(model)
-        model.__dict__[_STATE] = ModelState(runtime, report, options, owns_metrics)
+        owned = Owned(not is_collecting(model)) if owned is None else owned
+        owned = replace(owned, predictor_on=attached or owned.predictor_on)
+        model.__dict__[_STATE] = ModelState(runtime, report, options, owned)
         # 不能撤销的一步放在最后
         quantized.release_where(model, getattr(moe, "keep_original_weights", None) is False)
     except BaseException:
         detach_all(model)
+        if attached is not None:
+            apply_mtp.detach(attached)
         raise
     start_metrics(model)
     _log(report)
     return report
+
+
+def _give_back(model: nn.Module, owned: Owned) -> None:
+    """去掉 optimize 添上的。"""
+    if owned.metrics:
+        stop_metrics(model)
+    if owned.predictor_on is not None:
+        apply_mtp.detach(owned.predictor_on)
 
 
 def _require_met(report: OptimizationReport) -> None:
@@ -310,9 +328,8 @@ def detach_all(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         state = module.__dict__
         if _STATE in state:
             removed.append((module, _STATE, state.pop(_STATE)))
-        patch = patch_of(module)
-        if patch is not None:
-            removed.append((module, "forward", patch))
+        for patch in [value for value in state.values() if isinstance(value, Patch)]:
+            removed.append((module, patch.attribute, patch))
             patch.remove()
         removed += apply.drop_traces(module)
     return removed

@@ -1,7 +1,4 @@
-"""MTP（多 token 预测）的配置。
-
-``attach_mtp``、``mtp_loss`` 用它训练与读写；与生成有关的字段只校验和保存，``optimize`` 会在报告中把 MTP 列为跳过。
-"""
+"""MTP（多 token 预测）的配置：``attach_mtp``、``mtp_loss`` 用它训练与读写，``optimize`` 用它生成。"""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ def _check_draft(value: Any) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and 1 <= value <= _MAX_DEPTH:
         return value
-    raise expected(f"应为 1 到 {_MAX_DEPTH} 的整数，或 adaptive（按实测开销自动选择）")
+    raise expected(f"应为 1 到 {_MAX_DEPTH} 的整数，或 adaptive（至多 {_MAX_DEPTH} 个）")
 
 
 DraftLength = Annotated[Any, BeforeValidator(_check_draft)]
@@ -35,8 +32,8 @@ DraftLength = Annotated[Any, BeforeValidator(_check_draft)]
 class MTPConfig(ConfigBase):
     """MTP 的配置；所有字段都可省略，省略即“与模型一致”。
 
-    ``attach_mtp``、``mtp_loss`` 用它训练与读写。用 MTP 生成还没有提供：``optimize`` 会在报告中把 MTP 列为跳过，
-    draft_length、acceptance、acceptance_threshold 只校验并保存。
+    生成时每步起草几个按实测的用时与接受率选，不合算就不起草；draft_length 是上限。lossless 的输出与逐个词元生成的
+    相同；lossy_ 开头的接受得多一些，输出会不同。
 
     示例::
 
@@ -59,7 +56,10 @@ class MTPConfig(ConfigBase):
     shared_embedding: bool | None = Field(None, description="是否与主模型共用词嵌入")
     detach_hidden: bool | None = Field(None, description="是否截断回传到主模型的梯度")
     draft_length: DraftLength | None = Field(
-        None, description="每步草稿 token 数，1 到 8 或 adaptive"
+        None, description="每步至多起草几个 token，1 到 8；缺省 adaptive，即至多 8 个"
+    )
+    fixed_draft_length: bool | None = Field(
+        None, description="是否每步都恰好起草 draft_length 个，不按实测开销增减"
     )
     acceptance: Literal["lossless", "lossy_typical", "lossy_relaxed"] | None = Field(
         None, description="接受规则：lossless 不改变输出分布；lossy_ 开头的会改变"
@@ -76,6 +76,12 @@ class MTPConfig(ConfigBase):
                 ("draft_length", "depth", "shared_layers"),
                 f"不能大于 depth = {depth}：各深度不共用层时没有更深的预测层",
                 draft,
+            )
+        if values.get("fixed_draft_length") and not isinstance(draft, int):
+            yield Conflict(
+                ("fixed_draft_length", "draft_length"),
+                "需要同时给出 draft_length（1 到 8 的整数）",
+                True,
             )
         threshold, rule = values.get("acceptance_threshold"), values.get("acceptance")
         if threshold is not None and rule in (None, "lossless"):

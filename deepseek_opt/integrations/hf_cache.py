@@ -46,7 +46,10 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
         """[B, 1, S, dr]；还没有写入过为 None。"""
         if self._plain is not None:
             return self._plain[1]
-        return None if self.rope is None else self.rope[:, None, : self._length]
+        if self.rope is None:
+            return None
+        self.tidy()
+        return self.rope[:, None, : self._length]
 
     @values.setter
     def values(self, value: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""实例补丁的公共部分：把可调用对象放到 ``module.forward``，恢复时取下，别的什么都不动。"""
+"""实例补丁的公共部分：把可调用对象放到 ``module.forward``（或别的方法），恢复时取下，别的什么都不动。"""
 
 from __future__ import annotations
 
@@ -8,47 +8,49 @@ from typing import Any
 from torch import nn
 
 from deepseek_opt.errors import UnsupportedError
+from deepseek_opt.integrations.projections import is_hooked
 from deepseek_opt.integrations.runtime import Runtime
 
 
 class Patch:
-    """一个模块实例的新 forward。
+    """一个模块实例的新方法，缺省是 forward。
 
     深拷贝（或 pickle）模型时补丁随之复制，副本里的 ``module`` 指向副本的模块。
     """
 
     kind = ""
+    attribute = "forward"
 
     def __init__(self, module: nn.Module, runtime: Runtime, name: str):
         self.module = module
         self.runtime = runtime
         self.name = name
-        self.original = module.__dict__.get("forward")  # 实例上原有的 forward；通常没有
+        self.original = module.__dict__.get(self.attribute)  # 实例上原有的；通常没有
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """原 forward 的签名（不含 self）：transformers 等会查看它。"""
+        """原方法的签名（不含 self）：transformers 等会查看它。"""
         if self.original is not None:
             return inspect.signature(self.original)
-        signature = inspect.signature(type(self.module).forward)
+        signature = inspect.signature(getattr(type(self.module), self.attribute))
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def install(self) -> None:
         """换上。"""
-        self.module.__dict__["forward"] = self
+        self.module.__dict__[self.attribute] = self
 
     def remove(self) -> None:
         """取下，实例属性回到原样。"""
         if self.original is None:
-            self.module.__dict__.pop("forward", None)
+            self.module.__dict__.pop(self.attribute, None)
         else:
-            self.module.__dict__["forward"] = self.original
+            self.module.__dict__[self.attribute] = self.original
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """原 forward。"""
+        """原方法。"""
         if self.original is not None:
             return self.original(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.attribute)(self.module, *args, **kwargs)
 
 
 class QuantizablePatch(Patch):
@@ -70,3 +72,8 @@ def patch_of(module: nn.Module) -> Patch | None:
     """module 上的补丁；没有为 None。"""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, Patch) else None
+
+
+def is_taken(module: nn.Module) -> bool:
+    """module 上有钩子，或 forward 被别人（不是本库的补丁）改写。"""
+    return is_hooked(module) or ("forward" in module.__dict__ and patch_of(module) is None)

@@ -31,7 +31,7 @@ from deepseek_opt.integrations.runtime import Runtime, is_tracing_grad
 from deepseek_opt.integrations.specs import AttentionSpec
 
 # 行数至多这么多时用融合投影：再多则每行的归一化不如分开并行，且权重读取已被摊薄。
-FUSED_ROWS = 32
+FUSED_ROWS = 64
 # 长输入按这么多查询（各行之和）分块：矩阵乘在此长度已到峰值，再长只增加内存。
 QUERY_TOKENS = 2048
 FORWARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

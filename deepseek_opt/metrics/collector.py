@@ -64,6 +64,11 @@ class MetricsCollector:
                     extra.pop(key, None)
         model.__dict__.pop(ATTRIBUTE, None)
 
+    def record(self, kind: str, seconds: float, tokens: int, rows: int, cache: Any) -> None:
+        """记一次不经过钩子的前向（用 MTP 生成的一步）；tokens 是留下的新词元数。"""
+        size = cache_bytes(cache)
+        self._records.append(CallRecord(kind, seconds, tokens, rows, kind == "prefill", size))
+
     def clear(self) -> None:
         """清空已收集的。"""
         self._records.clear()

@@ -90,7 +90,9 @@ class PerformanceMetrics:
         expert_weight_bytes: 专家（含一次算完的共享专家）正在用的权重的字节数：量化之后是量化的；没有替换 MoE 层的为 None。
         expert_original_bytes: 量化之后另外保留的原权重的字节数；没有量化的为 None，已释放为 0。
         spec_decode_num_drafts、spec_decode_num_draft_tokens、spec_decode_num_accepted_tokens:
-            多词元预测的起草次数、起草与接受的词元数；模型没有起草时为 None。
+            用 MTP 生成时起草的（行，步）数、起草与接受的词元数，从上次清零起累计；没有起草时为 None。
+        spec_decode_acceptance_per_depth: 起草到第 k 个时，前 k 个都被接受的比例。
+        spec_decode_tokens_per_step: 每行每步得到的词元数。
         mtp_loss_per_depth、mtp_acceptance_per_depth: 训练 MTP 时各深度每词元的损失，与贪心预测和主模型相同的
             比例，从上次清零起累计；没有训练 MTP 的为 None。
         expert_utilization: 各专家分到的词元比例；没有收集路由的模型为 None。
@@ -118,6 +120,8 @@ class PerformanceMetrics:
     spec_decode_num_drafts: int | None = None
     spec_decode_num_draft_tokens: int | None = None
     spec_decode_num_accepted_tokens: int | None = None
+    spec_decode_acceptance_per_depth: tuple[float, ...] | None = None
+    spec_decode_tokens_per_step: float | None = None
     mtp_loss_per_depth: tuple[float, ...] | None = None
     mtp_acceptance_per_depth: tuple[float, ...] | None = None
     expert_utilization: tuple[float, ...] | None = None

@@ -128,6 +128,31 @@ class MTPAdapter:
     def reset_layer(self, layer: nn.Module) -> None:
         """为从头训练初始化一个 MTP 层；缺省用各模块建立时的初值。"""
 
+    # ---- 生成 ----
+
+    max_positions: int | None = None
+    """位置的上限（学得的位置嵌入有几个）；None 为不限。"""
+
+    def run_model(self, tokens: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """主模型带缓存的前向：tokens [B, T] 接在缓存里各行之后，返回隐藏状态 [B, T, H]（``hidden_normed`` 的约定）。
+
+        各行已有的长度可以不同（``cache.lengths``），position_ids [B, T] 是各自的位置。用 MTP 生成时才需要。
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} 没有实现 run_model()，不能用 MTP 生成；"
+            "请按 tokens、position_ids、cache 计算隐藏状态"
+        )
+
+    def make_model_cache(self) -> Any:
+        """主模型用的空缓存：要有 ``crop_rows(lengths)`` 与 ``select(index)``，见 LatentCache、KVCache。"""
+        raise UnsupportedError(
+            f"{type(self).__name__} 没有实现 make_model_cache()，不能用 MTP 生成"
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``run_model`` 的隐藏状态 -> logits。"""
+        return self.head(hidden if self.hidden_normed else self.final_norm(hidden))
+
     # ---- 检查点 ----
 
     def layer_prefix(self, index: int) -> str:

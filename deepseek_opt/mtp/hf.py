@@ -129,10 +129,45 @@ class HFAdapter(MTPAdapter):
         return out[0] if isinstance(out, tuple) else out
 
     def make_cache(self) -> Any:
-        """transformers 的 DynamicCache，每个物理层一层。"""
-        from transformers import DynamicCache
+        """transformers 的 DynamicCache，每个物理层一层；各行长度可以不同。"""
+        from deepseek_opt.integrations.hf_kv_cache import ragged_cache
 
-        return DynamicCache()
+        return ragged_cache(self.model.mtp.layers)
+
+    @property
+    def max_positions(self) -> int | None:
+        """学得的位置嵌入的个数；旋转位置的模型为 None。"""
+        learned = getattr(self.decoder, "wpe", None)
+        return None if learned is None else learned.num_embeddings
+
+    def make_model_cache(self) -> Any:
+        """主模型的缓存，同上。"""
+        from deepseek_opt.integrations.hf_kv_cache import ragged_cache
+
+        return ragged_cache(self.layers)
+
+    def run_model(self, tokens: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """主模型（不含输出头）的前向；``hidden_normed=False`` 时取最后的归一化的输入。"""
+        from deepseek_opt.integrations.hf_kv_cache import ragged_masks
+
+        seen: dict[str, Any] = {}
+        hook = None
+        if not self.hidden_normed:
+            hook = self.final_norm.register_forward_pre_hook(
+                _input_saver(seen, "hidden"), with_kwargs=True
+            )
+        try:
+            out = self.decoder(
+                input_ids=tokens,
+                attention_mask=ragged_masks(self.config, cache, tokens.shape[1]),
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
+        return out.last_hidden_state if self.hidden_normed else seen["hidden"]
 
     def default_source(self) -> Any:
         """主模型是从哪里读来的。"""
@@ -171,6 +206,11 @@ class HFAdapter(MTPAdapter):
 
     def _mask(self, x: Tensor, inputs: LayerInputs) -> Any:
         documents = inputs.documents
+        if inputs.cache is not None and inputs.attention_mask is None:
+            from deepseek_opt.integrations.hf_kv_cache import layer_mask
+
+            layer = inputs.cache.layers[inputs.index]
+            return layer_mask(self.config, layer, x.shape[1], self._kind())
         return self._mask_function()(
             config=self.config,
             inputs_embeds=x,
@@ -180,16 +220,16 @@ class HFAdapter(MTPAdapter):
             layer_idx=None if inputs.cache is None else inputs.index,
         )
 
+    def _kind(self) -> str:
+        """最后一层（MTP 层照着它建）的注意力的种类。"""
+        from deepseek_opt.integrations.hf_kv_cache import layer_kind
+
+        return layer_kind(self.config, self.num_layers - 1)
+
     def _mask_function(self) -> Callable[..., Any]:
         from transformers import masking_utils
 
-        config = self.config
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            sliding = getattr(config, "sliding_window", None) is not None
-            kind = "sliding_attention" if sliding else "full_attention"
-        else:
-            kind = kinds[self.num_layers - 1]
+        kind = self._kind()
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedError(f"最后一层的注意力是 {kind}：MTP 层只支持全注意力与滑动窗口")
         name = (

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt import ops
 from deepseek_opt.config import MTPConfig
 from deepseek_opt.errors import InputError
-from deepseek_opt.metrics.prediction import PredictionStatistics
+from deepseek_opt.integrations.patch import is_taken
+from deepseek_opt.integrations.projections import is_rms_norm, norm_eps
+from deepseek_opt.metrics.prediction import DraftStatistics, PredictionStatistics
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 
 BLOCK = "block."
+_FUSED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Prediction(NamedTuple):
@@ -43,6 +47,7 @@ class PredictionLayer(nn.Module):
         hidden, place = adapter.hidden_size, {"device": adapter.device, "dtype": adapter.dtype}
         self.enorm = adapter.make_norm()
         self.hnorm = adapter.make_norm()
+        self._known_norms: bool | None = None  # 两个归一化是不是一样的 RMSNorm
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False, **place)
         self.block = adapter.make_layer()
         rows = adapter.embedding.weight.shape[0]
@@ -54,7 +59,24 @@ class PredictionLayer(nn.Module):
 
     def fused_input(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """M_k [RMSNorm(Emb(t)); RMSNorm(h)]：检查点里 eh_proj 的前一半列属于嵌入。"""
+        if self._fusable(embedded, hidden):
+            norms = self.enorm.weight, self.hnorm.weight
+            return ops.mtp_input(
+                embedded, hidden, *norms, self.eh_proj.weight, norm_eps(self.enorm)
+            )
         return self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+
+    def _fusable(self, embedded: Tensor, hidden: Tensor) -> bool:
+        """能否由 mtp_input 一次算完：普通的 RMSNorm 与 nn.Linear，没有别人的钩子。"""
+        if not embedded.is_cpu or embedded.dtype != hidden.dtype or embedded.dtype not in _FUSED:
+            return False
+        if torch.is_autocast_enabled("cpu") or type(self.eh_proj) is not nn.Linear:
+            return False
+        norms = (self.enorm, self.hnorm)
+        if self._known_norms is None:
+            same = norm_eps(norms[0]) == norm_eps(norms[1])
+            self._known_norms = same and all(is_rms_norm(norm) for norm in norms)
+        return self._known_norms and not any(is_taken(m) for m in (*norms, self.eh_proj))
 
 
 class TokenPredictor(nn.Module):
@@ -107,6 +129,7 @@ class TokenPredictor(nn.Module):
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
         self.statistics = PredictionStatistics()
+        self.draft_statistics = DraftStatistics()
 
     @property
     def depth(self) -> int:

@@ -1,0 +1,43 @@
+"""整个缓存逐行截断、取行：本库的与 transformers 的缓存同一个写法，只检查一次。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_opt.row_lengths import RowLengths
+
+
+def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
+    """各行截断到 lengths；还没有写入过的层不动。"""
+    own = getattr(cache, "crop_rows", None)
+    if own is not None:
+        own(lengths)
+        return
+    written = [layer for layer in cache.layers if isinstance(layer, RowLengths) and layer.buffers()]
+    crop_layers(written, lengths)
+
+
+def crop_layers(layers: Sequence[RowLengths], lengths: Sequence[int] | Tensor) -> None:
+    """各层的长度总是相同，所以只检查第一层。"""
+    if not layers:
+        return
+    wanted = layers[0].check_rows(lengths)
+    longest, shortest = int(wanted.max()), int(wanted.min())
+    for layer in layers:
+        layer.set_rows(wanted, longest, shortest)
+
+
+def select_rows(cache: Any, kept: Sequence[int]) -> None:
+    """只留下 kept 各行。"""
+    index = torch.tensor(kept)
+    own = getattr(cache, "select", None)
+    if own is not None:
+        own(index)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, RowLengths):
+            layer.select(index)

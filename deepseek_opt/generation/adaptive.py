@@ -1,0 +1,144 @@
+"""起草几个：由实测的每步用时与接受率选，不合算就退回逐个词元。
+
+一步用时 t(R, D) 与各深度的接受率 a₁, a₂…（前面都接受时第 k 个被接受的比例）都是边生成边量的，
+一步得到的词元数的期望是 E(D) = 1 + a₁ + a₁a₂ + …，取 E(D) / t(R, D) 最大的 D。R 是批里的行数，
+行数相近的共用一组读数。结果不随 D 变（见 ``choose.py``），所以按时间选不影响生成的内容。
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+MAX_DRAFTS = 8
+_SAMPLES = 7  # 每个 (行数, D) 留最近几步的用时，取中位数：一次被打断的步不算数
+_FIRST = ((2, 2), (0, 2), (4, 2))  # 还没有读数时依次试 (D, 步数)
+_PROBE_EVERY = 96  # 每隔几步重量一次没有选的：上下文变长，用时也变
+_MARGIN = 1.01  # 起草要比不起草至少快这么多
+_DECAY = 0.995  # 接受率按起草的行数衰减：约记得最近 200 次
+_PRIOR = 0.5  # 没有读数时的接受率
+
+
+class Acceptance:
+    """各深度的接受率，随新读数衰减。"""
+
+    def __init__(self) -> None:
+        self._hits = [0.0] * MAX_DRAFTS
+        self._tries = [0.0] * MAX_DRAFTS
+
+    def add(self, drafted: int, accepted: Sequence[int]) -> None:
+        """各行起草了 drafted 个、接受了 accepted 个。"""
+        for count in accepted:
+            for k in range(min(count + 1, drafted)):
+                self._tries[k] = self._tries[k] * _DECAY + 1
+                self._hits[k] = self._hits[k] * _DECAY + (count > k)
+
+    def rate(self, depth: int) -> float:
+        """前面的都接受时，第 depth 个（从 0 数）被接受的比例；没有读数的同前一个。"""
+        if self._tries[depth] < 4:
+            return self.rate(depth - 1) if depth else _PRIOR
+        return self._hits[depth] / self._tries[depth]
+
+    def expected(self, drafts: int) -> float:
+        """一步得到的词元数的期望。"""
+        total, product = 1.0, 1.0
+        for depth in range(drafts):
+            product *= self.rate(depth)
+            total += product
+        return total
+
+
+class Times:
+    """一种行数之下，各 D 每步的用时。"""
+
+    def __init__(self) -> None:
+        self._recent: dict[int, deque[float]] = {}
+        self.steps = 0
+
+    def add(self, drafts: int, seconds: float) -> None:
+        """记一步。"""
+        self._recent.setdefault(drafts, deque(maxlen=_SAMPLES)).append(seconds)
+        self.steps += 1
+
+    def count(self, drafts: int) -> int:
+        """D = drafts 有几步的读数。"""
+        return len(self._recent.get(drafts, ()))
+
+    def estimate(self, drafts: int) -> float:
+        """D = drafts 一步的用时：有读数的取中位数，没有的按线性内插、外推。"""
+        known = {d: statistics.median(v) for d, v in self._recent.items()}
+        if drafts in known:
+            return known[drafts]
+        below = max((d for d in known if d < drafts), default=None)
+        above = min((d for d in known if d > drafts), default=None)
+        if below is None or above is None:
+            ordered = sorted(known)
+            if len(ordered) == 1:
+                return known[ordered[0]]
+            below, above = ordered[:2] if below is None else ordered[-2:]
+        slope = (known[above] - known[below]) / (above - below)
+        return max(known[below] + slope * (drafts - below), 1e-9)
+
+
+class DraftLength:
+    """选每步起草几个；同一个模型的各次生成共用，可在多个线程里用。
+
+    参数
+    ----
+    longest : 至多几个。fixed : 每步都恰好这么多，不选。
+    """
+
+    def __init__(self, longest: int = MAX_DRAFTS, fixed: bool = False):
+        self.longest = longest
+        self.fixed = fixed
+        self.acceptance = Acceptance()
+        self._times: dict[int, Times] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return DraftLength, (self.longest, self.fixed)
+
+    def choose(self, rows: int) -> int:
+        """批里有 rows 行时这一步起草几个。"""
+        if self.fixed:
+            return self.longest
+        with self._lock:
+            times = self._times.get(_bucket(rows))
+            if times is None:
+                times = self._times[_bucket(rows)] = Times()
+            for drafts, wanted in _FIRST:
+                drafts = min(drafts, self.longest)
+                if times.count(drafts) < wanted:
+                    return drafts
+            best = self._best(times)
+            if times.steps % _PROBE_EVERY == 0:
+                return self._probe(times, best)
+            return best
+
+    def record(self, rows: int, drafts: int, seconds: float, accepted: Sequence[int]) -> None:
+        """一步的结果。"""
+        with self._lock:
+            self.acceptance.add(drafts, accepted)
+            self._times.setdefault(_bucket(rows), Times()).add(drafts, seconds)
+
+    def _best(self, times: Times) -> int:
+        plain = times.estimate(0)
+        speed = {
+            d: self.acceptance.expected(d) / times.estimate(d) for d in range(1, self.longest + 1)
+        }
+        best = max(speed, key=speed.__getitem__)
+        return best if speed[best] * plain > _MARGIN else 0
+
+    def _probe(self, times: Times, best: int) -> int:
+        """轮流重量：不起草、少一个、多一个。"""
+        turn = times.steps // _PROBE_EVERY % 3
+        near = (0 if best else 2, best - 1 if best > 1 else 1, best + 1)[turn]
+        return min(near, self.longest)
+
+
+def _bucket(rows: int) -> int:
+    """行数相近的一组：1、2、3–4、5–8、9–16……"""
+    return (rows - 1).bit_length()

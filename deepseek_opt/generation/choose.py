@@ -1,0 +1,140 @@
+"""由 logits 选词元：起草时选草稿，核对时定接受几个与其后的一个。"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_opt import ops
+from deepseek_opt.generation.rows import Rows
+from deepseek_opt.generation.scores import Scores
+
+# 采样的随机数按位置存着，等最慢的行用到；至多占这么多字节，领先太多的行先不起草。
+NOISE_BYTES = 256 << 20
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Verified(NamedTuple):
+    """核对的结果：各行接受的草稿数与其后的词元。
+
+    scores [R, D + 1, V] 是处理过的分数；races 的 argmax 是各位置自己的词元。
+    """
+
+    accepted: list[int]
+    following: list[int]
+    scores: Tensor
+    races: Tensor
+
+
+class Greedy:
+    """贪心：草稿等于 argmax 就接受，结果与逐个词元的贪心解码相同。"""
+
+    def __init__(self, scores: Scores, rows: Rows):
+        self.scores, self.rows = scores, rows
+
+    def limit(self, length: int) -> int:
+        """这一步至多起草几个。"""
+        return length
+
+    def pick(self, logits: Tensor, place: int) -> Tensor:
+        """logits [R, V] -> 草稿 [R]。"""
+        del place
+        return _argmax(logits)
+
+    def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
+        """logits [R, D + 1, V]，drafts [R, D]。"""
+        scores = self.scores.process(logits, self.rows)
+        return _verified(scores, scores, drafts)
+
+    def finish(self, length: int) -> None:
+        """各行都结束了，最长的生成了 length 个。"""
+
+
+class Sampled:
+    """采样，与 transformers 的 ``do_sample=True`` 在同一随机种子下逐个词元相同。
+
+    torch.multinomial 抽一个词元是取 argmax(p / E)，E 为一批指数分布的随机数。这里第 g 个生成的词元用的
+    E 就是逐个词元生成时第 g 步的那一批，草稿等于 argmax(p / E) 就接受：结果只由 p 与 E 决定，与起草几个、
+    接受几个、线程数都无关，分布恰好是 p。草稿用同一批 E 由 MTP 的分布抽，所以常常相同。
+    """
+
+    def __init__(self, scores: Scores, rows: Rows, generator: torch.Generator | None = None):
+        self.scores, self.rows = scores, rows
+        self.generator = generator or default_generator(rows.tokens.device)
+        self._noise: list[Tensor] = []  # 从第 _first 个词元起，各 [B, V]
+        self._states: list[Tensor] = []
+        self._first = 0
+
+    def limit(self, length: int) -> int:
+        """随机数不超过 NOISE_BYTES。"""
+        counts = [self.rows.counts[b] for b in self.rows.active]
+        if not self._noise:
+            return length
+        most = max(NOISE_BYTES // (self._noise[0].numel() * 4), 1)
+        return max(0, min(length, most - 1 - (max(counts) - min(counts))))
+
+    def pick(self, logits: Tensor, place: int) -> Tensor:
+        """logits [R, V] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
+        options = {k: v for k, v in self.scores.options.items() if k != "repetition_penalty"}
+        if "top_k" in options:
+            options["top_k"] = min(options["top_k"], logits.shape[-1])
+        probs = ops.sample_filter(logits, **options)
+        return _argmax(probs / self._for_rows(place, 1, probs)[:, 0])
+
+    def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
+        """logits [R, D + 1, V]，drafts [R, D]。"""
+        scores = self.scores.process(logits, self.rows)
+        probs = self.scores.probabilities(scores, self.rows)
+        races = probs / self._for_rows(0, probs.shape[1], probs)
+        self._forget()
+        return _verified(scores, races, drafts)
+
+    def finish(self, length: int) -> None:
+        """随机数发生器停在逐个词元生成会停的地方。"""
+        used = length - 1 - self._first
+        if 0 <= used < len(self._states):
+            self.generator.set_state(self._states[used])
+
+    def _for_rows(self, place: int, steps: int, like: Tensor) -> Tensor:
+        """批里各行从第 counts + place 个词元起 steps 个位置的随机数 [R, steps, V]。"""
+        active = self.rows.active
+        begins = [self.rows.counts[b] + place for b in active]
+        while self._first + len(self._noise) < max(begins) + steps:
+            noise = torch.empty(len(self.rows.counts), like.shape[-1], device=like.device)
+            noise.exponential_(1, generator=self.generator).clamp_min_(_TINY)  # 0 会得 0 / 0
+            self._noise.append(noise)
+            self._states.append(self.generator.get_state())
+        out = like.new_empty(len(active), steps, like.shape[-1])
+        for r, (b, begin) in enumerate(zip(active, begins, strict=True)):
+            for i in range(steps):
+                out[r, i] = self._noise[begin + i - self._first][b]
+        return out
+
+    def _forget(self) -> None:
+        """最慢的行已经用过的不再留。"""
+        oldest = min(self.rows.counts[b] for b in self.rows.active)
+        drop = oldest - self._first
+        if drop > 0:
+            del self._noise[:drop], self._states[:drop]
+            self._first = oldest
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """[R, V] -> [R]；半精度时比 torch.argmax 快得多。"""
+    nothing = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    return ops.mtp_verify_greedy(logits[:, None], nothing)[1]
+
+
+def _verified(scores: Tensor, races: Tensor, drafts: Tensor) -> Verified:
+    accepted, following = ops.mtp_verify_greedy(races, drafts)
+    return Verified(accepted.tolist(), following.tolist(), scores, races)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """device 上缺省的随机数发生器。"""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -1,0 +1,276 @@
+"""transformers 的 ``model.generate``：能用 MTP 的由本库的循环生成，不能的照旧，原因记在报告里。
+
+generate() 从 ``type(self)`` 上找解码的方法，所以在实例上换不掉；这里让它在一个替身上运行：替身的类继承原来的类，
+只换了 ``_sample``，与原模型共用同一个 ``__dict__``。准备输入、处理器、停止条件等都还是 transformers 自己的代码。
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_opt.generation.adaptive import MAX_DRAFTS
+from deepseek_opt.generation.collect import Collected
+from deepseek_opt.generation.loop import Loop, Plan
+from deepseek_opt.generation.plan import draft_length, make_chooser
+from deepseek_opt.generation.rows import Rows
+from deepseek_opt.generation.scores import Scores
+from deepseek_opt.generation.stopping import Stopping
+from deepseek_opt.integrations.patch import Patch
+from deepseek_opt.integrations.runtime import Runtime
+from deepseek_opt.metrics.collector import ATTRIBUTE
+from deepseek_opt.mtp.predictor import TokenPredictor
+
+NAME = "generate"
+# 有自己的状态、按调用次数前进，或要另外跑模型的处理器：多看几个草稿就乱了。
+_STATEFUL = frozenset(
+    {
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+        "ClassifierFreeGuidanceLogitsProcessor",
+        "SynthIDTextWatermarkLogitsProcessor",
+        "WhisperTimeStampLogitsProcessor",
+        "WhisperNoSpeechDetection",
+    }
+)
+_INPUTS = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "tokenizer",
+    }
+)
+_MODES = {
+    "_beam_search": "束搜索（num_beams > 1）",
+    "_assisted_decoding": "辅助解码（assistant_model、prompt_lookup 等）",
+}
+
+
+class GeneratePatch(Patch):
+    """一个 transformers 模型的 generate。"""
+
+    kind = "mtp"
+    attribute = NAME
+
+    def __init__(self, module: Any, runtime: Runtime, name: str, predictor: TokenPredictor):
+        super().__init__(module, runtime, name)
+        self.predictor = predictor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("use_mtp", None)
+        config = kwargs.get("generation_config")
+        if wanted is False:
+            return self.call_original(*args, **kwargs)
+        if wanted or getattr(config, "use_mtp", False):
+            kwargs["use_mtp"] = False  # 不用 transformers 自己的那一套
+        reason = self._refusal(kwargs)
+        if reason is not None:
+            self.decline(reason)
+            return self.call_original(*args, **kwargs)
+        return type(self.module).generate(stand_in(self.module), *args, **kwargs)
+
+    def decline(self, reason: str) -> None:
+        """记下这一次由 transformers 自己的代码生成。"""
+        self.runtime.count(NAME, f"没有用 MTP：{reason}")
+
+    def _refusal(self, kwargs: dict[str, Any]) -> str | None:
+        model = self.module
+        if self.original is not None:
+            return "generate 已被别的库在实例上改写"
+        if kwargs.get("custom_generate") is not None:
+            return "给了 custom_generate"
+        if "forward" in model.__dict__ or hasattr(model, "_hf_hook"):
+            return "模型的 forward 被别的库改写"
+        collector = model.__dict__.get(ATTRIBUTE)
+        hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
+        if any(getattr(hook, "__self__", None) is not collector for hook in hooks):
+            return "模型上挂着前向钩子，逐步的前向要经过它"
+        if self.predictor.adapter.device.type != "cpu":
+            return f"设备 {self.predictor.adapter.device.type} 上还没有 MTP 的核"
+        return None
+
+
+def generate_with_mtp(
+    patch: GeneratePatch,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    attention_mask: Tensor | None,
+) -> Any:
+    """``_sample`` 的替代，返回值相同。"""
+    eos, limit, criteria = _stops(stopping_criteria)
+    pad = generation_config._pad_token_tensor
+    visible = None if attention_mask is None else attention_mask != 0
+    width = input_ids.shape[1]
+    rows = Rows(input_ids, visible, limit - width, MAX_DRAFTS, None if pad is None else int(pad))
+    returns = generation_config.return_dict_in_generate
+    collected = Collected(
+        bool(returns and generation_config.output_scores),
+        bool(returns and generation_config.output_logits),
+    )
+    config = patch.runtime.profile.mtp
+    sample = generation_config.do_sample
+    fuse = sample and collected.scores is None  # 要返回处理过的分数时不能合
+    scores = Scores.fused(logits_processor) if fuse else Scores(logits_processor)
+    plan = Plan(
+        predictor=patch.predictor,
+        rows=rows,
+        chooser=make_chooser(rows, config, scores, sample),
+        stopping=Stopping(eos, criteria),
+        length=draft_length(patch.predictor, config),
+        streamer=streamer,
+        collected=collected,
+        collector=patch.module.__dict__.get(ATTRIBUTE),
+    )
+    loop = Loop(plan)
+    length = loop.run()
+    sequences = rows.sequences(length)
+    if not returns:
+        return sequences
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    found_scores, found_logits = collected.tuples(length)
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=found_scores,
+        logits=found_logits,
+        past_key_values=_cache_of(loop, sequences),
+    )
+
+
+def _cache_of(loop: Loop, sequences: Tensor) -> Any:
+    """生成之后的缓存：只有一行、没有填充时可以接着用（最后一个词元还不在里面），否则为 None。"""
+    if len(sequences) > 1 or loop.rows.visible is not None:
+        return None
+    return loop.target.cache_of_one(sequences.shape[1] - 1)
+
+
+def _stops(stopping_criteria: Any) -> tuple[list[int], int, list[Any]]:
+    """(结束符, 总长上限, 其余的条件)。"""
+    eos, limits, others = [], [], []
+    for criterion in stopping_criteria:
+        kind = type(criterion).__name__
+        if kind == "EosTokenCriteria":
+            eos += torch.as_tensor(criterion.eos_token_id).flatten().tolist()
+        elif kind == "MaxLengthCriteria":
+            limits.append(criterion.max_length)
+        else:
+            others.append(criterion)
+    return eos, min(limits), others
+
+
+def _why_not(
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    kwargs: Any,
+) -> str | None:
+    """这一次不能用 MTP 的原因。"""
+    stateful = [type(p).__name__ for p in processors if type(p).__name__ in _STATEFUL]
+    extra = sorted(k for k, v in kwargs.items() if v is not None and k not in _INPUTS)
+    cache = kwargs.get("past_key_values")
+    wants = config.return_dict_in_generate and (
+        config.output_attentions or config.output_hidden_states
+    )
+    limits = [c.max_length for c in criteria if type(c).__name__ == "MaxLengthCriteria"]
+    checks = (
+        (stateful, f"处理器 {'、'.join(stateful)} 有自己的状态"),
+        (extra, f"不认得的输入 {'、'.join(extra)}"),
+        (wants, "要返回 attentions 或 hidden_states"),
+        (not kwargs.get("use_cache"), "use_cache=False"),
+        (config.cache_implementation not in (None, "dynamic"), "指定了 cache_implementation"),
+        (config.prefill_chunk_size is not None, "指定了 prefill_chunk_size"),
+        (getattr(cache, "_is_user_defined", False), "给了 past_key_values"),
+        (cache is not None and cache.get_seq_length(), "past_key_values 里已有内容"),
+        (not limits or min(limits) <= input_ids.shape[1], "没有长度上限，或已到上限"),
+        (_odd_positions(kwargs, input_ids), "给了不连续的 position_ids"),
+        (getattr(config, "is_assistant", False), "这个模型正在给别的模型起草"),
+    )
+    return next((reason for wrong, reason in checks if wrong), None)
+
+
+def _odd_positions(kwargs: dict[str, Any], input_ids: Tensor) -> bool:
+    """position_ids 不是“各行去掉填充之后从 0 起连续”。"""
+    given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if given is None:
+        return False
+    visible = torch.ones_like(input_ids) if mask is None else mask
+    if given.shape[-2:] != visible.shape and given.shape[-2:] != (1, visible.shape[1]):
+        return True
+    wanted = visible.long().cumsum(1) - 1
+    return bool(((given != wanted) & (visible != 0)).any())
+
+
+# ---- 替身 ----
+
+
+def _sample(
+    self: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    patch: GeneratePatch = self.__dict__[NAME]
+    model = patch.module
+    reason = "synced_gpus" if synced_gpus else None
+    reason = reason or _why_not(
+        input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+    )
+    if reason is None:
+        return generate_with_mtp(
+            patch,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs.get("attention_mask"),
+        )
+    patch.decline(reason)
+    return type(model)._sample(
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=synced_gpus,
+        streamer=streamer,
+        **model_kwargs,
+    )
+
+
+def _declining(name: str) -> Any:
+    """同名的原方法，先记下没有用 MTP。"""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch: GeneratePatch = self.__dict__[NAME]
+        patch.decline(_MODES[name])
+        return getattr(type(patch.module), name)(patch.module, *args, **kwargs)
+
+    return method
+
+
+@lru_cache(maxsize=None)
+def _stand_in_class(cls: type) -> type:
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body |= {name: _declining(name) for name in _MODES if hasattr(cls, name)}
+    return type(cls)(cls.__name__, (cls,), {**body, "_sample": _sample})
+
+
+def stand_in(model: Any) -> Any:
+    """与 model 共用 ``__dict__`` 的替身。"""
+    other = object.__new__(_stand_in_class(type(model)))
+    object.__setattr__(other, "__dict__", model.__dict__)
+    return other
