@@ -174,6 +174,7 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "activation, float alpha, float limit, bool transposed, bool interleaved, bool gated, bool "
       "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("mtp_draft_head(Tensor hidden, Tensor weight, Tensor? bias, Tensor? vocabulary) -> Tensor");
   m.def("mtp_verify_greedy(Tensor logits, Tensor drafts, Tensor? draft_len) -> (Tensor, Tensor)");
   m.def(
       "mtp_verify_sample(Tensor probs, Tensor drafts, Tensor? draft_len, Tensor? draft_probs,"

@@ -1,4 +1,4 @@
-// mtp_verify_greedy、mtp_verify_sample、mtp_input 的 CPU 绑定。
+// mtp_draft_head、mtp_verify_greedy、mtp_verify_sample、mtp_input 的 CPU 绑定。
 #include <tuple>
 
 #include "binding_positions.h"
@@ -136,10 +136,55 @@ Tensor mtp_input(const Tensor &embedding, const Tensor &hidden, const Tensor &em
   if (p.m > 0 && n > 0) execute(dso_mtp_input, &p);
   return y;
 }
+
+// 候选的词元：检查范围，返回连续的副本。
+Tensor candidates(const char *op, const Tensor &given, int64_t vocab) {
+  expect_shape(op, "vocabulary", given, {-1});
+  expect_type(op, "vocabulary", given, ScalarType::Long);
+  expect(given.size(0) > 0, op, "：vocabulary 至少要有一个词元。");
+  Tensor ids = torch::stable::contiguous(given);
+  for (int64_t i = 0; i < ids.size(0); i++)
+    expect(integers(ids)[i] >= 0 && integers(ids)[i] < vocab, op, "：vocabulary[", i, "] 应在 [0, ",
+           vocab, ") 内，实际是 ", integers(ids)[i], "。");
+  return ids;
+}
+
+Tensor mtp_draft_head(const Tensor &hidden, const Tensor &weight, const std::optional<Tensor> &bias,
+                      const std::optional<Tensor> &vocabulary) {
+  const char *op = "mtp_draft_head";
+  expect_shape(op, "hidden", hidden, {-1, -1});
+  const int64_t rows = hidden.size(0), k = hidden.size(1);
+  expect_shape(op, "weight", weight, {-1, k});
+  const int64_t vocab = weight.size(0);
+  expect(vocab > 0, op, "：weight 至少要有一行。");
+  const dso_dtype type = float_dtype(op, "hidden", hidden),
+                  w_type = float_dtype(op, "weight", weight);
+  if (bias) {
+    expect_shape(op, "bias", *bias, {vocab});
+    expect_type(op, "bias", *bias, weight.scalar_type());
+  }
+  Tensor x = row_major(hidden), w = row_major(weight),
+         b = bias ? torch::stable::contiguous(*bias) : w;
+  std::optional<Tensor> ids;
+  if (vocabulary) ids = candidates(op, *vocabulary, vocab);
+  Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
+  dso_mtp_draft_head_params p{rows,
+                              k,
+                              ids ? ids->size(0) : vocab,
+                              mat_of(x, type),
+                              mat_of(w, w_type),
+                              bias ? b.const_data_ptr() : nullptr,
+                              ids ? integers(*ids) : nullptr,
+                              static_cast<int64_t *>(token.mutable_data_ptr())};
+  if (rows > 0) execute(dso_mtp_draft_head, &p);
+  for (int64_t r = 0; r < rows; r++) expect(p.token[r] >= 0, op, "：第 ", r, " 行的分数含 NaN。");
+  return token;
+}
 }  // namespace
 }  // namespace dso
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CPU, m) {
+  m.impl("mtp_draft_head", TORCH_BOX(&dso::mtp_draft_head));
   m.impl("mtp_verify_greedy", TORCH_BOX(&dso::mtp_verify_greedy));
   m.impl("mtp_verify_sample", TORCH_BOX(&dso::mtp_verify_sample));
   m.impl("mtp_input", TORCH_BOX(&dso::mtp_input));

@@ -357,6 +357,16 @@ typedef struct {
   void *y; /* [M, N] 连续，与 embedding 同 dtype */
 } dso_mtp_input_params;
 
+/* 各行的草稿 token[r] = argmax_v (W x_r + b)_v，v 在候选 vocabulary [count] 里（NULL 为 0 到 count - 1）；
+ * 相同时取靠前的候选。token < 0 是出错：分数里有 NaN。 */
+typedef struct {
+  int64_t m, k, count;
+  dso_mat x, weight;         /* [M, K]、[V, K] */
+  const void *bias;          /* [V]，与 weight 同 dtype；没有则 NULL */
+  const int64_t *vocabulary; /* [count]，都在 [0, V) 内 */
+  int64_t *token;            /* [M] */
+} dso_mtp_draft_head_params;
+
 /* 采样前对 logits [R, P, V] 的处理，依次是重复惩罚、温度、top-k、top-p、min-p，再 softmax。
  * top_k 为 0、top_p >= 1、min_p <= 0、penalty 为 1 分别表示不用。 */
 typedef struct {
@@ -387,6 +397,7 @@ extern const dso_op dso_rope, dso_mla_qkv_a, dso_mla_cache_write;
 extern const dso_op dso_moe_route, dso_moe_route_backward;
 extern const dso_op dso_moe_experts, dso_moe_experts_backward;
 extern const dso_op dso_mtp_verify_greedy, dso_mtp_verify_sample, dso_mtp_input;
+extern const dso_op dso_mtp_draft_head;
 extern const dso_op dso_sample_filter, dso_sample_tokens;
 extern const dso_op dso_mla_decode, dso_mla_prefill, dso_mla_prefill_backward;
 

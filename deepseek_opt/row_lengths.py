@@ -110,10 +110,9 @@ class RowLengths:
             raise InputError(
                 f"lengths 应有 {self._offsets.numel()} 个值，得到形状 {list(wanted.shape)}"
             )
-        if bool(((wanted < 0) | (wanted > self._offsets)).any()):
-            raise InputError(
-                f"lengths 应在 0 与各行现有长度 {self._offsets.tolist()} 之间，得到 {wanted.tolist()}"
-            )
+        found, have = wanted.tolist(), self._offsets.tolist()  # 行数不多，比张量运算快
+        if not all(0 <= new <= old for new, old in zip(found, have, strict=True)):
+            raise InputError(f"lengths 应在 0 与各行现有长度 {have} 之间，得到 {found}")
         return wanted
 
     def set_rows(self, lengths: Tensor, longest: int, shortest: int) -> None:

@@ -120,6 +120,7 @@ def test_row_operations_match_a_list_of_rows(data):
             rows = [rows[i] for i in index]
         assert layer.lengths.tolist() == [len(r) for r in rows]
         assert layer.length == max(len(r) for r in rows)
+        layer.tidy()
         for row, want in enumerate(rows):
             assert torch.equal(layer.latent[row, : len(want)], want)
             assert not layer.latent[row, len(want) : layer.length].any()  # 短行的尾部是 0

@@ -212,13 +212,13 @@ def test_strict_and_missing_parts(caplog):
     restore(plain)
 
 
-def test_parts_not_available_yet_are_reported(model):
+def test_missing_mtp_is_reported(model):
     from deepseek_opt import MTPConfig
 
     wanted = OptimizationProfile(mla=MLAConfig(), mtp=MTPConfig())
     report = optimize(model, wanted)
     assert report.replaced and report.unmet[0].part == "mtp"
-    assert "生成" in report.unmet[0].reason and "attach_mtp" in report.unmet[0].reason
+    assert "MTP" in report.unmet[0].reason and "attach_mtp" in report.unmet[0].reason
     restore(model)
     with pytest.raises(UnsupportedError, match="mtp"):
         optimize(model, wanted, strict=True)

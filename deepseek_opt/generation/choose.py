@@ -10,6 +10,7 @@ from torch import Tensor
 from deepseek_opt import ops
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.scores import Scores
+from deepseek_opt.mtp.predictor import TokenPredictor
 
 # 采样的随机数按位置存着，等最慢的行用到；至多占这么多字节，领先太多的行先不起草。
 NOISE_BYTES = 256 << 20
@@ -31,17 +32,17 @@ class Verified(NamedTuple):
 class Greedy:
     """贪心：草稿等于 argmax 就接受，结果与逐个词元的贪心解码相同。"""
 
-    def __init__(self, scores: Scores, rows: Rows):
-        self.scores, self.rows = scores, rows
+    def __init__(self, scores: Scores, rows: Rows, predictor: TokenPredictor):
+        self.scores, self.rows, self.predictor = scores, rows, predictor
 
     def limit(self, length: int) -> int:
         """这一步至多起草几个。"""
         return length
 
-    def pick(self, logits: Tensor, place: int) -> Tensor:
-        """logits [R, V] -> 草稿 [R]。"""
+    def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
+        """depth 深度归一化的隐藏状态 [R, H] -> 第 place 个草稿 [R]。"""
         del place
-        return _argmax(logits)
+        return self.predictor.draft_tokens(normed, depth)
 
     def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
         """logits [R, D + 1, V]，drafts [R, D]。"""
@@ -60,8 +61,14 @@ class Sampled:
     接受几个、线程数都无关，分布恰好是 p。草稿用同一批 E 由 MTP 的分布抽，所以常常相同。
     """
 
-    def __init__(self, scores: Scores, rows: Rows, generator: torch.Generator | None = None):
-        self.scores, self.rows = scores, rows
+    def __init__(
+        self,
+        scores: Scores,
+        rows: Rows,
+        predictor: TokenPredictor,
+        generator: torch.Generator | None = None,
+    ):
+        self.scores, self.rows, self.predictor = scores, rows, predictor
         self.generator = generator or default_generator(rows.tokens.device)
         self._noise: list[Tensor] = []  # 从第 _first 个词元起，各 [B, V]
         self._states: list[Tensor] = []
@@ -75,13 +82,14 @@ class Sampled:
         most = max(NOISE_BYTES // (self._noise[0].numel() * 4), 1)
         return max(0, min(length, most - 1 - (max(counts) - min(counts))))
 
-    def pick(self, logits: Tensor, place: int) -> Tensor:
-        """logits [R, V] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
+    def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
+        """归一化的隐藏状态 [R, H] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
+        logits = self.predictor.draft_logits(normed, depth)
         options = {k: v for k, v in self.scores.options.items() if k != "repetition_penalty"}
         if "top_k" in options:
             options["top_k"] = min(options["top_k"], logits.shape[-1])
         probs = ops.sample_filter(logits, **options)
-        return _argmax(probs / self._for_rows(place, 1, probs)[:, 0])
+        return (probs / self._for_rows(place, 1, probs)[:, 0]).argmax(-1)
 
     def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
         """logits [R, D + 1, V]，drafts [R, D]。"""
@@ -119,12 +127,6 @@ class Sampled:
         if drop > 0:
             del self._noise[:drop], self._states[:drop]
             self._first = oldest
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """[R, V] -> [R]；半精度时比 torch.argmax 快得多。"""
-    nothing = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
-    return ops.mtp_verify_greedy(logits[:, None], nothing)[1]
 
 
 def _verified(scores: Tensor, races: Tensor, drafts: Tensor) -> Verified:

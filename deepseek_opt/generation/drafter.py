@@ -15,7 +15,7 @@ from deepseek_opt.mtp.predictor import Prediction, TokenPredictor
 # 不起草时积着的位置到这么多就先补进缓存，免得一直占着隐藏状态。
 _MOST_PENDING = 1024
 
-PickFn = Callable[[Tensor, int], Tensor]
+PickFn = Callable[[Tensor, int, int], Tensor]
 
 
 class Window(NamedTuple):
@@ -63,7 +63,7 @@ class Drafter:
         ]
 
     def draft(self, length: int, pick: PickFn | None = None) -> Tensor:
-        """起草 length 个 [R, length]；``pick(logits [R, V], i)`` 选出第 i 个。"""
+        """起草 length 个 [R, length]；``pick(归一化的隐藏状态 [R, H], 深度, i)`` 选出第 i 个。"""
         window = self._merged()
         end = [n + c for n, c in zip(self.known, window.counts, strict=True)]
         drafts: list[Tensor] = []
@@ -74,7 +74,7 @@ class Drafter:
             positions = positions_after([n + depth - 1 for n in end], 1, window.hidden.device)
             step = self._run(depth, index, drafts[-1][:, None], last[:, None], positions)
             last = step.hidden[:, 0]
-            drafts.append(pick(self.predictor.logits(step.normed[:, 0], depth), depth - 1))
+            drafts.append(pick(step.normed[:, 0], depth, depth - 1))
         self.known = end
         for index in range(len(self.caches)):
             self._crop(index, end)
@@ -95,9 +95,7 @@ class Drafter:
             if index < length:
                 places = [c + index - skip for c in window.counts]
                 last = last_of(out.hidden, places)
-                drafts.append(
-                    pick(self.predictor.logits(last_of(out.normed, places), index + 1), index)
-                )
+                drafts.append(pick(last_of(out.normed, places), index + 1, index))
             carry = self._carry[index]
             self._carry[index] = last_of(out.hidden, [max(c - skip, 1) for c in window.counts])
             if carry is None:

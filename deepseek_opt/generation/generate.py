@@ -32,6 +32,11 @@ class GenerationOutput:
         sequences: [B, P + 生成数] int64，先结束的行后面是 pad_token_id。
         drafted: [B, 生成数] bool，哪些词元来自被接受的草稿。
         scores、logits: 每个生成的词元一张 [B, V]，处理过的与原始的；没有要求时为 None。
+
+    示例::
+
+        out = deepseek_opt.generate(model, ids, return_dict_in_generate=True, output_scores=True)
+        print(f"{out.drafted.float().mean():.0%} 的词元来自草稿", out.scores[0].shape)
     """
 
     sequences: Tensor
@@ -170,7 +175,9 @@ def generate(
     plan = Plan(
         predictor=predictor,
         rows=rows,
-        chooser=make_chooser(rows, config, Scores(processors, options), do_sample, generator),
+        chooser=make_chooser(
+            rows, config, Scores(processors, options), do_sample, predictor, generator
+        ),
         stopping=Stopping(eos, criteria),
         length=draft_length(predictor, config),
         streamer=streamer,

@@ -122,7 +122,7 @@ def generate_with_mtp(
     plan = Plan(
         predictor=patch.predictor,
         rows=rows,
-        chooser=make_chooser(rows, config, scores, sample),
+        chooser=make_chooser(rows, config, scores, sample, patch.predictor),
         stopping=Stopping(eos, criteria),
         length=draft_length(patch.predictor, config),
         streamer=streamer,

@@ -22,10 +22,13 @@ def make_chooser(
     config: Any,
     scores: Scores,
     sample: bool,
+    predictor: TokenPredictor,
     generator: torch.Generator | None = None,
 ) -> Any:
     """怎样选词元；config 为 MTPConfig。"""
-    chooser = Sampled(scores, rows, generator) if sample else Greedy(scores, rows)
+    chooser = (
+        Sampled(scores, rows, predictor, generator) if sample else Greedy(scores, rows, predictor)
+    )
     rule = config.acceptance or LOSSLESS
     return chooser if rule == LOSSLESS else Lossy(chooser, rule, config.acceptance_threshold)
 

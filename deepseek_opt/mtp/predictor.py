@@ -68,9 +68,9 @@ class PredictionLayer(nn.Module):
 
     def _fusable(self, embedded: Tensor, hidden: Tensor) -> bool:
         """能否由 mtp_input 一次算完：普通的 RMSNorm 与 nn.Linear，没有别人的钩子。"""
-        if not embedded.is_cpu or embedded.dtype != hidden.dtype or embedded.dtype not in _FUSED:
+        if embedded.dtype != hidden.dtype or not _takes(embedded):
             return False
-        if torch.is_autocast_enabled("cpu") or type(self.eh_proj) is not nn.Linear:
+        if type(self.eh_proj) is not nn.Linear:
             return False
         norms = (self.enorm, self.hnorm)
         if self._known_norms is None:
@@ -128,6 +128,7 @@ class TokenPredictor(nn.Module):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
+        self.draft_vocabulary: Tensor | None = None
         self.statistics = PredictionStatistics()
         self.draft_statistics = DraftStatistics()
 
@@ -189,6 +190,50 @@ class TokenPredictor(nn.Module):
         frozen = {name: p.detach() for name, p in head.named_parameters()}
         return torch.func.functional_call(head, frozen, (normed,))
 
+    def set_draft_vocabulary(self, tokens: Tensor | None) -> None:
+        """生成时只在 tokens（[N] int64，不重复）里起草，例如语料里最常见的几千个；None 为整个词表。
+
+        核对仍看整个词表，所以不影响结果；输出头读的权重少，起草就快，选不到的词元总是不被接受。
+
+        抛出 InputError：不是一维的整数张量、为空、重复、不在词表之内。
+
+        示例::
+
+            counts = torch.bincount(corpus_tokens, minlength=vocab_size)
+            model.mtp.set_draft_vocabulary(counts.topk(2048).indices)
+        """
+        if tokens is None:
+            self.draft_vocabulary = None
+            return
+        size = self.adapter.head.weight.shape[0]
+        good = isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.dim() == 1
+        if not good or not tokens.numel():
+            raise InputError.expected("tokens", "非空的一维 int64 张量", tokens)
+        kept = tokens.unique()
+        if kept.numel() != tokens.numel():
+            raise InputError("参数 tokens：不应有重复的词元")
+        if int(kept[0]) < 0 or int(kept[-1]) >= size:
+            raise InputError(
+                f"参数 tokens：应在 [0, {size}) 内，实际是 {int(kept[0])} 到 {int(kept[-1])}"
+            )
+        self.draft_vocabulary = kept.to(self.adapter.device)
+
+    def draft_tokens(self, normed: Tensor, depth: int = 1) -> Tensor:
+        """起草：normed [R, H] -> 分数最大的词元 [R]；普通的输出头由 mtp_draft_head 一次算完。"""
+        head = getattr(self.layers[self.layer_index(depth)].shared_head, "head", self.adapter.head)
+        if type(head) is nn.Linear and not is_taken(head) and _takes(normed):
+            return ops.mtp_draft_head(normed, head.weight, head.bias, self.draft_vocabulary)
+        return self.draft_logits(normed, depth).argmax(-1)
+
+    def draft_logits(self, normed: Tensor, depth: int = 1) -> Tensor:
+        """起草用的 logits [R, V]：不在 draft_vocabulary 里的为 -inf。"""
+        found = self.logits(normed, depth)
+        if self.draft_vocabulary is None:
+            return found
+        out = torch.full_like(found, -torch.inf)
+        out[:, self.draft_vocabulary] = found[:, self.draft_vocabulary]
+        return out
+
     def checkpoint_names(self, prefix: str = "") -> dict[str, str]:
         """本模块 state_dict 的名字 -> 检查点里（拆开专家之前）的名字。"""
         names = {}
@@ -211,6 +256,11 @@ class TokenPredictor(nn.Module):
         wanted = (*tokens.shape, self.adapter.hidden_size)
         if not isinstance(hidden, Tensor) or tuple(hidden.shape) != wanted:
             raise InputError.expected("hidden", f"形状 {list(wanted)} 的张量", hidden)
+
+
+def _takes(x: Tensor) -> bool:
+    """本库的核能否直接算 x。"""
+    return x.is_cpu and x.dtype in _FUSED and not torch.is_autocast_enabled("cpu")
 
 
 def _physical(config: MTPConfig, physical: int | None) -> int:

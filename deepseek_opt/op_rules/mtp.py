@@ -11,6 +11,11 @@ from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake
 # ---- fake：只推导形状与 dtype ----
 
 
+@fake("mtp_draft_head")
+def _(hidden, weight, bias, vocabulary):
+    return hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
+
+
 @fake("mtp_verify_greedy")
 def _(logits, drafts, draft_len):
     return drafts.new_empty(drafts.shape[:1]), drafts.new_empty(drafts.shape[:1])

@@ -36,7 +36,7 @@ from deepseek_opt.ops.moe import (
     moe_route,
 )
 from deepseek_opt.ops.moe_quantized import moe_experts_quantized
-from deepseek_opt.ops.mtp import mtp_input, mtp_verify_greedy, mtp_verify_sample
+from deepseek_opt.ops.mtp import mtp_draft_head, mtp_input, mtp_verify_greedy, mtp_verify_sample
 from deepseek_opt.ops.sample import sample_filter, sample_tokens
 from deepseek_opt.ops.spans import (
     make_spans,
@@ -62,6 +62,7 @@ __all__ = [
     "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
+    "mtp_draft_head",
     "mtp_input",
     "mtp_verify_greedy",
     "mtp_verify_sample",

@@ -10,6 +10,35 @@ from torch import Tensor
 from deepseek_opt.ops._run import run
 
 
+def mtp_draft_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, vocabulary: Tensor | None = None
+) -> Tensor:
+    """草稿的输出头：argmax (W · hidden + b)，不写出 logits；可以只在词表的一部分里选。
+
+    核对仍看整个词表，所以只在一部分里起草不影响结果，只是选不到别的词元；读的权重少，起草就快（FR-Spec，
+    arXiv 2502.14856）。分数以 fp32 计算，不舍入成 hidden 的 dtype。
+
+    Args:
+        hidden: [R, K] 浮点，归一化之后的。
+        weight: [V, K]，输出头的权重，原地读，可与 hidden 的 dtype 不同。bias: [V] 或 None。
+        vocabulary: [N] int64，候选的词元，在 [0, V) 内；None 为全部。相邻的下标一次算完，排好序最快。
+
+    Returns:
+        [R] int64，各行分数最大的词元；相同时取靠前的候选。没有导数。
+
+    Raises:
+        ValueError: 形状、dtype 不符；vocabulary 为空或越界；分数里有 NaN（指出行）。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> x = torch.tensor([[1.0, 0.0, 0.5]])
+        >>> ops.mtp_draft_head(x, torch.eye(3)), ops.mtp_draft_head(x, torch.eye(3), None, torch.tensor([1, 2]))
+        (tensor([0]), tensor([2]))
+    """
+    return run("mtp_draft_head", hidden, weight, bias, vocabulary)
+
+
 def mtp_verify_greedy(
     logits: Tensor, drafts: Tensor, draft_len: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,12 @@ from deepseek_opt.reference.mla import (
 )
 from deepseek_opt.reference.moe import moe_experts, moe_experts_list, moe_route
 from deepseek_opt.reference.moe_quantized import moe_experts_quantized
-from deepseek_opt.reference.mtp import mtp_input, mtp_verify_greedy, mtp_verify_sample
+from deepseek_opt.reference.mtp import (
+    mtp_draft_head,
+    mtp_input,
+    mtp_verify_greedy,
+    mtp_verify_sample,
+)
 from deepseek_opt.reference.sample import sample_filter, sample_tokens
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "moe_experts_list",
     "moe_experts_quantized",
     "moe_route",
+    "mtp_draft_head",
     "mtp_input",
     "mtp_verify_greedy",
     "mtp_verify_sample",

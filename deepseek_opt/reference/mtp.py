@@ -11,6 +11,19 @@ from deepseek_opt.reference.precision import wide
 from deepseek_opt.reference.sample import pick
 
 
+def mtp_draft_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: Tensor | None
+) -> Tensor:
+    """候选的分数的 argmax。"""
+    kept = slice(None) if vocabulary is None else vocabulary
+    dtype = wide(hidden)
+    scores = hidden.to(dtype) @ weight[kept].to(dtype).T
+    if bias is not None:
+        scores = scores + bias[kept].to(dtype)
+    best = scores.argmax(-1)
+    return best if vocabulary is None else vocabulary[best]
+
+
 def mtp_verify_greedy(
     logits: Tensor, drafts: Tensor, draft_len: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-/* mtp_verify_greedy、mtp_verify_sample、mtp_input、sample_filter、sample_tokens：与直白写法比较。 */
+/* mtp_draft_head、mtp_verify_greedy、mtp_verify_sample、mtp_input、sample_filter、sample_tokens：与直白写法比较。 */
 #include <stdio.h>
 #include <string.h>
 
@@ -283,6 +283,43 @@ static void filter_faults(const dso_isa *isa) {
   free_all();
 }
 
+/* ---- 草稿的输出头 ---- */
+
+static void head_case(const dso_isa *isa, dso_dtype type, dso_dtype w_type, int64_t m,
+                      int64_t vocab, int64_t k, int64_t count, int nan) {
+  int64_t ids[MOST], token[MOST], rs = k + random_below(3);
+  buf x = new_random(type, m * k, 1.0), w = new_random(w_type, vocab * rs + 1, 1.0),
+      b = new_random(w_type, vocab, 1.0), out = bytes_of(token, m), *outs[] = {&out};
+  if (nan) put(&x, random_below(m * k), NAN);
+  for (int64_t i = 0; i < count; i++) /* 一半是相邻的 */
+    ids[i] = i && random_below(2) && ids[i - 1] + 1 < vocab ? ids[i - 1] + 1 : random_below(vocab);
+  int64_t n = count ? count : vocab;
+  const void *bias = random_below(2) ? b.data : NULL;
+  dso_mtp_draft_head_params p = {
+      m, k, n, {x.data, k, type}, {w.data, rs, w_type}, bias, count ? ids : NULL, token};
+  memset(token, 0, sizeof token);
+  execute("草稿头", &dso_mtp_draft_head, &p, isa, outs, 1);
+  double *scores = doubles(vocab);
+  for (int64_t r = 0; r < m; r++) {
+    double best = -INFINITY, own = NAN;
+    int bad = 0;
+    for (int64_t i = 0; i < n; i++) {
+      int64_t v = count ? ids[i] : i;
+      scores[v] = bias ? get(&b, v) : 0.0;
+      for (int64_t j = 0; j < k; j++) scores[v] += get(&x, r * k + j) * get(&w, v * rs + j);
+      bad |= isnan(scores[v]);
+      best = fmax(best, scores[v]);
+      if (v == token[r]) own = scores[v];
+    }
+    double slack = fmax(tolerance(DSO_F32), type == DSO_BF16 && w_type == DSO_BF16 ? 1e-4 : 0.0);
+    int ok = bad ? token[r] == -1 : own >= best - slack * (1.0 + fabs(best));
+    check(ok, "%s mtp_draft_head %s/%s [%lld, %lld, %lld] %lld：第 %lld 行得 %lld", isa->name,
+          dtype_name(type), dtype_name(w_type), (long long)m, (long long)vocab, (long long)k,
+          (long long)count, (long long)r, (long long)token[r]);
+  }
+  free_all();
+}
+
 /* ---- MTP 的入口 ---- */
 
 static void norm_into(const buf *x, const buf *w, int64_t row, int64_t k, double *out) {
@@ -341,6 +378,13 @@ void test_mtp(void) {
       for (int w = 0; w < 3; w++) {
         input_case(isas[i], FLOATS[t], FLOATS[w], 1 + random_below(40), 37, 1 + random_below(50));
         input_case(isas[i], FLOATS[t], FLOATS[w], 100, 20, 33);
+        for (int c = 0; c < 4; c++) {
+          int64_t m = 1 + random_below(9), vocab = 1 + random_below(300);
+          head_case(isas[i], FLOATS[t], FLOATS[w], m, vocab, random_below(40), 0, 0);
+          head_case(isas[i], FLOATS[t], FLOATS[w], m, vocab, 1 + random_below(40),
+                    1 + random_below(200), c == 3);
+        }
+        head_case(isas[i], FLOATS[t], FLOATS[w], 100, 700, 129, 0, 0);
       }
     }
     sample_faults(isas[i]);
