@@ -19,7 +19,7 @@ from deepseek_opt.benchmarks.shapes import REFERENCE, Shape
 from deepseek_opt.errors import InputError
 
 #: 套件名 -> 登记它的模块；第一次用到时才导入。
-_MODULES = {name: f"deepseek_opt.benchmarks.{name}" for name in ("mla", "moe", "quant")}
+_MODULES = {name: f"deepseek_opt.benchmarks.{name}" for name in ("mla", "moe", "mtp", "quant")}
 _SUITES: dict[str, Suite] = {}
 
 

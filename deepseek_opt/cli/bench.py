@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="套件：mla、moe、quant")] = "mla",
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="套件：mla、moe、mtp、quant")
+    ] = "mla",
     quick: Annotated[bool, typer.Option("--quick", help="轮数与长度减少，看个大概")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="把读数、机器与版本写成 JSON")

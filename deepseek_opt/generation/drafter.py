@@ -68,19 +68,27 @@ class Drafter:
         end = [n + c for n, c in zip(self.known, window.counts, strict=True)]
         drafts: list[Tensor] = []
         last = self._physical(window, length, pick, drafts)
-        index = len(self.caches) - 1
-        for depth in range(len(drafts) + 1, length + 1):
-            self._crop(index, [n + depth - 2 for n in end])
-            positions = positions_after([n + depth - 1 for n in end], 1, window.hidden.device)
-            step = self._run(depth, index, drafts[-1][:, None], last[:, None], positions)
-            last = step.hidden[:, 0]
-            drafts.append(pick(step.normed[:, 0], depth, depth - 1))
+        if len(drafts) < length:
+            self._repeat(last, end, length, pick, drafts)
         self.known = end
         for index in range(len(self.caches)):
             self._crop(index, end)
         return torch.stack(drafts, 1) if drafts else window.tokens.new_empty(len(end), 0)
 
     # ---- 内部 ----
+
+    def _repeat(
+        self, last: Tensor, end: list[int], length: int, pick: PickFn, drafts: list[Tensor]
+    ) -> None:
+        """反复用最后一个物理层，每次接一个位置，直到有 length 个草稿。"""
+        index, done = len(self.caches) - 1, len(drafts)
+        self._crop(index, [n + done - 1 for n in end])
+        places = positions_after([n + done for n in end], length - done, last.device)
+        for depth in range(done + 1, length + 1):
+            tokens, place = drafts[-1][:, None], places[:, depth - done - 1 : depth - done]
+            step = self._run(depth, index, tokens, last[:, None], place)
+            last = step.hidden[:, 0]
+            drafts.append(pick(step.normed[:, 0], depth, depth - 1))
 
     def _physical(
         self, window: Window, length: int, pick: PickFn | None, drafts: list[Tensor]

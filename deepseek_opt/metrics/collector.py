@@ -155,7 +155,15 @@ def cache_bytes(cache: Any) -> int | None:
     layers = getattr(cache, "layers", None)
     if layers is None:
         return None
-    tensors = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+    return sum(_layer_bytes(layer) for layer in layers)
+
+
+def _layer_bytes(layer: Any) -> int:
+    """本库的层给出分配的字节数（它的 keys、values 每次都要整理，每步取不合算）；其余为张量之和。"""
+    size = getattr(layer, "nbytes", None)
+    if size is not None:
+        return int(size)
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 

@@ -58,6 +58,7 @@ class HFAdapter(MTPAdapter):
             if found is None:
                 raise UnsupportedError(f"不认得 {type(model).__name__}：没有找到{part}")
         self.decoder, self.layers = decoder, layers
+        self._tables: dict[torch.dtype, tuple[Tensor, ...]] = {}
         super().__init__(
             model,
             embedding=model.get_input_embeddings(),
@@ -114,7 +115,7 @@ class HFAdapter(MTPAdapter):
         kwargs: dict[str, Any] = {}
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is not None:
-            kwargs["position_embeddings"] = rotary(x, position_ids=inputs.position_ids)
+            kwargs["position_embeddings"] = self._angles(rotary, x, inputs)
         positions = inputs.position_ids
         if inputs.documents is not None:
             positions = places(inputs.documents)
@@ -202,6 +203,22 @@ class HFAdapter(MTPAdapter):
             plain |= {k: v[0] if isinstance(v, list) else v for k, v in found.items()}
         return plain
 
+    # ---- 旋转 ----
+
+    def _angles(self, rotary: nn.Module, x: Tensor, inputs: LayerInputs) -> Any:
+        """各位置的 (cos, sin)；起草时（带缓存、不求导）查表，表由 rotary 自己对 0、1、2… 算出。"""
+        places = inputs.position_ids
+        if inputs.cache is None or torch.is_grad_enabled() or not _is_static(rotary):
+            return rotary(x, position_ids=places)
+        size = inputs.cache.get_seq_length(inputs.index) + 2 * x.shape[1] + 64
+        table = self._tables.get(x.dtype)
+        if table is None or table[0].shape[0] < size:
+            every = rotary(x, position_ids=torch.arange(2 * size, device=x.device)[None])
+            if not isinstance(every, tuple):  # 复数的写法
+                return rotary(x, position_ids=places)
+            table = self._tables[x.dtype] = tuple(part[0] for part in every)
+        return tuple(part[places] for part in table)
+
     # ---- 掩码 ----
 
     def _mask(self, x: Tensor, inputs: LayerInputs) -> Any:
@@ -274,6 +291,11 @@ class HFAdapter(MTPAdapter):
                 f"{type(self.model).__name__} 的{'、'.join(wrong)}与通常的写法不同，算出的结果对不上；"
                 "请继承 MTPAdapter 写一个接口，用 attach_mtp(..., adapter=...) 给出"
             )
+
+
+def _is_static(rotary: nn.Module) -> bool:
+    """角度只由位置决定：不随长度改变频率，返回 (cos, sin)。"""
+    return getattr(rotary, "rope_type", "") in ("default", "linear", "llama3", "yarn")
 
 
 def _conversions(model: nn.Module) -> list[Any]:
