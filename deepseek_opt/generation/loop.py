@@ -54,7 +54,7 @@ class Loop:
 
     def run(self) -> int:
         """生成完；返回最长的行生成了几个。"""
-        with torch.no_grad(), _below_autograd():
+        with torch.no_grad(), _below_autograd(), self.plan.predictor.adapter.generating():
             self._prefill()
             while self.rows.active:
                 self._step()

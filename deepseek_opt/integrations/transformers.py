@@ -168,6 +168,16 @@ class AttentionPatch(Patch):
         batch, steps = hidden.shape[:2]
         if batch * steps > FUSED_ROWS or steps > self.decode_limit or torch.is_grad_enabled():
             return None
+        projections = self.steady_projections(kv_b)
+        if projections is None:
+            return None
+        cos, sin = self._angles(kwargs)
+        if steps > 1 and cos.shape[0] != batch:
+            return None
+        return (*projections, cos, sin, self.rope == "interleaved")
+
+    def steady_projections(self, kv_b: Tensor) -> tuple | None:
+        """同上，旋转以外、与输入无关的部分。"""
         if not self.fusable or torch.is_autocast_enabled("cpu"):
             return None
         modules, spec = self.module._modules, self.spec
@@ -180,15 +190,11 @@ class AttentionPatch(Patch):
             norms.append(modules[spec.q_a_layernorm])
         if not plain or any(has_hooks(m) for m in norms):
             return None
-        cos, sin = self._angles(kwargs)
-        if steps > 1 and cos.shape[0] != batch:
-            return None
         queries = (None, None, None, 0.0)
         if down is not None:
             queries = (*_weights(down), _weights(norms[1])[0], norm_eps(norms[1]))
         keys = (*_weights(joint), _weights(norms[0])[0], norm_eps(norms[0]))
-        rotation = (cos, sin, self.rope == "interleaved")
-        return (*queries, *_weights(last), *keys, kv_b, *_weights(out), *rotation)
+        return (*queries, *_weights(last), *keys, kv_b, *_weights(out))
 
     def _decode_fused(
         self, hidden: Tensor, kwargs: dict[str, Any], kv_b: Tensor

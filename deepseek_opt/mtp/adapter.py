@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,10 @@ class MTPAdapter:
         raise UnsupportedError(
             f"{type(self).__name__} 没有实现 make_model_cache()，不能用 MTP 生成"
         )
+
+    def generating(self) -> AbstractContextManager[None]:
+        """一次生成在这个块内进行：其间参数与钩子不变，可以把检查只做一次。"""
+        return nullcontext()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``run_model`` 的隐藏状态 -> logits。"""

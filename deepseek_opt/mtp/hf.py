@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 from deepseek_opt.mtp.documents import places
+from deepseek_opt.mtp.steady import AngleTable, SteadyParts
 
 _LAYERS = ("layers", "h")
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -58,7 +59,6 @@ class HFAdapter(MTPAdapter):
             if found is None:
                 raise UnsupportedError(f"不认得 {type(model).__name__}：没有找到{part}")
         self.decoder, self.layers = decoder, layers
-        self._tables: dict[torch.dtype, tuple[Tensor, ...]] = {}
         super().__init__(
             model,
             embedding=model.get_input_embeddings(),
@@ -70,6 +70,8 @@ class HFAdapter(MTPAdapter):
             layer_path=next(name for name, m in model.named_modules() if m is layers),
             num_layers=len(layers),
         )
+        self._angles = AngleTable(getattr(decoder, "rotary_emb", None))
+        self._steady = SteadyParts()
         self._check()
 
     @property
@@ -112,10 +114,15 @@ class HFAdapter(MTPAdapter):
 
     def run_layer(self, layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
         """按主模型自己的掩码与旋转运行一层。"""
+        if inputs.cache is not None and inputs.attention_mask is None:
+            steady = self._steady.find(layer, *x.shape[:2])
+            if steady is not None:
+                angles = self._angles.halves(inputs.position_ids, x.dtype)
+                return steady(x, angles, inputs.cache)
         kwargs: dict[str, Any] = {}
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is not None:
-            kwargs["position_embeddings"] = self._angles(rotary, x, inputs)
+            kwargs["position_embeddings"] = rotary(x, position_ids=inputs.position_ids)
         positions = inputs.position_ids
         if inputs.documents is not None:
             positions = places(inputs.documents)
@@ -151,6 +158,10 @@ class HFAdapter(MTPAdapter):
         """主模型（不含输出头）的前向；``hidden_normed=False`` 时取最后的归一化的输入。"""
         from deepseek_opt.integrations.hf_kv_cache import ragged_masks
 
+        steady = self._steady.find(None, *tokens.shape)
+        if steady is not None:
+            angles = self._angles.halves(position_ids, self.dtype)
+            return steady(tokens, angles, cache, self.hidden_normed)
         seen: dict[str, Any] = {}
         hook = None
         if not self.hidden_normed:
@@ -203,21 +214,11 @@ class HFAdapter(MTPAdapter):
             plain |= {k: v[0] if isinstance(v, list) else v for k, v in found.items()}
         return plain
 
-    # ---- 旋转 ----
+    # ---- 生成 ----
 
-    def _angles(self, rotary: nn.Module, x: Tensor, inputs: LayerInputs) -> Any:
-        """各位置的 (cos, sin)；起草时（带缓存、不求导）查表，表由 rotary 自己对 0、1、2… 算出。"""
-        places = inputs.position_ids
-        if inputs.cache is None or torch.is_grad_enabled() or not _is_static(rotary):
-            return rotary(x, position_ids=places)
-        size = inputs.cache.get_seq_length(inputs.index) + 2 * x.shape[1] + 64
-        table = self._tables.get(x.dtype)
-        if table is None or table[0].shape[0] < size:
-            every = rotary(x, position_ids=torch.arange(2 * size, device=x.device)[None])
-            if not isinstance(every, tuple):  # 复数的写法
-                return rotary(x, position_ids=places)
-            table = self._tables[x.dtype] = tuple(part[0] for part in every)
-        return tuple(part[places] for part in table)
+    def generating(self) -> AbstractContextManager[None]:
+        """块内能直接调用算子的层不再经过各模块，见 integrations/steady.py。"""
+        return self._steady.during(self)
 
     # ---- 掩码 ----
 
@@ -291,11 +292,6 @@ class HFAdapter(MTPAdapter):
                 f"{type(self.model).__name__} 的{'、'.join(wrong)}与通常的写法不同，算出的结果对不上；"
                 "请继承 MTPAdapter 写一个接口，用 attach_mtp(..., adapter=...) 给出"
             )
-
-
-def _is_static(rotary: nn.Module) -> bool:
-    """角度只由位置决定：不随长度改变频率，返回 (cos, sin)。"""
-    return getattr(rotary, "rope_type", "") in ("default", "linear", "llama3", "yarn")
 
 
 def _conversions(model: nn.Module) -> list[Any]:

@@ -1,0 +1,157 @@
+"""一次生成期间不变的解码层：检查与取参数只做一次，之后每步直接调用算子。
+
+小模型的一步里，逐个模块的调用与每次的检查（钩子、LoRA、类型……）比计算还久。生成的循环自己掌握每一次前向，
+其间参数与钩子不变，所以开始时核对一次：各部分都是本库的补丁、没有钩子，并且用几个词元与原来的前向比较过；
+任何一处不符就不用，照常经过各模块。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_opt import ops
+from deepseek_opt.integrations import bridge, experts
+from deepseek_opt.integrations.dense import GatedFFNPatch
+from deepseek_opt.integrations.moe_block import MoeBlockPatch
+from deepseek_opt.integrations.patch import patch_of
+from deepseek_opt.integrations.projections import effective_weight, is_hooked, is_rms_norm, norm_eps
+from deepseek_opt.integrations.router import RouterPatch, route
+from deepseek_opt.integrations.transformers import FUSED_ROWS, AttentionPatch
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+Apply = Callable[[Tensor], Tensor]
+
+
+class SteadyLayer:
+    """一个解码层：x + attn(norm x)，再 + mlp(norm x)。由 :func:`steady_layer` 建立。"""
+
+    def __init__(self, norms: list[Apply], attention: AttentionPatch, mlp: Apply):
+        self.norms, self.attention, self.mlp = norms, attention, mlp
+        weight = effective_weight(attention.module._modules[attention.spec.kv_b_proj])[0]
+        self.heads = weight.shape[0] // (attention.nope_dim + attention.value_dim)
+        self.scaling = float(getattr(attention.module, attention.spec.scaling))
+        self.projections = attention.steady_projections(weight)
+
+    def takes(self, rows: int, steps: int) -> bool:
+        """这么多行、每行这么多词元能不能一起算。"""
+        return rows * steps <= FUSED_ROWS and steps <= self.attention.decode_limit
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        """x [R, T, H]，angles 为半宽的 (cos, sin) [R, T, dr / 2] fp32；写进 cache 的这一层。"""
+        x = x + self._attend(self.norms[0](x), angles, cache)
+        return x + self.mlp(self.norms[1](x))
+
+    def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        patch = self.attention
+        index = getattr(patch.module, patch.spec.layer_idx)
+        layer = bridge.resolve_layer(cache, index, patch.runtime, False)
+        if not layer.has_room(x, patch.rank, patch.rope_dim):
+            sizes = (patch.rank, patch.rope_dim)
+            layer.prepare(*(x.new_empty(*x.shape[:2], size) for size in sizes))
+        rotation = (*angles, patch.rope == "interleaved")
+        store = (layer.latent, layer.rope, layer.scale, layer.offsets, None, None)
+        out = ops.mla_layer_decode(
+            x, *self.projections, *rotation, *store, self.scaling, self.heads
+        )
+        layer.advance(x.shape[1])
+        return out
+
+
+class SteadyModel:
+    """整个主模型（不含输出头）：嵌入、各层、最后的归一化。"""
+
+    def __init__(self, embedding: nn.Module, layers: list[SteadyLayer], norm: Apply):
+        self.embedding, self.layers, self.norm = embedding, layers, norm
+
+    def takes(self, rows: int, steps: int) -> bool:
+        """这么多行、每行这么多词元能不能一起算。"""
+        return self.layers[0].takes(rows, steps)
+
+    def __call__(
+        self, tokens: Tensor, angles: tuple[Tensor, Tensor], cache: Any, normed: bool
+    ) -> Tensor:
+        """tokens [R, T] -> 隐藏状态 [R, T, H]；normed 为最后的归一化之后的。"""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, angles, cache)
+        return self.norm(x) if normed else x
+
+
+def steady_model(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Any:
+    """能这样算的主模型；有一层不能就是 None。"""
+    if is_hooked(embedding) or _norm(norm) is None:
+        return None
+    found = [steady_layer(layer) for layer in layers]
+    return None if None in found else SteadyModel(embedding, found, _norm(norm))
+
+
+def steady_layer(layer: nn.Module) -> SteadyLayer | None:
+    """能这样算的解码层；不能为 None。这里只看各部分，算法由调用者用几个词元核对。"""
+    parts = [layer._modules.get(name) for name in _PARTS]
+    if None in parts or any(is_hooked(module) for module in layer.modules()):
+        return None
+    norms = [_norm(parts[0]), _norm(parts[2])]
+    attention, mlp = patch_of(parts[1]), _mlp(parts[3])
+    if None in norms or mlp is None or not isinstance(attention, AttentionPatch):
+        return None
+    weight, reason = effective_weight(attention.module._modules[attention.spec.kv_b_proj])
+    if reason is not None or not attention.owns_masks:
+        return None
+    if attention.steady_projections(weight) is None:
+        return None
+    return SteadyLayer(norms, attention, mlp)
+
+
+def _norm(module: nn.Module) -> Apply | None:
+    if is_hooked(module) or not is_rms_norm(module):
+        return None
+    weight, eps = module.weight, norm_eps(module)
+    return lambda x: ops.rms_norm(x, weight, eps)
+
+
+def _mlp(module: nn.Module) -> Apply | None:
+    patch = patch_of(module)
+    if isinstance(patch, GatedFFNPatch):
+        weights = [getattr(module, n).weight for n in ("gate_proj", "up_proj", "down_proj")]
+        return lambda x: ops.swiglu_mlp(x, *weights)
+    if isinstance(patch, MoeBlockPatch):
+        return _moe(patch)
+    return None
+
+
+def _moe(patch: MoeBlockPatch) -> Apply | None:
+    module, spec = patch.module, patch.spec
+    inner, gate = patch_of(module._modules[spec.experts]), module._modules[spec.gate]
+    plain = patch.store is None and inner.store is None and isinstance(patch_of(gate), RouterPatch)
+    if not plain or spec.scale or spec.post or spec.shared_gate:
+        return None
+    shared = patch.shared_weights()
+
+    def apply(x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        _, weights, indices, counts = route(gate, flat)
+        inner.load_counter.add(counts, training=False)
+        out = experts.compute(inner.module, inner.layout, flat, indices, weights, shared)
+        return out.view(x.shape)
+
+    return apply
+
+
+def same(got: Tensor, wanted: Tensor) -> bool:
+    """同样的算子、同样的次序：只容半精度在不同核之间的舍入。"""
+    scale = wanted.float().abs().max().clamp_min(1e-6)
+    return bool((got - wanted).float().abs().max() <= 2e-2 * scale)
+
+
+def half_angles(table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [N, dr] -> 半宽、连续、fp32。"""
+    half = table[0].shape[-1] // 2
+    return tuple(part[:, :half].float().contiguous() for part in table)
+
+
+__all__ = ["SteadyLayer", "SteadyModel", "half_angles", "same", "steady_layer", "steady_model"]

@@ -1,0 +1,107 @@
+"""生成期间直接调用算子的各部分：建立、核对、角度的表；哪些模型可以见 integrations/steady.py。"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_opt.mtp.adapter import LayerInputs
+
+_STATIC = ("default", "linear", "llama3", "yarn")
+_PROBE = 3
+
+
+class AngleTable:
+    """各位置的 (cos, sin)，由主模型的旋转模块对 0、1、2… 算出，之后查表。"""
+
+    def __init__(self, rotary: nn.Module | None):
+        self.rotary = rotary
+        self._halves: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # 旋转模块按输入的类型舍入
+
+    @property
+    def static(self) -> bool:
+        """角度是否只由位置决定（不随长度改变频率）。"""
+        return getattr(self.rotary, "rope_type", "") in _STATIC
+
+    def halves(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """places [R, T] -> 半宽的 cos、sin [R, T, dr / 2] fp32；dtype 是模型的类型。"""
+        from deepseek_opt.integrations.steady import half_angles
+
+        last = int(places.max())
+        found = self._halves.get(dtype)
+        if found is None or last >= found[0].shape[0] or found[0].device != places.device:
+            every = torch.arange(2 * last + 128, device=places.device)[None]
+            like = torch.empty(0, dtype=dtype, device=places.device)
+            found = half_angles([part[0] for part in self.rotary(like, every)])
+            self._halves[dtype] = found
+        return found[0][places], found[1][places]
+
+
+class SteadyParts:
+    """按当前的补丁建立的各部分；核对过的结论记着，补丁换了才重新核对。"""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[tuple[int, ...], bool] = {}
+        self._local = threading.local()
+
+    def __reduce__(self) -> Any:
+        return SteadyParts, ()
+
+    @contextmanager
+    def during(self, adapter: Any) -> Iterator[None]:
+        """块内（本线程）用得上。"""
+        self._local.parts = self.current(adapter)
+        try:
+            yield
+        finally:
+            self._local.parts = None
+
+    def find(self, layer: Any, rows: int, steps: int) -> Any:
+        """layer（None 为主模型）此刻能直接算的形式；不在生成中、太长等为 None。"""
+        found = (getattr(self._local, "parts", None) or {}).get(layer)
+        return found if found is not None and found.takes(rows, steps) else None
+
+    def current(self, adapter: Any) -> dict[Any, Any]:
+        """{None: 主模型, MTP 的层: 那一层}；不能直接算的不在里面。"""
+        from deepseek_opt.integrations import hf_config
+        from deepseek_opt.integrations.steady import steady_layer, steady_model
+
+        if not hf_config.is_stand_in(adapter.config) or not adapter._angles.static:
+            return {}
+        model = steady_model(adapter.embedding, adapter.layers, adapter.final_norm)
+        if model is None or not self._verified(adapter, model):
+            return {}
+        found = {None: model}
+        for layer in adapter.model.mtp.layers:
+            block = steady_layer(layer.block)
+            if block is not None and type(layer.block) is type(adapter.template):
+                found[layer.block] = block
+        return found
+
+    def _verified(self, adapter: Any, model: Any) -> bool:
+        key = tuple(id(layer.attention) for layer in model.layers)
+        if key not in self._verdicts:
+            self._verdicts = {key: _agrees(adapter, model)}
+        return self._verdicts[key]
+
+
+def _agrees(adapter: Any, model: Any) -> bool:
+    """几个词元各算一遍：主模型与最后一层（MTP 层照着它建）。"""
+    from deepseek_opt.integrations.steady import same
+
+    vocabulary = adapter.embedding.weight.shape[0]
+    tokens = torch.arange(2 * _PROBE, device=adapter.device).view(2, _PROBE) % vocabulary
+    places = torch.arange(_PROBE, device=adapter.device).expand(2, -1)
+    wanted = adapter.run_model(tokens, places, adapter.make_model_cache())
+    angles = adapter._angles.halves(places, adapter.dtype)
+    got = model(tokens, angles, adapter.make_model_cache(), adapter.hidden_normed)
+    if not same(got, wanted):
+        return False
+    x, inputs = adapter.embedding(tokens), LayerInputs(places)
+    again = model.layers[-1](x, angles, adapter.make_model_cache())
+    return same(again, adapter.run_layer(adapter.template, x, inputs))
