@@ -91,6 +91,7 @@ class HFAdapter(MTPAdapter):
         with torch.device(self.device), _default_dtype(self.dtype):
             layer = type(template)(config, self.num_layers - 1)
         wanted = {**dict(template.named_parameters()), **dict(template.named_buffers())}
+        wanted = {name.replace(".base_layer.", "."): one for name, one in wanted.items()}  # LoRA
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             like = wanted[name]
             tensor.data = tensor.data.to(like.device, like.dtype)

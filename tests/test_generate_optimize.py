@@ -1,0 +1,203 @@
+"""optimize(mtp=...)：从检查点装上、还原时取下；坏的权重不改动模型；与切换、深拷贝、PEFT、线程、指标一起。"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import threading
+
+import pytest
+import torch
+
+import deepseek_opt as dso
+from deepseek_opt import MTPConfig, OptimizationProfile
+from deepseek_opt.errors import UnsupportedError
+from deepseek_opt.generation.hf import GeneratePatch
+
+from .generation_cases import FULL, generator_model, optimized, prompts
+from .mtp_models import make
+
+OPTIONS = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+
+def profile(**config):
+    return OptimizationProfile(mtp=MTPConfig(**config), **FULL)
+
+
+@pytest.fixture(name="folder", params=["deepseek_v3", "llama"])
+def _folder(request, tmp_path):
+    """带 MTP 权重的检查点。"""
+    model = make(request.param)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    dso.attach_mtp(model, config=MTPConfig(depth=2), fresh=True)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_declared_layers_are_attached_and_detached(folder):
+    model = load(folder)
+    keys, config = set(model.state_dict()), model.config.to_dict()
+    plain = model.generate(**prompts(2, 5, 1), **OPTIONS)
+    report = dso.optimize(model, OptimizationProfile(mtp=MTPConfig()), strict=True)
+    assert any(entry.part == "mtp" and entry.replaced for entry in report.entries)
+    assert isinstance(model.__dict__["generate"], GeneratePatch)
+    assert torch.equal(plain, model.generate(**prompts(2, 5, 1), **OPTIONS))
+    assert model.mtp.draft_statistics.steps > 0
+    found = dso.metrics(model)
+    assert found.spec_decode_num_drafts and found.spec_decode_tokens_per_step >= 1
+    assert found.decode_calls and found.prefill_calls == 1
+    assert len(found.spec_decode_acceptance_per_depth) >= 1
+    dso.restore(model)
+    assert set(model.state_dict()) == keys and not hasattr(model, "mtp")
+    assert "generate" not in model.__dict__ and model.config.to_dict() == config
+    assert torch.equal(plain, model.generate(**prompts(2, 5, 1), **OPTIONS))
+
+
+def test_what_the_user_attached_stays(folder):
+    model = load(folder)
+    predictor = dso.attach_mtp(model, folder)
+    dso.optimize(model, profile())
+    dso.restore(model)
+    assert model.mtp is predictor
+
+
+def test_bad_weights_are_named_and_nothing_changes(folder):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in tensors if name.endswith("eh_proj.weight"))
+    save_file({k: v for k, v in tensors.items() if k != gone}, file, metadata={"format": "pt"})
+    model = load(folder)
+    keys = set(model.state_dict())
+    report = dso.optimize(model, profile())
+    entry = next(e for e in report.entries if e.part == "mtp")
+    assert not entry.replaced and gone in entry.reason and "没有" in entry.reason
+    assert set(model.state_dict()) == keys and "generate" not in model.__dict__
+    dso.restore(model)
+    with pytest.raises(UnsupportedError, match="eh_proj"):
+        dso.optimize(model, OptimizationProfile(mtp=MTPConfig()), strict=True)
+    assert set(model.state_dict()) == keys and not hasattr(model, "mtp")
+
+
+def test_failure_after_attaching_is_rolled_back(folder, monkeypatch):
+    module = importlib.import_module("deepseek_opt.optimize")
+
+    def fail(*_):
+        raise RuntimeError("坏了")
+
+    model = load(folder)
+    monkeypatch.setattr(module.quantized, "release_where", fail)
+    with pytest.raises(RuntimeError, match="坏了"):
+        dso.optimize(model, profile())
+    assert not hasattr(model, "mtp") and "generate" not in model.__dict__
+
+
+def test_switch_keeps_the_attached_layers(folder):
+    model = load(folder)
+    plain = model.generate(**prompts(2, 5, 1), **OPTIONS)
+    dso.optimize(model, profile(draft_length=2))
+    layer = model.mtp
+    dso.switch(model, OptimizationProfile(**FULL))
+    assert "generate" not in model.__dict__ and model.mtp is layer
+    dso.switch(model, profile(draft_length=3))
+    assert torch.equal(plain, model.generate(**prompts(2, 5, 1), **OPTIONS))
+    dso.restore(model)
+    assert not hasattr(model, "mtp")
+
+
+def test_deepcopy_and_save(folder, tmp_path):
+    model = load(folder)
+    dso.optimize(model, profile())
+    plain = model.generate(**prompts(2, 5, 1), **OPTIONS)
+    again = copy.deepcopy(model)
+    assert again.__dict__["generate"].module is again
+    assert torch.equal(plain, again.generate(**prompts(2, 5, 1), **OPTIONS))
+    assert again.mtp.draft_statistics.steps > 0
+    model.save_pretrained(tmp_path / "again")
+    once_more = load(tmp_path / "again")
+    dso.optimize(once_more, OptimizationProfile(mtp=MTPConfig()), strict=True)
+    assert torch.equal(plain, once_more.generate(**prompts(2, 5, 1), **OPTIONS))
+
+
+def test_peft(folder):
+    peft = pytest.importorskip("peft")
+    model = load(folder)
+    config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config).eval()
+    plain = wrapped.generate(**prompts(2, 5, 1), **OPTIONS)
+    report = dso.optimize(wrapped, profile())
+    assert any(e.part == "mtp" and e.replaced for e in report.entries), report
+    fast = wrapped.generate(**prompts(2, 5, 1), **OPTIONS)
+    assert torch.equal(plain, fast)
+    dso.restore(wrapped)
+
+
+def test_threads_do_not_disturb_each_other():
+    model = generator_model("deepseek_v3")
+    with optimized(model, draft_length=3):
+        alone = [model.generate(**prompts(3, 6, n), **OPTIONS) for n in range(4)]
+        found = [None] * 4
+
+        def work(n):
+            for _ in range(3):
+                found[n] = model.generate(**prompts(3, 6, n), **OPTIONS)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_half_precision_and_train_mode():
+    model = copy.deepcopy(generator_model("deepseek_v3")).to(torch.bfloat16)
+    with optimized(model, draft_length=3) as report:
+        out = model.generate(**prompts(3, 6, 1), **OPTIONS)
+        assert out.shape[0] == 3 and not report.fallbacks
+    model = copy.deepcopy(generator_model("llama")).train()
+    plain = model.generate(**prompts(3, 6, 1), **OPTIONS)
+    with optimized(model, draft_length=3):
+        assert torch.equal(plain, model.generate(**prompts(3, 6, 1), **OPTIONS))
+        assert model.training
+
+
+def test_cache_limit_and_learned_positions():
+    """缓存的上限、学得的位置用完之前不再起草，恰好生成到头。"""
+    model = generator_model("gpt2")
+    inputs = {"input_ids": prompts(1, 7, 1)["input_ids"]}
+    options = {**OPTIONS, "max_new_tokens": 64 - 7}
+    plain = model.generate(**inputs, **options)
+    with optimized(model, draft_length=8):
+        assert torch.equal(plain, model.generate(**inputs, **options))
+    model = generator_model("deepseek_v3")
+    plain = model.generate(**inputs, **OPTIONS)
+    limited = OptimizationProfile(
+        mla=dso.MLAConfig(max_cache_length=18),
+        mtp=MTPConfig(draft_length=8, fixed_draft_length=True),
+    )
+    with dso.optimized(model, limited):
+        assert torch.equal(plain, model.generate(**inputs, **OPTIONS))
+
+
+def test_reduced_draft_vocabulary_does_not_change_the_text():
+    for name in ("llama", "deepseek_v3"):
+        model = generator_model(name)
+        for options in (OPTIONS, {**OPTIONS, "do_sample": True, "top_k": 30}):
+            torch.manual_seed(3)
+            plain = model.generate(**prompts(3, 6, 1), **options)
+            model.mtp.set_draft_vocabulary(torch.arange(10, 60, 2))
+            try:
+                with optimized(model, draft_length=3):
+                    torch.manual_seed(3)
+                    assert torch.equal(plain, model.generate(**prompts(3, 6, 1), **options))
+            finally:
+                model.mtp.set_draft_vocabulary(None)
