@@ -23,6 +23,7 @@ _EXPORTS = {
     "verify": "verify",
     "VerificationReport": "report",
     "LatentCache": "cache",
+    "KVCache": "kv_cache",
     "MLAAttention": "layers",
     "ExpertRouter": "layers",
     "RoutingResult": "layers",

@@ -39,7 +39,9 @@ def test_any_sequence_of_operations(data):
     layer, count = KVLayer(), draw(st.integers(1, 4))
     rows = [(torch.empty(0, HEADS, WIDTH), torch.empty(0, 1, VALUE)) for _ in range(count)]
     for _ in range(draw(st.integers(1, 12))):
-        action = draw(st.sampled_from(["append", "append", "crop", "crop_rows", "select", "reorder"]))
+        action = draw(
+            st.sampled_from(["append", "append", "crop", "crop_rows", "select", "reorder"])
+        )
         if action == "append" or not layer.buffers():
             steps = draw(st.sampled_from([1, 2, 5, 90]))
             k, v = fresh(len(rows), steps)

@@ -233,8 +233,6 @@ def _check_ids(input_ids: Any, attention_mask: Any, device: torch.device) -> Non
         raise InputError.expected("input_ids", "非空的 int64 张量 [B, P]", input_ids)
     if input_ids.device != device:
         raise InputError.expected("input_ids", f"设备 {device} 上的张量", input_ids)
-    if int(input_ids.min()) < 0:
-        raise InputError(f"参数 input_ids：词元应不小于 0，实际有 {int(input_ids.min())}")
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:

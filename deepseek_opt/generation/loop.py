@@ -54,6 +54,7 @@ class Loop:
 
     def run(self) -> int:
         """生成完；返回最长的行生成了几个。"""
+        self._require_vocabulary()
         with torch.no_grad(), _below_autograd(), self.plan.predictor.adapter.generating():
             self._prefill()
             while self.rows.active:
@@ -71,7 +72,6 @@ class Loop:
         hidden = self.target.run(tokens)
         self.target.keep(lengths, tokens.shape[1])
         logits = self.plan.predictor.adapter.logits(last_of(hidden, lengths))[:, None]
-        self._require_vocabulary(logits)
         known = torch.cat((tokens[:, 1:], tokens.new_zeros(len(lengths), 1)), dim=1)
         self._advance(hidden, known, lengths, logits, None, started)
 
@@ -185,11 +185,13 @@ class Loop:
         end = self.plan.stopping.ended.get(row)
         return end is not None and self.rows.counts[row] <= end
 
-    def _require_vocabulary(self, logits: Tensor) -> None:
-        size = logits.shape[-1]
-        largest = int(self.rows.tokens[:, : self.rows.width].max())
-        if largest >= size:
-            raise InputError(f"参数 input_ids：词元 {largest} 不在词表之内（词表大小 {size}）")
+    def _require_vocabulary(self) -> None:
+        size = self.plan.predictor.adapter.embedding.weight.shape[0]
+        prompt = self.rows.tokens[:, : self.rows.width]
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise InputError(f"参数 input_ids：词元 {wrong} 不在词表 [0, {size}) 之内")
 
 
 def _below_autograd() -> Any:

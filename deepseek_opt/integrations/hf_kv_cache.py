@@ -127,18 +127,7 @@ def layer_mask(config: Any, layer: Any, steps: int, kind: str) -> Tensor | None:
     if not isinstance(layer, KVLayer):
         return None
     window = config.sliding_window if kind == "sliding_attention" else None
-    return _as_mask(config, visible(layer, steps, window))
-
-
-def visible(layer: KVLayer, steps: int, window: int | None) -> Tensor:
-    """同 KVLayer.visible；还没有写入过的一层也行。"""
-    if layer.buffers():
-        return layer.visible(steps, window)
-    slots = torch.arange(steps)
-    seen = slots <= slots[:, None]
-    if window is not None:
-        seen &= slots > slots[:, None] - window
-    return seen[None, None]
+    return _as_mask(config, layer.visible(steps, window))
 
 
 def _as_mask(config: Any, seen: Tensor) -> Tensor:
