@@ -23,6 +23,7 @@ from deepseek_opt.demo import (  # noqa: E402
     chart,
     compare,
     data,
+    drafting,
     experts,
     heatmap,
     lengths,
@@ -66,6 +67,9 @@ def _options(folder: Path, output: Path) -> DemoOptions:
         prompt=16,
         continuation=4,
         expert_tokens=(1, 6),
+        draft_rows=2,
+        draft_prompt=8,
+        draft_new=6,
     )
 
 
@@ -379,3 +383,34 @@ def test_png(result, tmp_path):
 def test_command_rejects_bad_threads(capsys):
     assert cli.run(["demo", "--threads", "0"]) == 1
     assert "--threads" in capsys.readouterr().err
+
+
+def test_model_without_mtp_layers_is_said(result):
+    check = next(c for c in result.checks if c.name.startswith("MTP"))
+    assert check.passed is None and "MTP" in check.detail
+    assert not result.drafts.runs and drafting.section(result.drafts) == ""
+
+
+def test_drafting(folder, tmp_path):
+    """带 MTP 层的模型：两种类型各一行，fp32 的词元相同；续写按来源着色，转义过。"""
+    from deepseek_opt import MTPConfig, attach_mtp
+
+    model = data.load_model(folder, torch.float32)
+    attach_mtp(model, config=MTPConfig(depth=2), fresh=True)
+    model.save_pretrained(tmp_path)
+    models = {"float32": data.load_model(tmp_path, torch.float32)}
+    models["bfloat16"] = data.load_model(tmp_path, torch.bfloat16)
+    ticks = []
+    tokenizer = data.load_tokenizer(folder)
+    with torch.inference_mode():
+        found = drafting.study(models, tokenizer, 2, 8, 12, ticks.append)
+    assert len(ticks) == 2 and [run.dtype for run in found.runs] == ["float32", "bfloat16"]
+    assert found.checks()[0].passed and len(found.checks()) == 1
+    assert found.runs[0].speedup > 0 and len(found.table().rows) == 2
+    kinds = {kind for _, kind in found.pieces}
+    assert "prompt" in kinds and kinds <= {"prompt", "draft", "main"}
+    assert all("generate" not in m.__dict__ and not hasattr(m, "mtp") for m in models.values())
+    made = drafting.DraftStudy(found.runs, (("a<b&", "prompt"), ("\n  x", "draft"), ("c", "main")))
+    html = drafting.section(made)
+    assert "a&lt;b&amp;" in html and '<span class="draft">\n  x</span>' in html
+    ElementTree.fromstring(f"<div>{html}</div>")

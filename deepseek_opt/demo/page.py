@@ -37,6 +37,9 @@ tr.group td { border-top: 2px solid var(--line); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px;
   overflow-x: auto; font: 13px/1.5 ui-monospace,'SFMono-Regular',Consolas,monospace; }
 pre .new { color: var(--good); }
+pre.drafts { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { color: var(--soft); } .draft { background: var(--mark); color: var(--good); }
+.main { color: var(--fg); font-weight: 600; } .legend span { padding: 1px 6px; }
 """
 
 
@@ -50,8 +53,10 @@ def render(
     continuation: Continuation,
     environment: Sequence[tuple[str, str]],
     notes: Sequence[str],
+    drafts: str = "",
 ) -> str:
-    """整页 HTML。headline 为 (大字, 说明)；charts 为 (标题, SVG)；environment 为 (项, 值)。"""
+    """整页 HTML。headline 为 (大字, 说明)；charts 为 (标题, SVG)；drafts 是 MTP 一节的 HTML；
+    environment 为 (项, 值)。"""
     verdict = "全部检查通过" if passed else "有检查没有通过"
     kind = "ok" if passed else "fail"
     cards = "".join(
@@ -70,7 +75,7 @@ def render(
         f'<div class="cards">{cards}</div>\n'
         f"<h2>检查</h2>{_checks(checks)}\n"
         f"{pictures}{body}\n"
-        f"{_continuation(continuation)}\n"
+        f"{_continuation(continuation)}\n{drafts}\n"
         f"<h2>环境</h2>{_environment(environment)}\n<h2>怎样测的</h2>{about}\n"
         "</body>\n</html>\n"
     )

@@ -18,8 +18,19 @@ import torch
 from deepseek_opt import _native
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS
 from deepseek_opt.benchmarks.runner import machine, versions
-from deepseek_opt.demo import chart, compare, data, experts, heatmap, lengths, page, tables
+from deepseek_opt.demo import (
+    chart,
+    compare,
+    data,
+    drafting,
+    experts,
+    heatmap,
+    lengths,
+    page,
+    tables,
+)
 from deepseek_opt.demo.compare import SDPA, Accuracy, Check, Comparison, Continuation, Variants
+from deepseek_opt.demo.drafting import DraftStudy
 from deepseek_opt.demo.experts import ExpertStudy
 from deepseek_opt.demo.lengths import LengthTable
 from deepseek_opt.demo.tables import Table
@@ -39,6 +50,7 @@ class DemoOptions:
     batches、contexts、steps : 对照的行数、上下文长度、生成的词元数。
     lengths : 内存与延迟的各长度。prompt、continuation : 续写的提示与续写长度（词元）。
     expert_tokens : MoE 部分计时的各种词元数，不超过 window。
+    draft_rows、draft_prompt、draft_new : MTP 部分的行数、提示与生成的词元数。
     """
 
     folder: Path = data.MODEL_FOLDER
@@ -54,13 +66,16 @@ class DemoOptions:
     prompt: int = 512
     continuation: int = 96
     expert_tokens: tuple[int, ...] = (1, 8, 512)
+    draft_rows: int = 8
+    draft_prompt: int = 256
+    draft_new: int = 96
 
     @property
     def ticks(self) -> int:
         """进度条的总步数。"""
         compared = len(self.batches) * len(self.contexts) * 3
         measured = len(self.lengths) * len(IMPLEMENTATIONS) + len(experts.VARIANTS)
-        return 2 + len(_DTYPES) * (compared + 1) + 1 + measured
+        return 2 + len(_DTYPES) * (compared + 1) + 1 + measured + len(_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class DemoResult:
     continuation: Continuation
     table: LengthTable
     experts: ExpertStudy | None = None
+    drafts: DraftStudy = field(default_factory=DraftStudy)
     skipped: list[Check] = field(default_factory=list, hash=False)
     files: list[Path] = field(default_factory=list, hash=False)
 
@@ -83,6 +99,7 @@ class DemoResult:
         found = [entry.check() for entry in self.accuracies]
         found += self.experts.checks() if self.experts else []
         found += [entry.check() for entry in self.comparisons if entry.dtype == "float32"]
+        found += self.drafts.checks()
         found += [*self.skipped, self.continuation.check()]
         return found + self.table.checks()
 
@@ -96,6 +113,7 @@ class DemoResult:
         """要打印的表（检查另列）。"""
         found = [tables.length_table(self.table)]
         found += [tables.expert_table(self.experts)] if self.experts else []
+        found += [self.drafts.table()] if self.drafts.runs else []
         comparisons = tables.comparison_table(self.comparisons)
         return [*found, comparisons, tables.accuracy_table(self.accuracies)]
 
@@ -122,6 +140,10 @@ class DemoResult:
             count = min(self.experts.readings["transformers"].seconds)
             label = f"MoE 部分，一次 {count} 个词元，对 transformers grouped_mm"
             found.append((f"{self.experts.speedup('none', count):.1f}x", label))
+        if self.drafts.runs:
+            run = self.drafts.runs[-1]
+            label = f"{run.rows} 行续写，用 MTP 对逐个词元（{run.dtype}，两边都已优化）"
+            found.append((f"{run.speedup:.2f}x", label))
         worst = max((abs(a.drop) for a in self.accuracies), default=None)
         if worst is not None:
             found.append((f"{worst * 100:.2f}", "下一词元准确率最多相差（百分点）"))
@@ -155,6 +177,7 @@ class DemoResult:
             "checks": [asdict(check) for check in self.checks],
             "accuracy": [asdict(entry) for entry in self.accuracies],
             "experts": None if self.experts is None else asdict(self.experts),
+            "mtp": {"missing": self.drafts.missing, "runs": [asdict(r) for r in self.drafts.runs]},
             "comparisons": [_comparison_dict(entry) for entry in self.comparisons],
             "lengths": {
                 "dtype": self.table.dtype,
@@ -202,12 +225,13 @@ def run_demo(options: DemoOptions, tick: Tick = lambda _: None) -> DemoResult:
 def _compare_all(
     options: DemoOptions, tokenizer: Any, deadline: float | None, tick: Tick
 ) -> dict[str, Any]:
-    """DemoResult 的 accuracies、comparisons、continuation、experts、skipped。"""
+    """DemoResult 的 accuracies、comparisons、continuation、experts、drafts、skipped。"""
     stream = data.held_out_stream(tokenizer, options.windows * options.window)
     windows = torch.tensor(stream).view(options.windows, options.window)
     accuracies, comparisons, skipped, text, moe = [], [], [], None, None
+    models: dict[str, Any] = {}
     for name, dtype in _DTYPES.items():
-        model = data.load_model(options.folder, dtype)
+        model = models[name] = data.load_model(options.folder, dtype)
         variants = Variants(model)
         tick(f"{name}：留出源码上的准确率")
         accuracies.append(compare.accuracy(variants, windows, name))
@@ -219,11 +243,14 @@ def _compare_all(
             moe = experts.study(model, windows, before, options.expert_tokens, tick)
         for entry in _comparisons(options, variants, tokenizer, name, deadline, tick):
             (skipped if isinstance(entry, Check) else comparisons).append(entry)
+    sizes = (options.draft_rows, options.draft_prompt, options.draft_new)
+    drafts = drafting.study(models, tokenizer, *sizes, tick)
     return {
         "accuracies": accuracies,
         "comparisons": comparisons,
         "continuation": text,
         "experts": moe,
+        "drafts": drafts,
         "skipped": skipped,
     }
 
@@ -288,6 +315,7 @@ def write_files(result: DemoResult) -> list[Path]:
         tables=result.tables,
         charts=charts,
         continuation=result.continuation,
+        drafts=drafting.section(result.drafts),
         environment=environment(result),
         notes=notes(result),
     )

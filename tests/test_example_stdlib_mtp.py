@@ -1,0 +1,36 @@
+"""examples/train_stdlib_mtp.py：几步训练、续训、导出；主模型的张量逐位不变，读回能用。"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_few_steps(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    spec = importlib.util.spec_from_file_location("train_mtp_", EXAMPLES / "train_stdlib_mtp.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "NEW", 16)
+    monkeypatch.setattr(example, "BATCH", 4)
+    words = ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+    words += ["--rows", "8", "--stride", "400", "--log-seconds", "0"]
+    before = torch.load
+    example.main([*words, "--minutes", "0.02"])
+    steps = before(tmp_path / "state" / "checkpoint.pt")["progress"][0]
+    found = example.main([*words, "--minutes", "0.04"])  # 续训
+    assert before(tmp_path / "state" / "checkpoint.pt")["progress"][0] > steps > 0
+    assert len(found["acceptance"]) == 4 and found["tokens_per_step"] >= 1
+    old = load_file(example.data.MODEL_FOLDER / "model.safetensors")
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(old) == set(new)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and all(name.startswith("model.layers.4.") for name in changed)
