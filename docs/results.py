@@ -1,6 +1,6 @@
 """把 benchmarks/results/*.json 的读数写进文档里有标记的区块；数字从不手写。
 
-    python docs/results.py            改写 README.md、docs/性能与内存.md 与 docs/MoE.md
+    python docs/results.py            改写 README.md、docs/性能与内存.md、docs/MoE.md 与 docs/MTP.md
     python docs/results.py --check    只检查区块是否与读数一致，不一致时退出码为 1
 
 README 只列有要求的各项，性能页列全部，MoE 页只列量化的精度。同一套件、同一形状
@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ TARGETS: dict[Path, bool | str] = {
     ROOT / "docs" / "MoE.md": "quant",
 }
 BALANCE_BEGIN, BALANCE_END = "<!-- balance:begin -->", "<!-- balance:end -->"
+RETROFIT_BEGIN, RETROFIT_END = "<!-- retrofit:begin -->", "<!-- retrofit:end -->"
 _BALANCE = ("max_over_mean", "entropy")
 _BALANCE_NAMES = {
     "none": "不均衡",
@@ -89,6 +91,11 @@ def _row(row: Document) -> list[str]:
     return [title, peer, ours, ratio, _target(row), roofline]
 
 
+def _is_headline(row: Document) -> bool:
+    """首页列的：有要求的，不含按行数与草稿数展开的大表。"""
+    return row["target"] is not None and ".table." not in row["key"]
+
+
 def table(document: Document, everything: bool) -> str:
     """一个套件的 Markdown：机器、版本、屋顶线、表格。"""
     machine, versions = document["machine"], document["versions"]
@@ -107,7 +114,7 @@ def table(document: Document, everything: bool) -> str:
             f"- 同一次运行的硬件上限（{roof['threads']} 线程）：读带宽 {roof['read_gbps']:.1f} GB/s；"
             f"矩阵乘法 GFLOP/s：{peaks}。"
         )
-    rows = [row for row in document["rows"] if everything or row["target"] is not None]
+    rows = [row for row in document["rows"] if everything or _is_headline(row)]
     heads = ["工作", "对照", "本库", "倍数 / 节省", "要求", "占硬件上限"]
     lines += ["", "| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _row(r)) + " |" for r in rows]
@@ -192,6 +199,31 @@ def _layers(values: list[float]) -> tuple[float, float]:
     return sum(values) / len(values), max(values)
 
 
+def retrofit(path: Path = RESULTS / "mtp-retrofit.json") -> str:
+    """训练若干分钟之后的接受率与速度。"""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"{document['date']}；{document['machine']['cpu']}，训练 {document['threads']} 线程；"
+        f"{document['rows']} 行各 {document['new']} 个词元，{document['dtype']}。",
+        "",
+        "| 训练 | 词元 | 前 1 / 2 / 3 / 4 个都被接受 | 每步词元 | 1 行对逐个词元的速度 |",
+        "|---|---|---|---|---|",
+    ]
+    for run in document["runs"]:
+        rates = " / ".join(f"{rate:.1%}" for rate in run["acceptance"])
+        lines.append(
+            f"| {run['minutes']:.0f} 分钟 | {run['tokens'] / 1e6:.2f} M | {rates} "
+            f"| {run['tokens_per_step']:.2f} | {run['speedup_one_row']:.2f}x |"
+        )
+    return "\n".join([RETROFIT_BEGIN, NOTICE, "", *lines, "", RETROFIT_END])
+
+
+def retrofit_updated(text: str) -> str:
+    """换掉 retrofit 的区块后的全文；没有区块的不变。"""
+    pattern = re.compile(re.escape(RETROFIT_BEGIN) + r".*?" + re.escape(RETROFIT_END), re.DOTALL)
+    return pattern.sub(lambda _: retrofit(), text)
+
+
 def balance_updated(text: str) -> str:
     """换掉均衡的区块后的全文；没有区块的不变。"""
     pattern = re.compile(re.escape(BALANCE_BEGIN) + r".*?" + re.escape(BALANCE_END), re.DOTALL)
@@ -204,9 +236,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="只检查，不改文件")
     check = parser.parse_args(arguments).check
     documents, stale = load(), []
-    for path, everything in TARGETS.items():
+    pages = {
+        path: partial(updated, documents=documents, everything=x) for path, x in TARGETS.items()
+    }
+    pages[ROOT / "docs" / "MTP.md"] = retrofit_updated
+    for path, change in pages.items():
         text = path.read_text(encoding="utf-8")
-        wanted = balance_updated(updated(text, documents, everything))
+        wanted = balance_updated(change(text))
         if wanted == text:
             continue
         stale.append(path.name)

@@ -42,10 +42,6 @@ def test_every_preset_is_documented():
         assert f"| `{name}` |" in TEXT
 
 
-def test_unimplemented_parts_are_said_to_be_skipped():
-    assert "**本版本 `optimize` 会在报告中把 MTP 列为跳过**" in TEXT
-
-
 @pytest.mark.parametrize("code", _blocks("python"))
 def test_python_examples_run(code):
     exec(compile(code, "docs/配置.md", "exec"), {})  # pylint: disable=exec-used

@@ -45,7 +45,7 @@ def same(model, options, inputs=None, **config):
         {"suppress_tokens": [13, 14], "begin_suppress_tokens": [15]},
         {"max_new_tokens": 1},
     ],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )
 def test_same_options(model, options):
     same(model, options)
@@ -119,7 +119,7 @@ def test_prefix_allowed_tokens(model):
 
 
 def _stops_on(residue):
-    def stop(input_ids, scores, **_):
+    def stop(input_ids, _scores, **_):
         return (input_ids[:, -1] % 7 == residue) & (input_ids.shape[1] > 9)
 
     return StoppingCriteriaList([stop])

@@ -13,9 +13,12 @@ from deepseek_opt.benchmarks import mtp_counts, mtp_models, timing
 from deepseek_opt.benchmarks.cases import Case, Env, Row, register_suite
 from deepseek_opt.benchmarks.mtp_training import TrainCase
 from deepseek_opt.config import MTPConfig
+from deepseek_opt.generation.adaptive import DraftLength
+from deepseek_opt.generation.plan import keep_length
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _PLAIN, _HF, _USE_MTP = "本库逐词元", "transformers 逐词元", "transformers use_mtp"
+_LOOP = "本库同一循环，不起草"
 _NOT_SLOWER = 0.97
 _ACCEPTANCE = (80.0, 60.0, 45.0, 35.0)
 _NAMES = {_BF16: "bf16", _FP32: "fp32"}
@@ -30,6 +33,10 @@ def _peer(name: str, model: Any, dtype: torch.dtype) -> Callable[..., Any]:
     if name == _PLAIN:
         fast = mtp_models.optimized(model, None)
         return lambda ids, new: mtp_models.run(fast, ids, new)
+    if name == _LOOP:
+        still = mtp_models.optimized(model, MTPConfig())
+        keep_length(still.mtp, DraftLength(0, fixed=True))
+        return lambda ids, new: mtp_models.run(still, ids, new)
     plain = mtp_models.original(dtype)
     extra = {}
     if name == _USE_MTP:
@@ -51,6 +58,7 @@ class GenerateCase(Case):
     dtype: torch.dtype = _BF16
     target: float | None = None
     wide: bool = False
+    share: float = 1.5
 
     def run(self, env: Env) -> list[Row]:
         source = mtp_models.widened if self.wide else mtp_models.original
@@ -71,10 +79,10 @@ class GenerateCase(Case):
             ours()
         with timing.fresh_read(env.roofline(), env.quick) as roofline:
             peer_times, times = timing.interleaved(
-                theirs, ours, rounds=env.rounds, seconds=2 * env.seconds, evict=False
+                theirs, ours, rounds=env.rounds, seconds=env.seconds * self.share, evict=False
             )
         drafts = fast.mtp.draft_statistics
-        floor = mtp_counts.floor_seconds(fast, ids, new, drafts, roofline[0])
+        floor = mtp_counts.floor_seconds(fast, ids, drafts, roofline[0])
         details = {
             "equal_tokens": float((found["ours"] == found["peer"]).float().mean()),
             "acceptance_per_depth": [round(a, 4) for a in drafts.acceptance],
@@ -159,6 +167,8 @@ def _headlines() -> list[Case]:
     cases: list[Case] = [
         GenerateCase("mtp.b8", "8 行，至多 4 个草稿", 8, _PLAIN, 4, target=1 / 0.75),
         GenerateCase("mtp.b8.hf", "8 行，至多 4 个草稿", 8, _HF, 4, target=5.0),
+        GenerateCase("mtp.b8.loop", "8 行，至多 4 个草稿", 8, _LOOP, 4),
+        GenerateCase("mtp.b1.loop", "1 行", 1, _LOOP, 8),
         GenerateCase("mtp.b1.use_mtp", "1 行", 1, _USE_MTP, 8, target=3.0),
         GenerateCase("mtp.b1.hf", "1 行", 1, _HF, 8, target=5.0),
         GenerateCase("mtp.fp32.b8", "8 行，至多 4 个草稿，fp32", 8, _PLAIN, 4, _FP32),
@@ -181,6 +191,7 @@ def _build(_env: Env) -> list[Case]:
             rows,
             drafts=drafts,
             target=_NOT_SLOWER,
+            share=0.4,
         )
         for rows, drafts in itertools.product((1, 4, 16, 32), range(1, 9))
     ]

@@ -15,7 +15,7 @@ def _weights(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in module.parameters()) - experts, experts
 
 
-def floor_seconds(model: Any, ids: Tensor, new: int, drafts: Any, roofline: Roofline) -> float:
+def floor_seconds(model: Any, ids: Tensor, drafts: Any, roofline: Roofline) -> float:
     """预填充、各步的核对与起草各取“读完权重”与“算完”里较久的，相加。"""
     rows, width = ids.shape
     steps = max(drafts.steps / rows, 1)

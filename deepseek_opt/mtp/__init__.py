@@ -1,4 +1,4 @@
-"""多词元预测（MTP）：TokenPredictor 模块、读写检查点、训练。用 MTP 生成还没有提供。"""
+"""多词元预测（MTP）：TokenPredictor 模块、读写检查点、训练；生成见 :mod:`deepseek_opt.generation`。"""
 
 from __future__ import annotations
 

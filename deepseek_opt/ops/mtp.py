@@ -32,9 +32,11 @@ def mtp_draft_head(
     Example:
         >>> import torch
         >>> from deepseek_opt import ops
-        >>> x = torch.tensor([[1.0, 0.0, 0.5]])
-        >>> ops.mtp_draft_head(x, torch.eye(3)), ops.mtp_draft_head(x, torch.eye(3), None, torch.tensor([1, 2]))
-        (tensor([0]), tensor([2]))
+        >>> x, weight = torch.tensor([[1.0, 0.0, 0.5]]), torch.eye(3)
+        >>> ops.mtp_draft_head(x, weight)
+        tensor([0])
+        >>> ops.mtp_draft_head(x, weight, vocabulary=torch.tensor([1, 2]))
+        tensor([2])
     """
     return run("mtp_draft_head", hidden, weight, bias, vocabulary)
 
