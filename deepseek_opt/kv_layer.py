@@ -80,19 +80,6 @@ class KVLayer(RowLengths):
                 new[:, : self.length] = before[:, : self.length]
         self._keys, self._values = fresh
 
-    def visible(self, steps: int, window: int | None = None) -> Tensor:
-        """写入 steps 个新词元之后，它们各看得见哪些槽位：bool [B, 1, steps, S]；window 为滑动窗口的宽。
-
-        还没有写入过时各行相同，B 为 1。
-        """
-        begin = torch.zeros(1, dtype=torch.int64) if self.offsets is None else self.offsets
-        place = begin[:, None] + torch.arange(steps)
-        slots = torch.arange(self.length + steps)
-        seen = slots <= place[..., None]
-        if window is not None:
-            seen &= slots > place[..., None] - window
-        return seen[:, None]
-
     # ---- 内部 ----
 
     def _write(self, buffer: Tensor, fresh: Tensor) -> None:

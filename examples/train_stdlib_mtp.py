@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -171,18 +172,18 @@ def held_out_acceptance(folder: Path, rows: int = 32, new: int = 128) -> dict[st
 
 
 def export(model: nn.Module, folder: Path) -> None:
-    """写出带 MTP 层的检查点：主模型的张量与随包的逐位相同，配置只改 MTP 的层数。"""
-    from safetensors.torch import load_file, save_file
+    """写出检查点：主模型的文件原样，MTP 层（bf16）在 mtp.safetensors，配置只改 MTP 的层数。"""
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    kept = load_file(data.MODEL_FOLDER / "model.safetensors")
-    base = {k: v for k, v in kept.items() if f"layers.{model.mtp.adapter.num_layers}." not in k}
-    found = model.mtp.state_dict()
+    for file in data.MODEL_FOLDER.iterdir():
+        shutil.copy(file, folder)
     names = model.mtp.checkpoint_names()
+    found = model.mtp.state_dict()
     tensors = {names[key]: value.to(torch.bfloat16).contiguous() for key, value in found.items()}
     tensors = model.mtp.adapter.to_checkpoint(tensors)
-    save_file({**base, **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((data.MODEL_FOLDER / "config.json").read_text(encoding="utf-8"))
+    save_file(tensors, folder / "mtp.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["num_nextn_predict_layers"] = len(model.mtp.layers)
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

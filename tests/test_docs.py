@@ -148,7 +148,7 @@ def test_model_tables_agree_with_the_specs():
 @pytest.mark.parametrize(
     ("said", "source", "pattern"),
     [
-        ("词元不多于 64 个", "deepseek_opt/integrations/transformers.py", r"FUSED_ROWS = 64\n"),
+        ("词元不多于 256 个", "deepseek_opt/integrations/transformers.py", r"FUSED_ROWS = 256\n"),
         ("按 2048 个查询", "deepseek_opt/integrations/transformers.py", r"QUERY_TOKENS = 2048\n"),
         ("至多 4096 个查询", "csrc/mla_prefill.c", r"SEGMENT =\s+4096,"),
         ("每 48 个查询", "csrc/mla_prefill.c", r"TILE = 48 "),

@@ -121,3 +121,21 @@ def test_repeated_layer_after_separate_ones():
     plain, fast = both(model, prompts(4, 6, 1), {**GREEDY, "eos_token_id": None}, draft_length=5)
     assert torch.equal(plain, fast)
     assert len(model.mtp.draft_statistics.acceptance) == 5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layers_that_fall_back_see_the_ragged_rows(monkeypatch, implementation):
+    """各行参差时，有的 MLA 层由原实现计算：掩码也要按各行的长度。"""
+    from deepseek_opt.integrations.transformers import AttentionPatch
+
+    model = generator_model("deepseek_v3", implementation)
+    honest = AttentionPatch._refusal
+
+    def refuse(self, hidden, kwargs):
+        reason = honest(self, hidden, kwargs)
+        return reason or ("试验" if getattr(self.module, "layer_idx", 0) == 1 else None)
+
+    monkeypatch.setattr(AttentionPatch, "_refusal", refuse)
+    monkeypatch.setattr(AttentionPatch, "steady_projections", lambda *_: None)
+    plain, fast = both(model, prompts(6, 9, 2), GREEDY, draft_length=4)
+    assert torch.equal(plain, fast)

@@ -48,6 +48,23 @@ def test_file_has_the_published_layout(saved):
     assert not any(name.startswith("mtp.") for name in tensors)
 
 
+def test_layer_in_its_own_file(saved):
+    """MTP 层单独放在 mtp.safetensors：attach_mtp 读得到，transformers 载入时没有多余的权重。"""
+    model, tensors, file = saved
+    wanted = attach_mtp(model, tensors).state_dict()
+    parts = {True: {}, False: {}}
+    for name, value in tensors.items():
+        parts[name.startswith(PREFIX)][name] = value
+    save_file(parts[False], file, metadata={"format": "pt"})
+    save_file(parts[True], file.with_name("mtp.safetensors"))
+    again, info = type(model).from_pretrained(file.parent, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    found = attach_mtp(again).state_dict()
+    assert list(found) == list(wanted)
+    for key, value in found.items():
+        assert torch.equal(value, wanted[key]), key
+
+
 def test_per_expert_weights_are_merged(saved):
     """公开的检查点逐专家存放；合并之后就是 gate 在前、up 在后。"""
     model, tensors, _ = saved

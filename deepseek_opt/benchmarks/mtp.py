@@ -37,13 +37,11 @@ def _peer(name: str, model: Any, dtype: torch.dtype) -> Callable[..., Any]:
         still = mtp_models.optimized(model, MTPConfig())
         keep_length(still.mtp, DraftLength(0, fixed=True))
         return lambda ids, new: mtp_models.run(still, ids, new)
-    plain = mtp_models.original(dtype)
-    extra = {}
     if name == _USE_MTP:
-        # 它只认得类里写死的第 61 层，这里的 MTP 层是第 4 层
-        plain._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\..*"]
-        extra = {"use_mtp": True}
-    return lambda ids, new: mtp_models.run(plain, ids, new, **extra)
+        hub = mtp_models.for_use_mtp(dtype)
+        return lambda ids, new: mtp_models.run(hub, ids, new, use_mtp=True)
+    plain = mtp_models.original(dtype)
+    return lambda ids, new: mtp_models.run(plain, ids, new)
 
 
 @dataclass(frozen=True)

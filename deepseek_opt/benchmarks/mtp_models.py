@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,26 @@ WIDEN = 24  # 加宽的倍数：约 160 MB 的 bf16 权重，放不进缓存
 @lru_cache(maxsize=2)
 def original(dtype: torch.dtype) -> nn.Module:
     """随包的小模型，没有优化；不因结束符停，各行都生成满。"""
-    model = data.load_model(data.MODEL_FOLDER, dtype)
+    return _endless(data.load_model(data.MODEL_FOLDER, dtype))
+
+
+@lru_cache(maxsize=2)
+def for_use_mtp(dtype: torch.dtype) -> nn.Module:
+    """transformers 自己的 use_mtp 用的：MTP 层要与主模型在同一个文件里，生成时每次从那里读。"""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(tempfile.mkdtemp())
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(data.MODEL_FOLDER / name, folder)
+    tensors = [load_file(data.MODEL_FOLDER / f"{n}.safetensors") for n in ("model", "mtp")]
+    save_file(tensors[0] | tensors[1], folder / "model.safetensors", metadata={"format": "pt"})
+    model = _endless(data.load_model(folder, dtype))
+    # 它按类里写死的名字（第 61 层）找，这里的 MTP 层是第 4 层
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\..*"]
+    return model
+
+
+def _endless(model: nn.Module) -> nn.Module:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1
     return model

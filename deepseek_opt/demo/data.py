@@ -33,20 +33,15 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # 演示自己有进度条
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # 检查点里的 MTP 层不属于主模型，读入时会列成一张表
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} 不是 transformers 的模型目录：没有 config.json")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+    )
     return model.eval().requires_grad_(False)
 
 

@@ -193,13 +193,18 @@ def resolve_layer(cache: Any, index: int, runtime: Any, tracked: bool) -> Latent
     return layers[index]
 
 
-def _upgrade(old: DynamicLayer, index: int, runtime: Any) -> LatentDynamicLayer:
-    new = LatentDynamicLayer(
+def latent_layer(index: int, runtime: Any) -> LatentDynamicLayer:
+    """第 index 层的空的潜变量存储，上限与类型按配置。"""
+    return LatentDynamicLayer(
         dtype=runtime.store_dtype,
         max_length=runtime.max_length,
         budget_bytes=runtime.layer_budget,
         name=f"第 {index} 层",
     )
+
+
+def _upgrade(old: DynamicLayer, index: int, runtime: Any) -> LatentDynamicLayer:
+    new = latent_layer(index, runtime)
     if old.is_initialized and old.keys is not None and old.keys.numel():
         new._plain = [old.keys, old.values]
         new.absorb()

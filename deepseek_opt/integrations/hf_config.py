@@ -18,6 +18,8 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from deepseek_opt.row_lengths import RowLengths
+
 NAME = "deepseek_opt"
 # 这两种实现的掩码是 T×S 的；flash 系本来就是 2 维，flex 是 BlockMask。
 _DENSE = ("eager", "sdpa")
@@ -114,6 +116,10 @@ def original_mask(
     if implementation not in _DENSE:
         return kwargs
     cache, steps = kwargs.get("past_key_values"), hidden.shape[1]
+    layers = getattr(cache, "layers", ())
+    if index < len(layers) and isinstance(layers[index], RowLengths) and layers[index].ragged:
+        seen = layers[index].visible(steps).to(hidden.device)
+        return {**kwargs, "attention_mask": mask_form(seen, module.config, hidden.dtype)}
     offset, length = 0, steps
     if cache is not None:
         offset = cache.get_seq_length(index)
@@ -132,6 +138,14 @@ def original_mask(
         config=module.config,
     )
     return {**kwargs, "attention_mask": mask}
+
+
+def mask_form(seen: Tensor, config: Any, dtype: torch.dtype | None) -> Tensor:
+    """bool 掩码换成注意力的实现要的形式：eager 把它加在得分上，其余用 bool。"""
+    if config._attn_implementation != "eager":
+        return seen
+    dtype = dtype or torch.float32
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def owns_all_attention(base: nn.Module, patches: list[Any]) -> bool:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from deepseek_opt.integrations import hf_config
+from deepseek_opt.integrations.hf_cache import latent_layer
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.transformers import AttentionPatch
 from deepseek_opt.kv_layer import KVLayer
@@ -89,17 +90,20 @@ class RaggedDynamicLayer(KVLayer, DynamicLayer):
 def ragged_cache(layers: Iterable[nn.Module]) -> DynamicCache:
     """各层的空缓存：由潜变量核计算的层用潜变量，其余用 K、V。"""
     cache = DynamicCache()
-    cache.layers = [
-        DynamicLayer() if _latent(layer) else RaggedDynamicLayer(name=f"第 {index} 层")
-        for index, layer in enumerate(layers)
-    ]
+    for index, layer in enumerate(layers):
+        patch = _latent_patch(layer)
+        if patch is None:
+            cache.layers.append(RaggedDynamicLayer(name=f"第 {index} 层"))
+        else:
+            cache.layers.append(latent_layer(index, patch.runtime))
     return cache
 
 
-def _latent(layer: nn.Module) -> bool:
-    """这一层的注意力由潜变量核计算，并且收不到 T×S 的掩码。"""
+def _latent_patch(layer: nn.Module) -> AttentionPatch | None:
+    """这一层的注意力由潜变量核计算、并且收不到 T×S 的掩码时，它的补丁。"""
     patches = [patch_of(module) for module in layer.modules()]
-    return any(isinstance(patch, AttentionPatch) and patch.owns_masks for patch in patches)
+    found = (p for p in patches if isinstance(p, AttentionPatch) and p.owns_masks)
+    return next(found, None)
 
 
 def ragged_masks(config: Any, cache: DynamicCache, steps: int) -> Any:
@@ -127,15 +131,7 @@ def layer_mask(config: Any, layer: Any, steps: int, kind: str) -> Tensor | None:
     if not isinstance(layer, KVLayer):
         return None
     window = config.sliding_window if kind == "sliding_attention" else None
-    return _as_mask(config, layer.visible(steps, window))
-
-
-def _as_mask(config: Any, seen: Tensor) -> Tensor:
-    """sdpa 用 bool；eager 把掩码加在得分上。"""
-    if config._attn_implementation != "eager":
-        return seen
-    dtype = config.dtype or torch.float32
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return hf_config.mask_form(layer.visible(steps, window), config, config.dtype)
 
 
 def why_not(model: Any) -> str | None:

@@ -49,6 +49,15 @@ class PlanMemo:
         local.key, local.plan = key, plan
         return plan
 
+    def ragged_plan(self, offsets: Tensor, q_len: int, slots: int) -> MaskPlan:
+        """各行长度不同且没有掩码时的计划；offsets [B] 不含这次的 q_len 个新词元。"""
+        local = self._local
+        key = (offsets.tolist(), q_len, slots, stamp(None))
+        if getattr(local, "key", None) != key:
+            local.plan = _ragged_plan(offsets, q_len, slots)
+            local.mask, local.key = _nothing, key
+        return local.plan
+
 
 def _nothing() -> None:
     return None
@@ -76,11 +85,10 @@ def _full_spans(batch: int, q_len: int, kv_len: int, slots: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def ragged_plan(lengths: Tensor, q_len: int, slots: int) -> MaskPlan:
-    """各行长度不同（lengths [B]，含新词元）且没有掩码时的计划。"""
+def _ragged_plan(offsets: Tensor, q_len: int, slots: int) -> MaskPlan:
     rows = [
-        (b * q_len, (b + 1) * q_len, b * slots, b * slots + end)
-        for b, end in enumerate(lengths.tolist())
+        (b * q_len, (b + 1) * q_len, b * slots, b * slots + past + q_len)
+        for b, past in enumerate(offsets.tolist())
     ]
     return MaskPlan(torch.tensor(rows, dtype=torch.int64), None)
 

@@ -133,13 +133,15 @@ class MLAAttention(LatentProjections):
 
     def _store(self, cache: LatentCache, latent: Tensor, rope: Tensor, past: _Past) -> tuple:
         """写入缓存；返回注意力要读的 (latent, rope, scale)。"""
+        layer = cache.layer(self.layer_idx)
         if not (torch.is_grad_enabled() and latent.requires_grad):
-            return cache.update(self.layer_idx, latent, rope)
+            layer.append(latent, rope)
+            return layer.latent, layer.rope, layer.scale
         # 缓存不记录梯度：要求导时，新词元用带梯度的原值，旧词元取自缓存。
         if past.rows is not None:
             raise InputError("各行长度不同的缓存不能在求导时使用；请放进 torch.no_grad()")
-        cache.update(self.layer_idx, latent, rope)
-        layer, old = cache.layer(self.layer_idx), slice(0, past.longest)
+        layer.append(latent, rope)
+        old = slice(0, past.longest)
         kept = layer.dequantized()[:, old].to(latent.dtype), layer.rope[:, old].to(rope.dtype)
         return torch.cat((kept[0], latent), 1), torch.cat((kept[1], rope), 1), None
 

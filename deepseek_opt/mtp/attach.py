@@ -38,7 +38,8 @@ def attach_mtp(
     参数
     ----
     model : transformers 的因果语言模型，或自己的 nn.Module（要给出 adapter）。
-    source : 检查点文件夹（safetensors），或“名字 -> 张量”的字典；None 时用模型自己的文件夹。
+    source : 检查点文件夹（safetensors，MTP 层也可以单独在 ``mtp.safetensors`` 里），或“名字 -> 张量”的
+        字典；None 时用模型自己的文件夹。
     config : :class:`~deepseek_opt.MTPConfig`，缺省按检查点里的层数。
     fresh : True 时不读权重，随机初始化，用于从头训练。
     adapter : 见 :class:`~deepseek_opt.MTPAdapter`；transformers 模型缺省是 ``HFAdapter(model)``。

@@ -15,6 +15,8 @@ from deepseek_opt.errors import InputError
 from deepseek_opt.mtp.adapter import MTPAdapter
 from deepseek_opt.mtp.predictor import TokenPredictor
 
+#: MTP 层可以单独放在文件夹里的这个文件：transformers 不读它，载入主模型时也就不报多余的权重。
+SEPARATE = "mtp.safetensors"
 _COPIES = {"embed_tokens.weight": "embedding", "shared_head.head.weight": "head"}
 _OPTIONS = {"embedding": "shared_embedding", "head": "shared_head"}
 _IGNORED = "rotary_emb.inv_freq"
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
 
 
 class Source:
-    """MTP 权重的来源：检查点文件夹，或名字到张量的字典。"""
+    """MTP 权重的来源：检查点文件夹（也读其中的 ``mtp.safetensors``），或名字到张量的字典。"""
 
     def __init__(self, source: Any):
         self.label = "给出的字典"
@@ -152,6 +154,8 @@ def _folder_entries(folder: Path) -> Iterator[tuple[str, Entry]]:
             f"参数 source：应为带 safetensors 权重的检查点文件夹，没有 {'、'.join(lacking)}；"
             "从头训练请用 fresh=True"
         )
+    if (separate := folder / SEPARATE).is_file() and separate not in files:
+        files.append(separate)
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
