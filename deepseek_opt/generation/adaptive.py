@@ -2,7 +2,8 @@
 
 一步用时 t(R, D) 与各深度的接受率 a₁, a₂…（前面都接受时第 k 个被接受的比例）都是边生成边量的，
 一步得到的词元数的期望是 E(D) = 1 + a₁ + a₁a₂ + …，取 E(D) / t(R, D) 最大的 D。R 是批里的行数，
-行数相近的共用一组读数。结果不随 D 变（见 ``choose.py``），所以按时间选不影响生成的内容。
+行数相近的共用一组读数。一批要等最慢的行，所以 E 按它的接受率算。MTP 落下的位置要先补上，补的用时（按词元量）多于
+剩下的词元能省的，也不起草。结果不随 D 变（见 ``choose.py``），所以按时间选不影响生成的内容。
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ MAX_DRAFTS = 8
 _SAMPLES = 7  # 每个 (行数, D) 留最近几步的用时，取中位数：一次被打断的步不算数
 _FIRST = ((2, 2), (0, 2), (4, 2))  # 还没有读数时依次试 (D, 步数)
 _PROBE_EVERY = 96  # 每隔几步重量一次没有选的：上下文变长，用时也变
+_PROBE_RARELY = 32  # 一直不合算时间隔逐次加倍，至多这么多倍：一次要补上落下的位置，不便宜
 _MARGIN = 1.01  # 起草要比不起草至少快这么多
 _DECAY = 0.995  # 接受率按起草的行数衰减：约记得最近 200 次
 _PRIOR = 0.5  # 没有读数时的接受率
@@ -42,11 +44,11 @@ class Acceptance:
             return self.rate(depth - 1) if depth else _PRIOR
         return self._hits[depth] / self._tries[depth]
 
-    def expected(self, drafts: int) -> float:
-        """一步得到的词元数的期望。"""
+    def expected(self, drafts: int, scale: float = 1.0) -> float:
+        """一步得到的词元数的期望；scale 是这一行的接受率相对全体的。"""
         total, product = 1.0, 1.0
         for depth in range(drafts):
-            product *= self.rate(depth)
+            product *= min(self.rate(depth) * scale, 1.0)
             total += product
         return total
 
@@ -57,6 +59,8 @@ class Times:
     def __init__(self) -> None:
         self._recent: dict[int, deque[float]] = {}
         self.steps = 0
+        self.next_probe, self.gap = _PROBE_EVERY, _PROBE_EVERY
+        self.probing: int | None = None
 
     def add(self, drafts: int, seconds: float) -> None:
         """记一步。"""
@@ -96,47 +100,80 @@ class DraftLength:
         self.fixed = fixed
         self.acceptance = Acceptance()
         self._times: dict[int, Times] = {}
+        self._catch_up = 0.0  # 补上一个位置的秒数
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return DraftLength, (self.longest, self.fixed)
 
-    def choose(self, rows: int) -> int:
-        """批里有 rows 行时这一步起草几个。"""
+    def choose(
+        self, rows: int, remaining: int = 1 << 30, pending: int = 0, scale: float = 1.0
+    ) -> int:
+        """这一步起草几个。
+
+        参数
+        ----
+        rows : 批里的行数。remaining : 最慢的行还要几个词元。pending : MTP 落下几个位置（各行合计）。
+        scale : 最慢的行的接受率相对全体的。
+        """
         if self.fixed:
             return self.longest
         with self._lock:
-            times = self._times.get(_bucket(rows))
-            if times is None:
-                times = self._times[_bucket(rows)] = Times()
+            times = self._times.setdefault(_bucket(rows), Times())
             for drafts, wanted in _FIRST:
                 drafts = min(drafts, self.longest)
                 if times.count(drafts) < wanted:
                     return drafts
-            best = self._best(times)
-            if times.steps % _PROBE_EVERY == 0:
-                return self._probe(times, best)
+            if times.probing is not None:  # 直到量出它的用时
+                return times.probing
+            best, gain = self._best(times, scale)
+            if gain * remaining < self._catch_up * pending:
+                best = 0
+            if times.steps >= times.next_probe:
+                best = self._probe(times, best)
             return best
 
-    def record(self, rows: int, drafts: int, seconds: float, accepted: Sequence[int]) -> None:
-        """一步的结果。"""
+    def record(
+        self, rows: int, drafts: int, seconds: float | None, accepted: Sequence[int]
+    ) -> None:
+        """一步的结果；这一步先补上了落下的位置时 seconds 为 None，用时不算数。"""
         with self._lock:
             self.acceptance.add(drafts, accepted)
-            self._times.setdefault(_bucket(rows), Times()).add(drafts, seconds)
+            if seconds is not None:
+                times = self._times.setdefault(_bucket(rows), Times())
+                times.add(drafts, seconds)
+                times.probing = None
 
-    def _best(self, times: Times) -> int:
+    def record_catch_up(self, positions: int, seconds: float) -> None:
+        """补上 positions 个位置（连同起草）的用时。"""
+        with self._lock:
+            each = seconds / max(positions, 1)
+            self._catch_up = each if not self._catch_up else 0.7 * self._catch_up + 0.3 * each
+
+    def _best(self, times: Times, scale: float) -> tuple[int, float]:
+        """(最划算的 D, 每个词元省的秒数)；不起草为 (0, 0)。"""
         plain = times.estimate(0)
-        speed = {
-            d: self.acceptance.expected(d) / times.estimate(d) for d in range(1, self.longest + 1)
+        cost = {
+            d: times.estimate(d) / self.acceptance.expected(d, scale)
+            for d in range(1, self.longest + 1)
         }
-        best = max(speed, key=speed.__getitem__)
-        return best if speed[best] * plain > _MARGIN else 0
+        best = min(cost, key=cost.__getitem__, default=0)
+        if not best or cost[best] * _MARGIN > plain:
+            return 0, 0.0
+        return best, plain - cost[best]
 
     def _probe(self, times: Times, best: int) -> int:
-        """轮流重量：不起草、少一个、多一个。"""
-        turn = times.steps // _PROBE_EVERY % 3
-        near = (0 if best else 2, best - 1 if best > 1 else 1, best + 1)[turn]
-        return min(near, self.longest)
+        """轮流重量：不起草、少一个、多一个；不起草时只偶尔试两个。"""
+        if best:
+            times.gap = _PROBE_EVERY
+            turn = times.steps // _PROBE_EVERY % 3
+            found = (0, best - 1 if best > 1 else 1, best + 1)[turn]
+        else:
+            times.gap = min(2 * times.gap, _PROBE_RARELY * _PROBE_EVERY)
+            found = 2
+        times.next_probe = times.steps + times.gap
+        times.probing = min(found, self.longest)
+        return times.probing
 
 
 def _bucket(rows: int) -> int:

@@ -40,6 +40,16 @@ class Drafter:
         self._carry: list[Tensor | None] = [None] * len(self.caches)
         self._pending: list[Window] = []
 
+    @property
+    def pending(self) -> int:
+        """落下几个位置（各行合计）；每步都起草时只有上一步的。"""
+        return sum(sum(window.counts) for window in self._pending)
+
+    @property
+    def behind(self) -> bool:
+        """落下的是否不止上一步的。"""
+        return len(self._pending) > 1 or self.known[0] == 0
+
     def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
         """记下已确定的：tokens[r, i] 是 hidden[r, i] 之后的词元，各行前 counts[r] 个有效。"""
         self._pending.append(Window(hidden, tokens, list(counts)))

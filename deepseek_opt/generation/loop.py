@@ -51,6 +51,8 @@ class Loop:
         self.drafter = Drafter(plan.predictor, count)
         self.last: list[int] = []  # 批里各行最后一个词元，还没有进主模型的缓存
         self.streamed = 0
+        self.caught_up = False  # 这一步是否先补上了落下的位置，用时因而不是平常的
+        self.hits: dict[int, list[int]] = {}  # 行 -> [第一个草稿被接受的次数, 起草的次数]
 
     def run(self) -> int:
         """生成完；返回最长的行生成了几个。"""
@@ -89,11 +91,16 @@ class Loop:
     def _draft(self) -> Tensor:
         rows, plan = self.rows, self.plan
         count = len(rows.active)
-        length = min(plan.length.choose(count), rows.room() - 1, self.target.room() - 1)
-        length = plan.chooser.limit(length)
+        behind = self.drafter.pending if self.drafter.behind else 0
+        length = plan.length.choose(count, rows.room(), behind, self._slowest())
+        length = plan.chooser.limit(min(length, rows.room() - 1, self.target.room() - 1))
+        self.caught_up = length > 0 and behind > 0
         if length <= 0:
             return rows.tokens.new_empty(count, 0)
+        started = time.perf_counter()
         drafts = self.drafter.draft(length, plan.chooser.pick)
+        if behind:
+            plan.length.record_catch_up(behind, time.perf_counter() - started)
         if plan.chooser.scores.reads_tokens:
             rows.place(drafts)
         return drafts
@@ -126,6 +133,10 @@ class Loop:
         self._commit(guessed, found, logits)
         kept = sum(rows.counts[b] for b in rows.active) - sum(before)
         seconds = time.perf_counter() - started
+        if guessed.shape[1]:
+            for b, accepted in zip(rows.active, found.accepted, strict=True):
+                mine = self.hits.setdefault(b, [0, 0])
+                mine[0], mine[1] = mine[0] + bool(accepted), mine[1] + 1
         if drafts is None:
             self._collect("prefill", seconds, sum(counts), len(counts))
         else:
@@ -147,9 +158,21 @@ class Loop:
 
     def _record(self, drafts: int, seconds: float, accepted: list[int], kept: int) -> None:
         count = len(accepted)
-        self.plan.length.record(count, drafts, seconds, accepted)
+        self.plan.length.record(count, drafts, None if self.caught_up else seconds, accepted)
         self.plan.predictor.draft_statistics.add(drafts, accepted)
         self._collect("decode", seconds, kept, count)
+
+    def _slowest(self) -> float:
+        """还要最多词元的行的接受率相对全体的。"""
+        rate = max(self.plan.length.acceptance.rate(0), 0.05)
+        worst, scale = 0.0, 1.0
+        for b in self.rows.active:
+            hits, tries = self.hits.get(b, (0, 0))
+            own = (hits + 4 * rate) / (tries + 4)
+            left = (self.rows.max_new - self.rows.counts[b]) / (1 + own)
+            if left > worst:
+                worst, scale = left, own / rate
+        return scale
 
     def _collect(self, kind: str, seconds: float, tokens: int, rows: int) -> None:
         if self.plan.collector is not None:
