@@ -29,13 +29,17 @@ def original(dtype: torch.dtype) -> nn.Module:
 def for_use_mtp(dtype: torch.dtype) -> nn.Module:
     """transformers 自己的 use_mtp 用的：MTP 层要与主模型在同一个文件里，生成时每次从那里读。"""
     from safetensors.torch import load_file, save_file
+    from transformers.utils import logging
 
     folder = Path(tempfile.mkdtemp())
     for name in ("config.json", "generation_config.json"):
         shutil.copy(data.MODEL_FOLDER / name, folder)
     tensors = [load_file(data.MODEL_FOLDER / f"{n}.safetensors") for n in ("model", "mtp")]
     save_file(tensors[0] | tensors[1], folder / "model.safetensors", metadata={"format": "pt"})
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # 会把 MTP 层列成一张“多余的权重”的表
     model = _endless(data.load_model(folder, dtype))
+    logging.set_verbosity(verbosity)
     # 它按类里写死的名字（第 61 层）找，这里的 MTP 层是第 4 层
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\..*"]
     return model
