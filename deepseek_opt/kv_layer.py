@@ -49,7 +49,7 @@ class KVLayer(RowLengths):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """各行在自己的末尾写入 K [B, H, T, D]、V；返回 :meth:`views`。
 
-        抛出 InputError：形状与缓存不符，或放不下；缓存不变。
+        抛出 InputError：形状、类型或设备与缓存不符，或放不下；缓存不变。
         """
         self._check(keys, values)
         steps = keys.shape[2]
@@ -104,6 +104,9 @@ class KVLayer(RowLengths):
             wanted = [mine.shape[0], mine.shape[2], fresh.shape[2], mine.shape[3]]
             if list(fresh.shape) != wanted:
                 raise InputError.expected(f"{self.name}{name}", f"形状 {wanted} 的张量", fresh)
+            if (fresh.dtype, fresh.device) != (mine.dtype, mine.device):
+                kind = f"与缓存同为 {mine.dtype}、在 {mine.device} 的张量"
+                raise InputError.expected(f"{self.name}{name}", kind, fresh)
 
 
 def _zeros(like: Tensor, capacity: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
 from deepseek_opt.integrations import apply, apply_moe, apply_mtp, bridge, quantized
-from deepseek_opt.integrations.patch import Patch, patch_of
+from deepseek_opt.integrations.patch import Patch
 from deepseek_opt.integrations.quantized import NOTHING_KNOWN, Known
 from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.metrics import is_collecting, start_metrics, stop_metrics
@@ -227,7 +227,11 @@ def find_state(model: nn.Module) -> ModelState | None:
 
 def is_optimized(model: nn.Module) -> bool:
     """model（或其中一部分）是否正处于优化状态。"""
-    return any(_STATE in m.__dict__ or patch_of(m) is not None for m in model.modules())
+    return any(
+        name == _STATE or isinstance(value, Patch)
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+    )
 
 
 def lock_of(model: nn.Module) -> threading.RLock:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import importlib
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import deepseek_opt as dso
 from deepseek_opt import MTPConfig, OptimizationProfile
-from deepseek_opt.errors import UnsupportedError
+from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.generation.hf import GeneratePatch
+from deepseek_opt.mtp.hf import HFAdapter
+from deepseek_opt.optimize import find_state
 
 from .generation_cases import FULL, generator_model, optimized, prompts
 from .mtp_models import make
@@ -144,18 +147,95 @@ def test_threads_do_not_disturb_each_other():
     model = generator_model("deepseek_v3")
     with optimized(model, draft_length=3):
         alone = [model.generate(**prompts(3, 6, n), **OPTIONS) for n in range(4)]
-        found = [None] * 4
-
-        def work(n):
-            for _ in range(3):
-                found[n] = model.generate(**prompts(3, 6, n), **OPTIONS)
-
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = together(lambda n: model.generate(**prompts(3, 6, n), **OPTIONS), 4)
     assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_threads_with_hidden_states_before_the_norm(monkeypatch):
+    """取归一化之前的隐藏状态要用钩子：各线程只收自己的。"""
+    model = make("qwen2_sliding")
+    model.generation_config.pad_token_id = 0
+    adapter = HFAdapter(model, hidden_normed=False)
+    dso.attach_mtp(model, config=MTPConfig(depth=2), fresh=True, adapter=adapter)
+    alone = [model.generate(**prompts(2 + n, 6, n), **OPTIONS) for n in range(3)]
+    monkeypatch.setattr(adapter, "_steady", NoParts())
+    with optimized(model, full=False, draft_length=3):
+        found = together(lambda n: model.generate(**prompts(2 + n, 6, n), **OPTIONS), 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+class NoParts:
+    """不直接调用算子，总是经过各模块。"""
+
+    def during(self, _adapter):
+        return nullcontext()
+
+    def find(self, *_):
+        return None
+
+
+def together(work, count, times=3):
+    """count 个线程各做 times 遍 work(n)：各自最后的结果。"""
+    found = [None] * count
+
+    def run(n):
+        for _ in range(times):
+            found[n] = None
+            found[n] = work(n)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one is not None for one in found)  # 没有哪个线程出错
+    return found
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_attention_that_falls_back_after_optimize(sample):
+    """优化之后才加上的 DoRA 使注意力退回原实现：各行参差时也照样相同。"""
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(generator_model("deepseek_v3"))
+    lora = {"target_modules": ["kv_b_proj"], "r": 2, "init_lora_weights": False, "use_dora": True}
+    inputs, options = prompts(3, 6, 1), {**OPTIONS, "do_sample": sample}
+    with optimized(model, draft_length=3) as report:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**lora)).eval()
+        torch.manual_seed(1)
+        found = wrapped.generate(**inputs, **options)
+        assert any("DoRA" in why for _, why in report.fallbacks)
+        assert model.mtp.draft_statistics.steps > 0
+    torch.manual_seed(1)
+    assert torch.equal(found, wrapped.generate(**inputs, **options))
+
+
+def test_layers_in_use_cannot_be_detached(folder):
+    model = load(folder)
+    dso.optimize(model, OptimizationProfile(mtp=MTPConfig()), strict=True)
+    with pytest.raises(InputError, match="先 restore"):
+        dso.detach_mtp(model)
+    assert model.generate(**prompts(2, 5, 1), **OPTIONS).shape[0] == 2
+    dso.restore(model)
+    assert not hasattr(model, "mtp")
+
+
+def test_misshaped_weights_are_named(folder):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    wrong = next(name for name in tensors if name.endswith("eh_proj.weight"))
+    tensors[wrong] = tensors[wrong][:-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = load(folder)
+    dso.optimize(model, OptimizationProfile(**FULL))
+    state = find_state(model)
+    with pytest.raises(UnsupportedError, match=f"{wrong}：应为"):
+        dso.switch(model, profile(), strict=True)
+    assert find_state(model) is state and not hasattr(model, "mtp")
+    report = dso.switch(model, profile())
+    entry = next(e for e in report.entries if e.part == "mtp")
+    assert not entry.replaced and wrong in entry.reason and not hasattr(model, "mtp")
 
 
 def test_half_precision_and_train_mode():

@@ -93,15 +93,20 @@ def test_visible_is_causal_per_row(window):
         (torch.zeros(3, HEADS, 1, WIDTH), torch.zeros(3, 1, 1, VALUE)),
         (torch.zeros(2, HEADS, 1, 9), torch.zeros(2, 1, 1, VALUE)),
         (torch.zeros(2, HEADS, 1, WIDTH), torch.zeros(2, 4, 1, VALUE)),
+        (torch.zeros(2, HEADS, 1, WIDTH).half(), torch.zeros(2, 1, 1, VALUE).half()),
+        (torch.zeros(2, HEADS, 90, WIDTH), torch.zeros(2, 1, 90, VALUE).double()),
+        (torch.zeros(2, HEADS, 1, WIDTH, device="meta"), torch.zeros(2, 1, 1, VALUE)),
     ],
 )
-def test_bad_shapes_change_nothing(keys, values):
+@pytest.mark.parametrize("ragged", [False, True])
+def test_bad_input_changes_nothing(keys, values, ragged):
     layer = KVLayer(name="第 3 层")
     layer.append(*fresh(2, 4))
+    layer.crop_rows([4, 2 if ragged else 4])
     before = [b.clone() for b in layer.buffers()]
     with pytest.raises(InputError, match="第 3 层"):
         layer.append(keys, values)
-    assert layer.length == 4
+    assert layer.lengths.tolist() == [4, 2 if ragged else 4]
     assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True))
 
 
@@ -149,6 +154,24 @@ def test_whole_cache(make):
     with pytest.raises(InputError, match="之间"):
         crop_rows(cache, [3, 4])
     assert all(layer.lengths.tolist() == [2, 4] for layer in cache.layers[:2])
+
+
+def test_shorter_rows_read_as_zeros_after_tidying():
+    """潜变量的缓冲区没有初始化过：短的行在视图里的尾巴清零，长的行不变。"""
+    layer = LatentCache(1).layer(0)
+    layer.append(torch.ones(2, 4, 8), torch.ones(2, 4, 2))
+    layer.crop_rows([4, 1])
+    for buffer in layer.buffers():
+        buffer[1, 1:] = torch.nan
+    assert torch.equal(
+        layer.dequantized(),
+        torch.tensor([4, 1])[:, None, None]
+        .gt(torch.arange(4)[None, :, None])
+        .float()
+        .expand(2, 4, 8),
+    )
+    layer.append(torch.full((2, 1, 8), 2.0), torch.ones(2, 1, 2))
+    assert layer.dequantized()[:, :, 0].tolist() == [[1, 1, 1, 1, 2], [1, 2, 0, 0, 0]]
 
 
 def test_own_cache_is_asked():

@@ -16,12 +16,14 @@ from typing import Any
 
 MAX_DRAFTS = 8
 _SAMPLES = 7  # 每个 (行数, D) 留最近几步的用时，取中位数：一次被打断的步不算数
-_FIRST = ((2, 2), (0, 2), (4, 2))  # 还没有读数时依次试 (D, 步数)
+_FIRST = ((0, 2), (1, 1))  # 还没有读数时先量的 (D, 步数)；更大的 D 由外推，看来合算才试
 _PROBE_EVERY = 96  # 每隔几步重量一次没有选的：上下文变长，用时也变
 _PROBE_RARELY = 32  # 一直不合算时间隔逐次加倍，至多这么多倍：一次要补上落下的位置，不便宜
+_SHORTEST = 4  # 剩的词元更少时不为起草补落下的位置：补完就到头，量不出也省不下
 _MARGIN = 1.01  # 起草要比不起草至少快这么多
 _DECAY = 0.995  # 接受率按起草的行数衰减：约记得最近 200 次
 _PRIOR = 0.5  # 没有读数时的接受率
+_LEAST_TRIES = 3.9  # 起草过（衰减后）约 4 次才算有读数
 
 
 class Acceptance:
@@ -38,9 +40,14 @@ class Acceptance:
                 self._tries[k] = self._tries[k] * _DECAY + 1
                 self._hits[k] = self._hits[k] * _DECAY + (count > k)
 
+    @property
+    def unknown(self) -> bool:
+        """读数还太少。"""
+        return self._tries[0] < _LEAST_TRIES
+
     def rate(self, depth: int) -> float:
         """前面的都接受时，第 depth 个（从 0 数）被接受的比例；没有读数的同前一个。"""
-        if self._tries[depth] < 4:
+        if self._tries[depth] < _LEAST_TRIES:
             return self.rate(depth - 1) if depth else _PRIOR
         return self._hits[depth] / self._tries[depth]
 
@@ -72,8 +79,8 @@ class Times:
         return len(self._recent.get(drafts, ()))
 
     def estimate(self, drafts: int) -> float:
-        """D = drafts 一步的用时：有读数的取中位数，没有的按线性内插、外推。"""
-        known = {d: statistics.median(v) for d, v in self._recent.items()}
+        """D = drafts 一步的用时：有读数的取（偏小的）中位数，没有的按线性内插、外推。"""
+        known = {d: statistics.median_low(v) for d, v in self._recent.items()}
         if drafts in known:
             return known[drafts]
         below = max((d for d in known if d < drafts), default=None)
@@ -120,10 +127,14 @@ class DraftLength:
             return self.longest
         with self._lock:
             times = self._times.setdefault(_bucket(rows), Times())
+            if pending and remaining < _SHORTEST:
+                return 0
             for drafts, wanted in _FIRST:
                 drafts = min(drafts, self.longest)
                 if times.count(drafts) < wanted:
                     return drafts
+            if self.acceptance.unknown and times.estimate(1) < 2 * times.estimate(0):
+                return 1  # 全都接受就会合算：先弄清接受率
             if times.probing is not None:  # 直到量出它的用时
                 return times.probing
             best, gain = self._best(times, scale)
@@ -163,14 +174,14 @@ class DraftLength:
         return best, plain - cost[best]
 
     def _probe(self, times: Times, best: int) -> int:
-        """轮流重量：不起草、少一个、多一个；不起草时只偶尔试两个。"""
+        """轮流重量：不起草、少一个、多一个；不起草时只偶尔试一个。"""
         if best:
             times.gap = _PROBE_EVERY
             turn = times.steps // _PROBE_EVERY % 3
             found = (0, best - 1 if best > 1 else 1, best + 1)[turn]
         else:
             times.gap = min(2 * times.gap, _PROBE_RARELY * _PROBE_EVERY)
-            found = 2
+            found = 1
         times.next_probe = times.steps + times.gap
         times.probing = min(found, self.longest)
         return times.probing

@@ -79,7 +79,7 @@ def attach_mtp(
 def detach_mtp(model: nn.Module) -> TokenPredictor:
     """取下 :func:`attach_mtp` 装上的模块并返回它；model（连同配置）回到原样。
 
-    抛出 InputError：没有装过。
+    抛出 InputError：没有装过；或正处于 optimize 之中（先 restore）。
 
     示例
     ----
@@ -93,9 +93,11 @@ def detach_mtp(model: nn.Module) -> TokenPredictor:
     """
     check_model(model)
     with lock_of(model):
-        before = model.__dict__.pop(_RECORD, None)
-        if before is None:
+        if _RECORD not in model.__dict__:
             raise InputError(f"这个 {type(model).__name__} 没有装过 MTP")
+        if is_optimized(model):
+            raise InputError("请先 restore(model) 再 detach_mtp：这个模型正处于优化状态")
+        before = model.__dict__.pop(_RECORD)
         predictor = model._modules.pop(NAME)
         for hooks, mine in (
             (model._state_dict_hooks, _to_checkpoint),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -312,8 +313,11 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
 
 
 def _input_saver(seen: dict[str, Any], key: str) -> Callable[..., None]:
-    def save(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.setdefault(key, args[0] if args else kwargs["hidden_states"])
+    owner = threading.get_ident()
+
+    def save(_module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() == owner:  # 钩子挂在模块上，别的线程的前向也经过它
+            seen.setdefault(key, args[0] if args else kwargs["hidden_states"])
 
     return save
 
