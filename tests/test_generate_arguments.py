@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
@@ -260,3 +262,10 @@ def test_hooks_and_embeddings_go_the_ordinary_path(model):
             handle.remove()
         assert calls and any("钩子" in why for _, why in report.fallbacks)
     assert out.shape[1] <= 16
+
+
+def test_dropout_in_train_mode_goes_the_ordinary_path():
+    model = copy.deepcopy(generator_model("gpt2")).train()
+    with optimized(model, full=False, **LENGTHS) as report:
+        model.generate(prompts(1, 6, 5)["input_ids"], **BASE)
+        assert any("dropout" in why for _, why in report.fallbacks)

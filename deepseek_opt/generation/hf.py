@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_opt.generation.adaptive import MAX_DRAFTS
 from deepseek_opt.generation.collect import Collected
@@ -90,9 +90,17 @@ class GeneratePatch(Patch):
         hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
         if any(getattr(hook, "__self__", None) is not collector for hook in hooks):
             return "模型上挂着前向钩子，逐步的前向要经过它"
+        if model.training and any(_drops(module) for module in model.modules()):
+            return "训练模式，有 dropout：每次前向都不同"
         if self.predictor.adapter.device.type != "cpu":
             return f"设备 {self.predictor.adapter.device.type} 上还没有 MTP 的核"
         return None
+
+
+def _drops(module: nn.Module) -> bool:
+    """训练模式下会随机丢弃。"""
+    rate = module.p if isinstance(module, nn.Dropout) else module.__dict__.get("attention_dropout")
+    return module.training and isinstance(rate, float) and rate > 0
 
 
 def generate_with_mtp(
