@@ -404,9 +404,11 @@ def test_drafting(folder, tmp_path):
     tokenizer = data.load_tokenizer(folder)
     with torch.inference_mode():
         found = drafting.study(models, tokenizer, 2, 8, 12, ticks.append)
-    assert len(ticks) == 2 and [run.dtype for run in found.runs] == ["float32", "bfloat16"]
-    assert found.checks()[0].passed and len(found.checks()) == 1
-    assert found.runs[0].speedup > 0 and len(found.table().rows) == 2
+    shapes = [(run.dtype, run.rows) for run in found.runs]
+    assert len(ticks) == 2 and shapes == [(d, n) for d in models for n in (1, 2)]
+    assert all(check.passed for check in found.checks()) and len(found.checks()) == 2
+    assert found.runs[0].speedup > 0 and len(found.table().rows) == 4
+    assert all(len(run.acceptance) == drafting.DRAFTS for run in found.runs)
     kinds = {kind for _, kind in found.pieces}
     assert "prompt" in kinds and kinds <= {"prompt", "draft", "main"}
     assert all("generate" not in m.__dict__ and not hasattr(m, "mtp") for m in models.values())

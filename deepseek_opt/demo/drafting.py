@@ -27,8 +27,10 @@ Tick = Callable[[str], None]
 class DraftRun:
     """一种类型的读数：一批 rows 行各生成 new 个词元。
 
-    seconds : “plain”（优化过、逐个词元）与“mtp”的用时。matched : 两边相同的词元的比例。
-    acceptance : 前 k 个草稿都被接受的比例。tokens_per_step : 每行每步得到的词元数。
+    seconds : “plain”（优化过、逐个词元）与“mtp”（起草几个由实测选）的用时。
+    tokens_per_step : 后者每行每步得到的词元数；批大而运算受限时自动不起草，就是 1。
+    matched : 相同的词元的比例，每步固定起草 DRAFTS 个的也要相同。
+    acceptance : 固定起草 DRAFTS 个时，前 k 个都被接受的比例。
     """
 
     dtype: str
@@ -106,11 +108,15 @@ def study(
             missing, runs = entry.reason, None
             continue
         plain = _optimized(model, None)[0]
-        run, out = _run(dtype, plain, drafting[0], ids, new)
-        runs.append(run)
+        fixed = _optimized(model, MTPConfig(draft_length=DRAFTS, fixed_draft_length=True))[0]
+        always = _generate(fixed, ids, new)
         if not pieces:
-            drafted = drafting[0].mtp.draft_statistics.last[0]
-            pieces = _pieces(tokenizer, out[0].tolist(), prompt, drafted.tolist())
+            drafted = fixed.mtp.draft_statistics.last[0]
+            pieces = _pieces(tokenizer, always[0].tolist(), prompt, drafted.tolist())
+        acceptance = fixed.mtp.draft_statistics.acceptance
+        for count in sorted({1, rows}):
+            part, wanted = ids[:count], always[:count]
+            runs.append(_run(dtype, (plain, drafting[0]), part, wanted, new, acceptance))
     return DraftStudy(tuple(runs or ()), pieces, missing)
 
 
@@ -122,29 +128,35 @@ def _optimized(model: Any, mtp: MTPConfig | None) -> tuple[Any, Any]:
     return copied, optimize(copied, profile)
 
 
+def _generate(model: Any, ids: torch.Tensor, new: int) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
 def _run(
-    dtype: str, plain: Any, drafting: Any, ids: torch.Tensor, new: int
-) -> tuple[DraftRun, torch.Tensor]:
-    sides = {"plain": plain, "mtp": drafting}
+    dtype: str,
+    models: tuple[Any, Any],
+    ids: torch.Tensor,
+    always: torch.Tensor,
+    new: int,
+    acceptance: tuple[float, ...],
+) -> DraftRun:
+    """models 是（逐个词元的, 用 MTP 的），轮流各几遍，取最短；always 是固定起草时的结果。"""
     outputs: dict[str, torch.Tensor] = {}
     seconds: dict[str, float] = {}
-    mask = torch.ones_like(ids)
     for _ in range(_ROUNDS):
-        for name, model in sides.items():
+        for name, model in zip(("plain", "mtp"), models, strict=True):
             if name == "mtp":
                 model.mtp.draft_statistics.reset()
             start = time.perf_counter()
-            outputs[name] = model.generate(
-                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
-            )
+            outputs[name] = _generate(model, ids, new)
             took = time.perf_counter() - start
             seconds[name] = min(seconds.get(name, took), took)
-    found = drafting.mtp.draft_statistics
-    matched = float((outputs["plain"] == outputs["mtp"])[:, ids.shape[1] :].float().mean())
-    run = DraftRun(
-        dtype, len(ids), new, seconds, matched, found.acceptance[:DRAFTS], found.tokens_per_step
-    )
-    return run, outputs["mtp"]
+    same = (outputs["plain"] == outputs["mtp"]) & (outputs["plain"] == always)
+    matched = float(same[:, ids.shape[1] :].float().mean())
+    steps = models[1].mtp.draft_statistics.tokens_per_step
+    return DraftRun(dtype, len(ids), new, seconds, matched, acceptance, steps)
 
 
 def _pieces(
