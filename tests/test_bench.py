@@ -188,10 +188,10 @@ def test_peak_sees_temporary_memory(monkeypatch, tmp_path, clear):
 
 def test_exact_allocations_give_memory_back_at_once():
     with process_memory.exact_allocations():
-        block = torch.ones(8 << 20, dtype=torch.uint8)
+        block = torch.ones(256 << 20, dtype=torch.uint8)  # 大到堆里没有这样的空闲块
         held = process_memory.status_bytes("VmRSS")
         del block
-        assert held - process_memory.status_bytes("VmRSS") > 7 << 20
+        assert held - process_memory.status_bytes("VmRSS") > 250 << 20
 
 
 def test_memory_without_proc(monkeypatch, tmp_path):
