@@ -10,14 +10,20 @@ from typing import Any
 
 import torch
 
-from deepseek_opt import MTPConfig, OptimizationProfile, optimize
+from deepseek_opt import (
+    DenseConfig,
+    MLAConfig,
+    MOEConfig,
+    MTPConfig,
+    OptimizationProfile,
+    optimize,
+)
 from deepseek_opt.benchmarks.shapes import twin
 from deepseek_opt.demo import data
 from deepseek_opt.demo.compare import Check
 from deepseek_opt.demo.tables import Table
 
 DRAFTS = 4
-_PRESET = "fast_decode"
 _ROUNDS = 3
 
 Tick = Callable[[str], None]
@@ -123,8 +129,7 @@ def study(
 def _optimized(model: Any, mtp: MTPConfig | None) -> tuple[Any, Any]:
     copied = twin(model)
     copied.generation_config.eos_token_id = None  # 各行都生成满，两边做的一样多
-    profile = OptimizationProfile.preset(_PRESET)
-    profile.mtp = mtp
+    profile = OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(), dense=DenseConfig(), mtp=mtp)
     return copied, optimize(copied, profile)
 
 

@@ -20,6 +20,7 @@ _FIRST = ((0, 2), (1, 1))  # 还没有读数时先量的 (D, 步数)；更大的
 _PROBE_EVERY = 96  # 每隔几步重量一次没有选的：上下文变长，用时也变
 _PROBE_RARELY = 32  # 一直不合算时间隔逐次加倍，至多这么多倍：一次要补上落下的位置，不便宜
 _SHORTEST = 4  # 剩的词元更少时不为起草补落下的位置：补完就到头，量不出也省不下
+_MANY = 64  # 补这么多位置以上，用时才看得出每个位置多少
 _MARGIN = 1.01  # 起草要比不起草至少快这么多
 _DECAY = 0.995  # 接受率按起草的行数衰减：约记得最近 200 次
 _PRIOR = 0.5  # 没有读数时的接受率
@@ -156,7 +157,9 @@ class DraftLength:
                 times.probing = None
 
     def record_catch_up(self, positions: int, seconds: float) -> None:
-        """补上 positions 个位置（连同起草）的用时。"""
+        """补上 positions 个位置（连同起草）的用时；很少时几乎全是起草的，不算数。"""
+        if positions < _MANY:
+            return
         with self._lock:
             each = seconds / max(positions, 1)
             self._catch_up = each if not self._catch_up else 0.7 * self._catch_up + 0.3 * each
