@@ -21,11 +21,17 @@ _PLAIN, _HF, _USE_MTP = "本库逐词元", "transformers 逐词元", "transforme
 _LOOP = "本库同一循环，不起草"
 _NOT_SLOWER = 0.97
 _ACCEPTANCE = (80.0, 60.0, 45.0, 35.0)
-_NAMES = {_BF16: "bf16", _FP32: "fp32"}
 
 
 def _new(env: Env) -> int:
     return 24 if env.quick else mtp_models.NEW
+
+
+class _Never(DraftLength):
+    """从不起草：同一个循环的对照。"""
+
+    def choose(self, *_: Any) -> int:  # pylint: disable=arguments-differ
+        return 0
 
 
 def _peer(name: str, model: Any, dtype: torch.dtype) -> Callable[..., Any]:
@@ -35,7 +41,7 @@ def _peer(name: str, model: Any, dtype: torch.dtype) -> Callable[..., Any]:
         return lambda ids, new: mtp_models.run(fast, ids, new)
     if name == _LOOP:
         still = mtp_models.optimized(model, MTPConfig())
-        keep_length(still.mtp, DraftLength(0, fixed=True))
+        keep_length(still.mtp, _Never())
         return lambda ids, new: mtp_models.run(still, ids, new)
     if name == _USE_MTP:
         hub = mtp_models.for_use_mtp(dtype)

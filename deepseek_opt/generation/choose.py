@@ -84,11 +84,7 @@ class Sampled:
 
     def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
         """归一化的隐藏状态 [R, H] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
-        logits = self.predictor.draft_logits(normed, depth)
-        options = {k: v for k, v in self.scores.options.items() if k != "repetition_penalty"}
-        if "top_k" in options:
-            options["top_k"] = min(options["top_k"], logits.shape[-1])
-        probs = ops.sample_filter(logits, **options)
+        probs = self.scores.draft_probabilities(self.predictor.draft_logits(normed, depth))
         return (probs / self._for_rows(place, 1, probs)[:, 0]).argmax(-1)
 
     def verify(self, logits: Tensor, drafts: Tensor) -> Verified:

@@ -39,11 +39,8 @@ class Drafter:
         self.known = [0] * rows  # 已补到第几个词元（从 0 数起）
         self._carry: list[Tensor | None] = [None] * len(self.caches)
         self._pending: list[Window] = []
-
-    @property
-    def pending(self) -> int:
-        """落下几个位置（各行合计）；每步都起草时只有上一步的。"""
-        return sum(sum(window.counts) for window in self._pending)
+        self.pending = 0  # 落下几个位置（各行合计）；每步都起草时只有上一步的
+        self._wide = 0  # 第一段之后各段的列数之和
 
     @property
     def behind(self) -> bool:
@@ -52,8 +49,11 @@ class Drafter:
 
     def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
         """记下已确定的：tokens[r, i] 是 hidden[r, i] 之后的词元，各行前 counts[r] 个有效。"""
+        if self._pending:
+            self._wide += hidden.shape[1]
         self._pending.append(Window(hidden, tokens, list(counts)))
-        if sum(window.hidden.shape[1] for window in self._pending[1:]) > _MOST_PENDING:
+        self.pending += sum(counts)
+        if self._wide > _MOST_PENDING:
             self.draft(0)
 
     def select(self, kept: Sequence[int]) -> None:
@@ -71,6 +71,7 @@ class Drafter:
             )
             for window in self._pending
         ]
+        self.pending = sum(sum(window.counts) for window in self._pending)
 
     def draft(self, length: int, pick: PickFn | None = None) -> Tensor:
         """起草 length 个 [R, length]；``pick(归一化的隐藏状态 [R, H], 深度, i)`` 选出第 i 个。"""
@@ -136,6 +137,7 @@ class Drafter:
     def _merged(self) -> Window:
         """合并积着的各段，各行有效的靠左。"""
         pending, self._pending = self._pending, []
+        self.pending = self._wide = 0
         if len(pending) == 1:
             return pending[0]
         hidden = torch.cat([window.hidden for window in pending], dim=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepseek_opt.errors import InputError
 from deepseek_opt.generation.adaptive import DraftLength
+from deepseek_opt.generation.choose import Verified
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.drafter import Drafter
 from deepseek_opt.generation.rows import Rows
@@ -75,7 +76,9 @@ class Loop:
         self.target.keep(lengths, tokens.shape[1])
         logits = self.plan.predictor.adapter.logits(last_of(hidden, lengths))[:, None]
         known = torch.cat((tokens[:, 1:], tokens.new_zeros(len(lengths), 1)), dim=1)
-        self._advance(hidden, known, lengths, logits, None, started)
+        _, before = self._advance(hidden, known, logits, self._no_drafts(), lengths)
+        self._collect("prefill", time.perf_counter() - started, sum(lengths), len(lengths))
+        self._leave(before)
 
     def _step(self) -> None:
         rows, plan = self.rows, self.plan
@@ -86,7 +89,11 @@ class Loop:
         hidden = self.target.run(tokens)
         known = torch.cat((drafts, drafts.new_zeros(len(rows.active), 1)), dim=1)
         logits = plan.predictor.adapter.logits(hidden)
-        self._advance(hidden, known, None, logits, drafts, started)
+        found, before = self._advance(hidden, known, logits, drafts)
+        kept = sum(rows.counts[b] for b in rows.active) - sum(before)
+        seconds = time.perf_counter() - started
+        self._record(drafts.shape[1], seconds, found.accepted, kept)
+        self._leave(before)
 
     def _draft(self) -> Tensor:
         rows, plan = self.rows, self.plan
@@ -96,7 +103,7 @@ class Loop:
         length = plan.chooser.limit(min(length, rows.room() - 1, self.target.room() - 1))
         self.caught_up = length > 0 and behind > 0
         if length <= 0:
-            return rows.tokens.new_empty(count, 0)
+            return self._no_drafts()
         started = time.perf_counter()
         drafts = self.drafter.draft(length, plan.chooser.pick)
         if behind:
@@ -109,46 +116,35 @@ class Loop:
         self,
         hidden: Tensor,
         known: Tensor,
-        lengths: list[int] | None,
         logits: Tensor,
-        drafts: Tensor | None,
-        started: float,
-    ) -> None:
-        """由 logits 定下各行的新词元，截去没有接受的；lengths 是预填充时各行的长度，否则为 None。"""
+        drafts: Tensor,
+        lengths: list[int] | None = None,
+    ) -> tuple[Verified, list[int]]:
+        """由 logits 定下各行的新词元，截去没有接受的；lengths 是预填充时各行的长度。
+
+        返回（核对的结果, 批里各行这一步之前生成了几个）。
+        """
         rows, plan = self.rows, self.plan
-        guessed = rows.tokens.new_empty(len(rows.active), 0) if drafts is None else drafts
-        found = plan.chooser.verify(logits, guessed)
-        written = hidden.shape[1]
-        if lengths is None:
+        found = plan.chooser.verify(logits, drafts)
+        counts = lengths
+        if counts is None:
             counts = [accepted + 1 for accepted in found.accepted]
-            self.target.keep(counts, written)
-        else:
-            counts = lengths
+            self.target.keep(counts, hidden.shape[1])
         place = torch.tensor(counts, device=known.device)[:, None] - 1
         following = torch.tensor(found.following, device=known.device)
         known.scatter_(1, place, following[:, None])
         self.drafter.observe(hidden, known, counts)
         self.last = found.following
         before = [rows.counts[b] for b in rows.active]
-        self._commit(guessed, found, logits)
-        kept = sum(rows.counts[b] for b in rows.active) - sum(before)
-        seconds = time.perf_counter() - started
-        if guessed.shape[1]:
-            for b, accepted in zip(rows.active, found.accepted, strict=True):
-                mine = self.hits.setdefault(b, [0, 0])
-                mine[0], mine[1] = mine[0] + bool(accepted), mine[1] + 1
-        if drafts is None:
-            self._collect("prefill", seconds, sum(counts), len(counts))
-        else:
-            self._record(drafts.shape[1], seconds, found.accepted, kept)
-        self._leave(before)
+        self._commit(drafts, found, logits)
+        return found, before
 
-    def _commit(self, guessed: Tensor, found: Any, logits: Tensor) -> None:
+    def _commit(self, drafts: Tensor, found: Verified, logits: Tensor) -> None:
         rows, plan = self.rows, self.plan
         fresh = [
             [*row[:accepted], following]
             for row, accepted, following in zip(
-                guessed.tolist(), found.accepted, found.following, strict=True
+                drafts.tolist(), found.accepted, found.following, strict=True
             )
         ]
         kept = plan.stopping.cut(rows, fresh)
@@ -158,9 +154,16 @@ class Loop:
 
     def _record(self, drafts: int, seconds: float, accepted: list[int], kept: int) -> None:
         count = len(accepted)
+        if drafts:
+            for b, hits in zip(self.rows.active, accepted, strict=True):
+                mine = self.hits.setdefault(b, [0, 0])
+                mine[0], mine[1] = mine[0] + bool(hits), mine[1] + 1
         self.plan.length.record(count, drafts, None if self.caught_up else seconds, accepted)
         self.plan.predictor.draft_statistics.add(drafts, accepted)
         self._collect("decode", seconds, kept, count)
+
+    def _no_drafts(self) -> Tensor:
+        return self.rows.tokens.new_empty(len(self.rows.active), 0)
 
     def _slowest(self) -> float:
         """还要最多词元的行的接受率相对全体的。"""

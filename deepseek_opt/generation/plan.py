@@ -40,12 +40,12 @@ def draft_length(predictor: TokenPredictor, config: Any) -> DraftLength:
         wanted = min(wanted, len(predictor.layers))
     fixed = bool(config.fixed_draft_length)
     kept = predictor.__dict__.get(_LENGTH)
-    if kept is None or kept.longest and (kept.longest, kept.fixed) != (wanted, fixed):
+    if kept is None or (kept.longest, kept.fixed) != (wanted, fixed):
         kept = DraftLength(wanted, fixed)
         keep_length(predictor, kept)
     return kept
 
 
 def keep_length(predictor: TokenPredictor, length: DraftLength) -> None:
-    """之后的生成用 length；DraftLength(0) 是从不起草（基准的对照用）。"""
+    """之后的生成用 length。"""
     predictor.__dict__[_LENGTH] = length

@@ -37,7 +37,6 @@ class Rows:
         self.tokens[:, : self.width] = prompt
         self._drafted: list[list[bool]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
-        self.finished = [False] * rows
         self.active = list(range(rows))
 
     def packed(self) -> tuple[Tensor, list[int]]:

@@ -83,15 +83,26 @@ class Scores:
 
     def probabilities(self, scores: Tensor, rows: Rows) -> Tensor:
         """处理过的 [R, P, V] -> 采样用的概率 fp32。"""
-        options = dict(self.options)
-        if "top_k" in options:
-            options["top_k"] = min(options["top_k"], scores.shape[-1])
+        options = self._options(scores.shape[-1])
         token_ids = token_len = None
         if options.get("repetition_penalty", 1.0) != 1.0:
             token_ids = self._counted(rows)
             steps = torch.arange(scores.shape[1], device=scores.device)
             token_len = torch.tensor(rows.lengths(), device=scores.device)[:, None] + steps
         return ops.sample_filter(scores, token_ids, token_len, **options)
+
+    def draft_probabilities(self, logits: Tensor) -> Tensor:
+        """MTP 的 logits [R, V] -> 起草用的概率：同样的温度等，不做重复惩罚。"""
+        options = self._options(logits.shape[-1])
+        options.pop("repetition_penalty", None)
+        return ops.sample_filter(logits, **options)
+
+    def _options(self, vocabulary: int) -> dict[str, Any]:
+        """sample_filter 的参数；top_k 不超过词表（transformers 的约定）。"""
+        options = dict(self.options)
+        if "top_k" in options:
+            options["top_k"] = min(options["top_k"], vocabulary)
+        return options
 
     def _counted(self, rows: Rows) -> Tensor:
         """批里各行的词元，不算的换成 -1。"""

@@ -15,16 +15,9 @@ from deepseek_opt.report import ReportEntry
 NAME = "generate"
 
 
-def find_predictor(model: nn.Module) -> Any:
-    """model 里的 MTP 模块；没有为 None。"""
-    from deepseek_opt.mtp.predictor import TokenPredictor
-
-    return next((m for m in model.modules() if isinstance(m, TokenPredictor)), None)
-
-
 def attach_declared(model: nn.Module, config: Any) -> tuple[nn.Module | None, str | None]:
     """还没有装 MTP、而检查点里有的，从那里装上：(装上的那个模型, 没有装上的原因)，已经装过则都为 None。"""
-    from deepseek_opt.mtp.attach import attach_mtp
+    from deepseek_opt.mtp.attach import attach_mtp, find_predictor
     from deepseek_opt.mtp.hf import is_hf_model
 
     if find_predictor(model) is not None:
@@ -53,6 +46,8 @@ def detach(model: nn.Module) -> None:
 
 def replace_generate(model: nn.Module, runtime: Runtime, reason: str | None) -> list[ReportEntry]:
     """换掉 generate；reason 是没有装上 MTP 的原因。"""
+    from deepseek_opt.mtp.attach import find_predictor
+
     predictor = find_predictor(model)
     if predictor is None:
         return [ReportEntry("", "mtp", "", False, reason or "没有装 MTP", True)]

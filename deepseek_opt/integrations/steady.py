@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepseek_opt import ops
-from deepseek_opt.integrations import bridge, experts
-from deepseek_opt.integrations.dense import GatedFFNPatch
+from deepseek_opt.integrations import experts
+from deepseek_opt.integrations.dense import GatedFFNPatch, NormPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.projections import effective_weight, is_hooked, is_rms_norm, norm_eps
@@ -29,12 +29,17 @@ Apply = Callable[[Tensor], Tensor]
 class SteadyLayer:
     """一个解码层：x + attn(norm x)，再 + mlp(norm x)。由 :func:`steady_layer` 建立。"""
 
-    def __init__(self, norms: list[Apply], attention: AttentionPatch, mlp: Apply):
+    def __init__(
+        self,
+        norms: list[Apply],
+        attention: AttentionPatch,
+        mlp: Apply,
+        kv_b: Tensor,
+        projections: tuple,
+    ):
         self.norms, self.attention, self.mlp = norms, attention, mlp
-        weight = effective_weight(attention.module._modules[attention.spec.kv_b_proj])[0]
-        self.heads = weight.shape[0] // (attention.nope_dim + attention.value_dim)
-        self.scaling = float(getattr(attention.module, attention.spec.scaling))
-        self.projections = attention.steady_projections(weight)
+        self.projections = projections  # 旋转以外的
+        self.heads = kv_b.shape[0] // (attention.nope_dim + attention.value_dim)
 
     def takes(self, rows: int, steps: int) -> bool:
         """这么多行、每行这么多词元能不能一起算。"""
@@ -47,18 +52,8 @@ class SteadyLayer:
 
     def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         patch = self.attention
-        index = getattr(patch.module, patch.spec.layer_idx)
-        layer = bridge.resolve_layer(cache, index, patch.runtime, False)
-        if not layer.has_room(x, patch.rank, patch.rope_dim):
-            sizes = (patch.rank, patch.rope_dim)
-            layer.prepare(*(x.new_empty(*x.shape[:2], size) for size in sizes))
-        rotation = (*angles, patch.rope == "interleaved")
-        store = (layer.latent, layer.rope, layer.scale, layer.offsets, None, None)
-        out = ops.mla_layer_decode(
-            x, *self.projections, *rotation, *store, self.scaling, self.heads
-        )
-        layer.advance(x.shape[1])
-        return out
+        projections = (*self.projections, *angles, patch.rope == "interleaved")
+        return patch.decode_layer(x, projections, patch.open_layer(cache, x), self.heads)
 
 
 class SteadyModel:
@@ -83,10 +78,11 @@ class SteadyModel:
 
 def steady_model(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Any:
     """能这样算的主模型；有一层不能就是 None。"""
-    if is_hooked(embedding) or _norm(norm) is None:
+    last = _norm(norm)
+    if is_hooked(embedding) or last is None:
         return None
     found = [steady_layer(layer) for layer in layers]
-    return None if None in found else SteadyModel(embedding, found, _norm(norm))
+    return None if None in found else SteadyModel(embedding, found, last)
 
 
 def steady_layer(layer: nn.Module) -> SteadyLayer | None:
@@ -101,13 +97,15 @@ def steady_layer(layer: nn.Module) -> SteadyLayer | None:
     weight, reason = effective_weight(attention.module._modules[attention.spec.kv_b_proj])
     if reason is not None or not attention.owns_masks:
         return None
-    if attention.steady_projections(weight) is None:
+    projections = attention.steady_projections(weight)
+    if projections is None:
         return None
-    return SteadyLayer(norms, attention, mlp)
+    return SteadyLayer(norms, attention, mlp, weight, projections)
 
 
 def _norm(module: nn.Module) -> Apply | None:
-    if is_hooked(module) or not is_rms_norm(module):
+    known = isinstance(patch_of(module), NormPatch) or is_rms_norm(module)
+    if is_hooked(module) or not known:
         return None
     weight, eps = module.weight, norm_eps(module)
     return lambda x: ops.rms_norm(x, weight, eps)
@@ -141,16 +139,7 @@ def _moe(patch: MoeBlockPatch) -> Apply | None:
     return apply
 
 
-def same(got: Tensor, wanted: Tensor) -> bool:
-    """同样的算子、同样的次序：只容半精度在不同核之间的舍入。"""
-    scale = wanted.float().abs().max().clamp_min(1e-6)
-    return bool((got - wanted).float().abs().max() <= 2e-2 * scale)
-
-
 def half_angles(table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """(cos, sin) [N, dr] -> 半宽、连续、fp32。"""
     half = table[0].shape[-1] // 2
     return tuple(part[:, :half].float().contiguous() for part in table)
-
-
-__all__ = ["SteadyLayer", "SteadyModel", "half_angles", "same", "steady_layer", "steady_model"]

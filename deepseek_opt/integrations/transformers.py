@@ -203,25 +203,42 @@ class AttentionPatch(Patch):
         projections = None if cache is None else self._fused_projections(hidden, kwargs, kv_b)
         if projections is None:
             return None, None
-        index = getattr(self.module, self.spec.layer_idx)
-        layer = bridge.resolve_layer(cache, index, self.runtime, False)
+        layer = self.open_layer(cache, hidden)
         if layer is None:
             return None, None
-        batch, steps = hidden.shape[:2]
-        if not layer.has_room(hidden, self.rank, self.rope_dim):  # 张量只用来给出形状与类型
-            layer.prepare(*(hidden.new_empty(batch, steps, n) for n in (self.rank, self.rope_dim)))
         spans = kv_mask = None
         if kwargs.get("attention_mask") is not None:
-            plan = self._cached_plan(layer, kwargs["attention_mask"], batch, steps)
+            plan = self._cached_plan(layer, kwargs["attention_mask"], *hidden.shape[:2])
             if plan.reason is not None:
                 return None, plan.reason
             spans, kv_mask = plan.spans, plan.kv_mask
+        heads = kv_b.shape[0] // (self.nope_dim + self.value_dim)
+        return self.decode_layer(hidden, projections, layer, heads, spans, kv_mask), None
+
+    def open_layer(self, cache: Any, hidden: Tensor) -> LatentLayer | None:
+        """cache 里这一层的潜变量存储，保证放得下 hidden [B, T, ...]；不是潜变量的为 None。"""
+        index = getattr(self.module, self.spec.layer_idx)
+        layer = bridge.resolve_layer(cache, index, self.runtime, False)
+        if layer is not None and not layer.has_room(hidden, self.rank, self.rope_dim):
+            sizes = (self.rank, self.rope_dim)  # 张量只用来给出形状与类型
+            layer.prepare(*(hidden.new_empty(*hidden.shape[:2], n) for n in sizes))
+        return layer
+
+    def decode_layer(
+        self,
+        hidden: Tensor,
+        projections: tuple,
+        layer: LatentLayer,
+        heads: int,
+        spans: Tensor | None = None,
+        kv_mask: Tensor | None = None,
+    ) -> Tensor:
+        """整层一个算子：写进 layer，返回注意力层的输出；projections 含旋转。"""
         cache = (layer.latent, layer.rope, layer.scale, layer.offsets, spans, kv_mask)
         scaling = float(getattr(self.module, self.spec.scaling))
-        heads = kv_b.shape[0] // (self.nope_dim + self.value_dim)
         out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads)
-        layer.advance(steps)
-        return out, None
+        layer.advance(hidden.shape[1])
+        return out
 
     def _project(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, dn + dr]（已旋转）、latent [B, T, r]（已归一化）、rope [B, T, dr]（已旋转）。"""

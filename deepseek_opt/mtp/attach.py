@@ -112,10 +112,15 @@ def detach_mtp(model: nn.Module) -> TokenPredictor:
 def predictor_of(model: nn.Module) -> TokenPredictor:
     """model（或被包在里面的）装着的 MTP 模块；没有则抛出 InputError。"""
     check_model(model)
-    found = next((m for m in model.modules() if isinstance(m, TokenPredictor)), None)
+    found = find_predictor(model)
     if found is None:
         raise InputError(f"这个 {type(model).__name__} 没有装 MTP；请先用 attach_mtp(model)")
     return found
+
+
+def find_predictor(model: nn.Module) -> TokenPredictor | None:
+    """同上，没有则为 None。"""
+    return next((m for m in model.modules() if isinstance(m, TokenPredictor)), None)
 
 
 # ---- 内部 ----

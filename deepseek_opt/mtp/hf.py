@@ -15,7 +15,7 @@ from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 from deepseek_opt.mtp.documents import places
-from deepseek_opt.mtp.steady import AngleTable, SteadyParts
+from deepseek_opt.mtp.steady import AngleTable, SteadyParts, close
 
 _LAYERS = ("layers", "h")
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -288,7 +288,7 @@ class HFAdapter(MTPAdapter):
         finally:
             for hook in hooks:
                 hook.remove()
-        wrong = [part for part, (got, wanted) in pairs.items() if not _close(got, wanted)]
+        wrong = [part for part, (got, wanted) in pairs.items() if not close(got, wanted)]
         if wrong:
             raise UnsupportedError(
                 f"{type(self.model).__name__} 的{'、'.join(wrong)}与通常的写法不同，算出的结果对不上；"
@@ -327,12 +327,6 @@ def _output_saver(seen: dict[str, Any]) -> Callable[..., None]:
         seen.setdefault("output", output[0] if isinstance(output, tuple) else output)
 
     return save
-
-
-def _close(got: Tensor, wanted: Tensor) -> bool:
-    """同样的算子、同样的次序，只容半精度在不同核之间的舍入。"""
-    scale = wanted.float().abs().max().clamp_min(1e-6)
-    return got.shape == wanted.shape and bool((got - wanted).float().abs().max() <= 1e-2 * scale)
 
 
 @contextmanager
