@@ -11,8 +11,6 @@ from deepseek_opt import ops
 from deepseek_opt.errors import InputError, MemoryBudgetError
 from deepseek_opt.row_lengths import RowLengths
 
-# 容量按 64 个词元取整：一次增长至少够用 64 步，且缓冲区行首保持缓存行对齐。
-_ROUND = 64
 _STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 _DTYPE_NAMES = {
     "auto": None,
@@ -64,11 +62,6 @@ class LatentLayer(RowLengths):
         self.scale: Tensor | None = None
 
     # ---- 状态 ----
-
-    @property
-    def capacity(self) -> int:
-        """已分配的槽位数 C。"""
-        return 0 if self.latent is None else self.latent.shape[1]
 
     def buffers(self) -> list[Tensor]:
         found = (self.latent, self.rope, self.scale)
@@ -128,10 +121,7 @@ class LatentLayer(RowLengths):
         limit = self._limit(latent, rope)
         if limit is not None and length > limit[0]:
             self._raise_full(length, limit, latent)
-        capacity = max(length, 2 * self.capacity if self.latent is not None else length + _ROUND)
-        capacity = -(-capacity // _ROUND) * _ROUND
-        if limit is not None:
-            capacity = min(capacity, limit[0])
+        capacity = self.grown(length, None if limit is None else limit[0])
         batch, rank, rope_dim = latent.shape[0], latent.shape[2], rope.shape[2]
         store, rope_store = self._stores(latent, rope)
         device = latent.device
@@ -175,10 +165,7 @@ class LatentLayer(RowLengths):
     def _raise_full(self, length: int, limit: tuple[int, str], latent: Tensor) -> None:
         largest, kind = limit
         if kind == "max_length":
-            raise InputError(
-                f"{self.name}缓存放不下：需要每行 {length} 个词元，上限 max_length={largest}"
-                f"（已有 {self._length}）"
-            )
+            raise self.full(length, largest)
         raise MemoryBudgetError(
             f"{self.name}缓存超出内存预算：{latent.shape[0]} 行、每行 {length} 个词元放不进本层的"
             f" {self.budget_bytes} 字节；在此预算内每行最多 {largest} 个词元",

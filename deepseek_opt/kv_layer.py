@@ -13,8 +13,6 @@ from torch import Tensor
 from deepseek_opt.errors import InputError
 from deepseek_opt.row_lengths import RowLengths
 
-_ROUND = 64
-
 
 class KVLayer(RowLengths):
     """缓冲区 [B, C, H, D]（一个词元的 K 连在一起），第 b 行前 ``lengths[b]`` 个槽位有效。
@@ -29,11 +27,6 @@ class KVLayer(RowLengths):
         self.max_length = max_length
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-
-    @property
-    def capacity(self) -> int:
-        """已分配的槽位数 C。"""
-        return 0 if self._keys is None else self._keys.shape[1]
 
     def buffers(self) -> list[Tensor]:
         return [] if self._keys is None else [self._keys, self._values]
@@ -64,13 +57,8 @@ class KVLayer(RowLengths):
     def reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
         """保证容量至少 length；keys、values 给出形状、类型与设备，内容不读。"""
         if self.max_length is not None and length > self.max_length:
-            raise InputError(
-                f"{self.name}缓存放不下：需要每行 {length} 个词元，上限 max_length={self.max_length}"
-                f"（已有 {self.length}）"
-            )
-        capacity = max(length + _ROUND, 2 * self.capacity)
-        if self.max_length is not None:
-            capacity = min(capacity, self.max_length)
+            raise self.full(length, self.max_length)
+        capacity = self.grown(length, self.max_length)
         old = (self._keys, self._values)
         fresh = [_zeros(t, capacity) for t in (keys, values)]
         if old[0] is None:

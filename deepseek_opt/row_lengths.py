@@ -10,6 +10,10 @@ from torch import Tensor
 from deepseek_opt.errors import InputError
 
 
+# 容量按 64 个词元取整：一次增长至少够用 64 步，且缓冲区行首保持缓存行对齐。
+ROUND = 64
+
+
 class RowLengths:
     """缓冲区都是 [B, C, ...]，第 b 行的前 ``lengths[b]`` 个槽位有效；子类给出 buffers、replace。"""
 
@@ -51,6 +55,25 @@ class RowLengths:
     def ragged(self) -> bool:
         """各行长度是否可能不同。"""
         return self._ragged
+
+    @property
+    def capacity(self) -> int:
+        """已分配的槽位数 C。"""
+        buffers = self.buffers()
+        return buffers[0].shape[1] if buffers else 0
+
+    def grown(self, length: int, limit: int | None) -> int:
+        """要放得下 length 时分配多少：翻倍增长，按 ROUND 取整，不超过 limit。"""
+        capacity = max(length, 2 * self.capacity or length + ROUND)
+        capacity = -(-capacity // ROUND) * ROUND
+        return capacity if limit is None else min(capacity, limit)
+
+    def full(self, length: int, limit: int) -> InputError:
+        """每行放不下 length 个词元的错误；limit 是 max_length。"""
+        return InputError(
+            f"{self.name}缓存放不下：需要每行 {length} 个词元，上限 max_length={limit}"
+            f"（已有 {self._length}）"
+        )
 
     @property
     def nbytes(self) -> int:

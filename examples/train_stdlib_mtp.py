@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import deepseek_opt as dso
 from deepseek_opt import corpus
+from deepseek_opt.benchmarks import mtp_models
 from deepseek_opt.demo import data
 
 DEPTH, PROMPT, NEW, BATCH = 4, 64, 192, 8
@@ -31,12 +32,9 @@ MUON_LR, OTHER_LR = 0.02, 2e-3
 PROFILE = {"mla": dso.MLAConfig(), "moe": dso.MOEConfig(), "dense": dso.DenseConfig()}
 
 
-def load() -> nn.Module:
-    """fp32 的随包模型；从头生成，不因结束符停。"""
-    model = data.load_model(data.MODEL_FOLDER, torch.float32)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 1
-    return model
+def base_model(folder: Path = data.MODEL_FOLDER) -> nn.Module:
+    """fp32 的主模型。"""
+    return mtp_models.endless(data.load_model(folder, torch.float32))
 
 
 def corpus_tokens(state: Path, stride: int) -> Tensor:
@@ -55,7 +53,7 @@ def own_text(state: Path, stream: Tensor, rows: int) -> Tensor:
     """主模型自己的续写 [约 rows, PROMPT + NEW]。"""
     file = state / "own.pt"
     if not file.exists():
-        model, found = load(), []
+        model, found = base_model(), []
         dso.optimize(model, dso.OptimizationProfile(**PROFILE))
         generator = torch.Generator().manual_seed(5)
         while len(found) * 64 < rows:
@@ -152,18 +150,11 @@ class Run:
         self.save()
 
 
-@torch.no_grad()
 def held_out_acceptance(folder: Path, rows: int = 32, new: int = 128) -> dict[str, Any]:
     """留出的源码上贪心续写，每步起草四个：前 k 个都被接受的比例。"""
-    model = data.load_model(folder, torch.float32)
-    model.generation_config.eos_token_id = None
-    tokenizer = data.load_tokenizer(data.MODEL_FOLDER)
-    stream = torch.tensor(data.held_out_stream(tokenizer, 100_000))
-    starts = torch.linspace(0, len(stream) - 129, rows + 2)[1:-1].long()
-    ids = torch.stack([stream[i : i + 128] for i in starts.tolist()])
     config = dso.MTPConfig(draft_length=DEPTH, fixed_draft_length=True)
-    dso.optimize(model, dso.OptimizationProfile(mtp=config, **PROFILE))
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    model = mtp_models.optimized(base_model(folder), config)
+    mtp_models.run(model, mtp_models.prompts(rows), new)
     found = model.mtp.draft_statistics
     return {
         "acceptance": [round(rate, 4) for rate in found.acceptance],
@@ -205,7 +196,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.state.mkdir(parents=True, exist_ok=True)
     stream = corpus_tokens(options.state, options.stride)
     own = own_text(options.state, stream, options.rows)
-    model = load()
+    model = base_model()
     start(model)
     dso.optimize(model, dso.OptimizationProfile(**PROFILE))
     run = Run(options, model)

@@ -152,23 +152,37 @@ class SpeedCase(Case):
                 )
         roofline = found[0]
         floor = roofline.floor_seconds(work.flops, work.read_bytes, work.dtype)
-        return [
-            Row(
-                self.key,
-                self.title,
-                "speed",
-                "ms",
-                self.peer_name,
-                None if peer is None else peer.best * 1e3,
-                ours.best * 1e3,
-                self.target,
-                floor / ours.best,
-                details=_details(peer, ours, self, roofline),
-            )
-        ]
+        details = _details(peer, ours, self, roofline)
+        return [speed_row(self, self.peer_name, peer, ours, floor=floor, details=details)]
 
     def _missing(self, note: str) -> Row:
         return Row(self.key, self.title, "speed", "ms", self.peer_name, None, None, note=note)
+
+
+def speed_row(
+    case: Any,
+    peer_name: str,
+    peer: timing.Times | None,
+    ours: timing.Times,
+    *,
+    floor: float | None = None,
+    note: str = "",
+    details: dict[str, Any],
+) -> Row:
+    """一行计时的读数，毫秒；case 给出键名、标题与要求，floor 是屋顶线规定的最短秒数。"""
+    return Row(
+        case.key,
+        case.title,
+        "speed",
+        "ms",
+        peer_name,
+        None if peer is None else peer.best * 1e3,
+        ours.best * 1e3,
+        case.target,
+        None if floor is None else floor / ours.best,
+        note,
+        details,
+    )
 
 
 def _details(peer: Any, ours: Any, case: SpeedCase, roofline: timing.Roofline) -> dict[str, Any]:

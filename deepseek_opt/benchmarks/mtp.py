@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deepseek_opt.benchmarks import mtp_counts, mtp_models, timing
-from deepseek_opt.benchmarks.cases import Case, Env, Row, register_suite
+from deepseek_opt.benchmarks.cases import Case, Env, Row, register_suite, speed_row
 from deepseek_opt.benchmarks.mtp_training import TrainCase
 from deepseek_opt.config import MTPConfig
 from deepseek_opt.generation.adaptive import DraftLength
@@ -97,22 +97,9 @@ class GenerateCase(Case):
             "peer_median_ms": peer_times.median * 1e3,
             "read_gbps": roofline[0].read_gbps,
         }
-        pair = (peer_times.best * 1e3, times.best * 1e3)
         note = f"{drafts.tokens_per_step:.2f} 词元/步，相同 {details['equal_tokens']:.1%}"
-        return [
-            Row(
-                self.key,
-                self.title,
-                "speed",
-                "ms",
-                self.peer_name,
-                *pair,
-                self.target,
-                floor / times.best,
-                note,
-                details,
-            )
-        ]
+        args = (self, self.peer_name, peer_times, times)
+        return [speed_row(*args, floor=floor, note=note, details=details)]
 
 
 @dataclass(frozen=True)

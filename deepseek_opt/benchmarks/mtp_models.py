@@ -22,7 +22,7 @@ WIDEN = 24  # 加宽的倍数：约 160 MB 的 bf16 权重，放不进缓存
 @lru_cache(maxsize=2)
 def original(dtype: torch.dtype) -> nn.Module:
     """随包的小模型，没有优化；不因结束符停，各行都生成满。"""
-    return _endless(data.load_model(data.MODEL_FOLDER, dtype))
+    return endless(data.load_model(data.MODEL_FOLDER, dtype))
 
 
 @lru_cache(maxsize=2)
@@ -38,14 +38,15 @@ def for_use_mtp(dtype: torch.dtype) -> nn.Module:
     save_file(tensors[0] | tensors[1], folder / "model.safetensors", metadata={"format": "pt"})
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # 会把 MTP 层列成一张“多余的权重”的表
-    model = _endless(data.load_model(folder, dtype))
+    model = endless(data.load_model(folder, dtype))
     logging.set_verbosity(verbosity)
     # 它按类里写死的名字（第 61 层）找，这里的 MTP 层是第 4 层
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\..*"]
     return model
 
 
-def _endless(model: nn.Module) -> nn.Module:
+def endless(model: nn.Module) -> nn.Module:
+    """不因结束符停，各行都生成满；返回 model。"""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1
     return model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deepseek_opt.benchmarks import mtp_models, timing
-from deepseek_opt.benchmarks.cases import Case, Env, Row
+from deepseek_opt.benchmarks.cases import Case, Env, Row, speed_row
 from deepseek_opt.config import DenseConfig, MLAConfig, MOEConfig, MTPConfig, OptimizationProfile
 
 _ROWS, _LENGTH = 4, 256
@@ -64,19 +64,8 @@ class TrainCase(Case):
             peer, times = timing.interleaved(
                 plain, ours, rounds=env.rounds, seconds=env.seconds, evict=False
             )
-        details = {"tokens": ids.numel(), "slower": times.best / peer.best}
-        note = f"慢 {times.best / peer.best - 1:.0%}"
-        pair = (peer.best * 1e3, times.best * 1e3)
+        slower = times.best / peer.best
+        details = {"tokens": ids.numel(), "slower": slower}
         return [
-            Row(
-                self.key,
-                self.title,
-                "speed",
-                "ms",
-                "不加 MTP",
-                *pair,
-                self.target,
-                note=note,
-                details=details,
-            )
+            speed_row(self, "不加 MTP", peer, times, note=f"慢 {slower - 1:.0%}", details=details)
         ]
