@@ -17,7 +17,37 @@ from deepseek_opt.cache_layer import LatentLayer
 from deepseek_opt.errors import InputError
 
 
-class LatentDynamicLayer(LatentLayer, DynamicLayer):
+class RowNames:
+    """transformers 给缓存层的名字，转到 :class:`~deepseek_opt.row_lengths.RowLengths` 的同一操作。"""
+
+    def absorb(self) -> None:
+        """先把外面直接放进来的内容搬进缓冲区；不会有的不用管。"""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """无需提前分配；第一次写入时才知道形状。"""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """负数为去掉的个数；正数为保留的个数（旧写法）。参数名随 transformers。"""
+        self.absorb()
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """束搜索重排。"""
+        self.absorb()
+        self.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """每行重复 repeats 次。"""
+        self.absorb()
+        self.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """只保留 indices 指出的行。"""
+        self.absorb()
+        self.select(indices)
+
+
+class LatentDynamicLayer(RowNames, LatentLayer, DynamicLayer):
     """keys [B, 1, S, r]、values [B, 1, S, dr] 是缓冲区的视图（int8 时 keys 为还原的副本）。
 
     外部直接给 keys、values 赋值（或在记录梯度时写入）会退回普通张量；下一次写入再搬进缓冲区。
@@ -115,9 +145,6 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
         """所在设备。"""
         return None if self.keys is None else self.keys.device
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """无需提前分配；第一次写入时才知道形状。"""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -146,26 +173,6 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
         """清空。"""
         self._plain = None
         LatentLayer.reset(self)
-
-    def crop(self, tokens_to_remove: int) -> None:  # pylint: disable=arguments-renamed
-        """负数为去掉的个数；正数为保留的个数（旧写法）。参数名随 transformers。"""
-        self.absorb()
-        LatentLayer.crop(self, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """束搜索重排。"""
-        self.absorb()
-        self.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """每行重复 repeats 次。"""
-        self.absorb()
-        self.repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """只保留 indices 指出的行。"""
-        self.absorb()
-        self.select(indices)
 
 
 def _requires_grad(tensors: list[Tensor | None]) -> bool:

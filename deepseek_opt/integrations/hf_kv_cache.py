@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from deepseek_opt.integrations import hf_config
-from deepseek_opt.integrations.hf_cache import latent_layer
+from deepseek_opt.integrations.hf_cache import RowNames, latent_layer
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.transformers import AttentionPatch
 from deepseek_opt.kv_layer import KVLayer
@@ -20,7 +20,7 @@ _KINDS = ("full_attention", "sliding_attention")
 _IMPLEMENTATIONS = ("sdpa", "eager")
 
 
-class RaggedDynamicLayer(KVLayer, DynamicLayer):
+class RaggedDynamicLayer(RowNames, KVLayer, DynamicLayer):
     """DynamicCache 里的一层：keys [B, H, S, D]、values 是缓冲区的视图，各行长度可以不同。"""
 
     # DynamicLayer.__init__ 只会给 keys、values 赋 None，那在这里是只读的
@@ -52,9 +52,6 @@ class RaggedDynamicLayer(KVLayer, DynamicLayer):
         """所在设备。"""
         return self.buffers()[0].device if self.buffers() else None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """无需提前分配；第一次写入时才知道形状。"""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -69,22 +66,6 @@ class RaggedDynamicLayer(KVLayer, DynamicLayer):
     def reset(self) -> None:
         """清空。"""
         KVLayer.reset(self)
-
-    def crop(self, tokens_to_remove: int) -> None:  # pylint: disable=arguments-renamed
-        """负数为去掉的个数；正数为保留的个数。"""
-        KVLayer.crop(self, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """束搜索重排。"""
-        self.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """每行重复 repeats 次。"""
-        self.repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """只保留 indices 指出的行。"""
-        self.select(indices)
 
 
 def ragged_cache(layers: Iterable[nn.Module]) -> DynamicCache:
