@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import build_cuda_report as report
+
 C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno"]
 CXX_FLAGS = ["-std=c++20", "-O2"]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic"]
@@ -38,11 +40,14 @@ ISA_FLAGS = {
     "avx512bf16": AVX512BF16_FLAGS,
 }
 
+SM90A = "-gencode=arch=compute_90a,code=sm_90a"
 CUDA_ARCH = [
     "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
+    SM90A,
     "-gencode=arch=compute_90,code=[compute_90,sm_90]",  # PTX：更新的卡由驱动即时编译
 ]
+# 文件名后缀 → 架构：TMA、wgmma 只有 sm_90a 有，这样的核单独成文件。
+CUDA_ARCH_OF_SUFFIX = {"_sm90": [SM90A]}
 
 
 class BuildError(RuntimeError):
@@ -91,6 +96,14 @@ def wants_cuda(root: Path) -> bool:
     return False
 
 
+def cuda_arch(source: Path) -> list[str]:
+    """一个 .cu 文件的 -gencode 标志。"""
+    for suffix, flags in CUDA_ARCH_OF_SUFFIX.items():
+        if source.stem.endswith(suffix):
+            return flags
+    return CUDA_ARCH
+
+
 @dataclass
 class Unit:
     """一个要编译的源文件。"""
@@ -98,6 +111,11 @@ class Unit:
     source: Path
     command: list[str]  # 编译器与标志，不含 -c、-o 与源文件
     name: str  # 目标文件名（在 build 目录里唯一）
+
+    @property
+    def is_cuda(self) -> bool:
+        """由 ptxas 编译、有用量记录的。"""
+        return self.source.suffix == ".cu"
 
 
 class Builder:
@@ -235,9 +253,9 @@ class Builder:
             f"-I{self.root / 'csrc'}",
             f"-Xcompiler={','.join(COMMON)}",
         ]
-        device = [nvcc, *host, "-std=c++17", "-O3", *CUDA_ARCH, "-Werror=all-warnings"]
+        device = [nvcc, *host, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v"]
         sources = sorted(self.root.glob("cuda/*.cu"))
-        units = [Unit(path, device, f"cuda_{path.stem}") for path in sources]
+        kernels = [Unit(p, [*device, *cuda_arch(p)], f"cuda_{p.stem}") for p in sources]
         include = self._torch_include()
         binding = [
             nvcc,
@@ -248,12 +266,37 @@ class Builder:
             *STABLE_ABI,
             f"-isystem={include}",
         ]
-        for path in sorted(self.root.glob("cuda/binding*.cpp")):
-            units.append(Unit(path, binding, f"cuda_{path.stem}"))
-        objects = self._compile_all(units)
+        sources = sorted(self.root.glob("cuda/binding*.cpp"))
+        bindings = [Unit(path, binding, f"cuda_{path.stem}") for path in sources]
+        objects = self._compile_all([*kernels, *bindings])
+        self._check_resources(kernels, report.nvcc_release(nvcc))
         # 静态的 CUDA 运行库：不与 torch 自带的版本相争。
         linker = [nvcc, f"-ccbin={self.cxx[0]}", "-shared", "-cudart=static"]
         return self._link(self.out / "_C_cuda.so", objects, self._torch_libs(), linker)
+
+    def _check_resources(self, kernels: list[Unit], release: str) -> None:
+        """汇总各核的用量；有没登记的溢出时报错（别的版本的 nvcc 只提示）。"""
+        usages, found = [], []
+        for unit in kernels:
+            functions, missing = report.load(self._resources(unit))
+            usages += functions
+            found += [
+                f"{unit.source.relative_to(self.root)}：没有从 ptxas 的输出里读到 {arch} 的用量。"
+                for arch in missing
+            ]
+        table = self.root / "build" / "cuda_resources.txt"
+        report.write_summary(usages, release, self.out / "cuda_resources.json", table)
+        spills = report.read_list(self.root / report.SPILL_LIST)
+        found += report.problems(usages, spills)
+        if not found:
+            return
+        text = "\n  ".join(["CUDA 核的用量没有通过检查：", *found])
+        if spills.applies_to(release):
+            raise BuildError(
+                f"{text}\n请减少寄存器用量；确有理由的写进 {report.SPILL_LIST}。"
+                f"各核的用量见 {table.relative_to(self.root)}。"
+            )
+        print(f"{text}\n名单是用 nvcc {'、'.join(spills.releases)} 核对的，这里只提示。", flush=True)
 
     def _torch_libs(self) -> list[str]:
         if sys.platform == "darwin":
@@ -271,16 +314,22 @@ class Builder:
         base = self.out / unit.name
         return Path(f"{base}.o"), Path(f"{base}.d"), Path(f"{base}.cmd")
 
+    def _resources(self, unit: Unit) -> Path:
+        """CUDA 核的用量，与目标文件一起更新。"""
+        return self.out / f"{unit.name}.resources.json"
+
     def _fresh(self, unit: Unit) -> bool:
         """目标文件比源文件、所有头文件都新，且编译命令没变。"""
         obj, deps, cmd = self._paths(unit)
-        if not (obj.is_file() and deps.is_file() and cmd.is_file()):
+        extra = [self._resources(unit)] if unit.is_cuda else []
+        if not all(path.is_file() for path in (obj, deps, cmd, *extra)):
             return False
         if cmd.read_text(encoding="utf-8") != self._key(unit):
             return False
         built = obj.stat().st_mtime_ns
-        names = shlex.split(deps.read_text(encoding="utf-8").replace("\\\n", " "))
-        paths = [Path(name) for name in names if not name.endswith(":")]
+        rule = deps.read_text(encoding="utf-8").replace("\\\n", " ")
+        names = shlex.split(rule.partition(": ")[2])  # gcc 写“x.o: ”，nvcc 写“x.o : ”
+        paths = [Path(name) for name in names]
         return all(p.is_file() and p.stat().st_mtime_ns < built for p in [unit.source, *paths])
 
     @staticmethod
@@ -293,8 +342,21 @@ class Builder:
         obj.with_suffix(".gcda").unlink(missing_ok=True)  # 旧计数与新目标文件对不上
         print(f"编译 {unit.source.relative_to(self.root)}", flush=True)
         depend = ["-MMD", "-MF", str(deps)]
-        self._run([*unit.command, *depend, "-c", str(unit.source), "-o", str(obj)])
+        output = self._run([*unit.command, *depend, "-c", str(unit.source), "-o", str(obj)])
+        if unit.is_cuda:
+            output = self._record(unit, output)
+        if output:
+            print(output, file=sys.stderr, flush=True)
         cmd.write_text(self._key(unit), encoding="utf-8")
+
+    def _record(self, unit: Unit, output: str) -> str:
+        """记下各核的用量，返回其余要给人看的输出。"""
+        usages, rest = report.parse(output, str(unit.source.relative_to(self.root)))
+        expected = report.architectures(unit.command)
+        has_kernels = usages or "__global__" in unit.source.read_text(encoding="utf-8")
+        missing = report.unread(usages, expected) if has_kernels else []
+        report.save(self._resources(unit), report.demangle(usages), missing)
+        return rest
 
     def _link(self, target: Path, objects: list[Path], libs: list[str], linker: list[str]) -> Path:
         command = [*linker, *map(str, objects), *libs, "-o", str(target)]
@@ -303,17 +365,20 @@ class Builder:
         newest = max(path.stat().st_mtime_ns for path in objects)
         if not (same and target.is_file() and target.stat().st_mtime_ns > newest):
             print(f"链接 {target.name}", flush=True)
-            self._run(command)
+            warnings = self._run(command)
+            if warnings:
+                print(warnings, file=sys.stderr, flush=True)
             key.write_text("\n".join(command), encoding="utf-8")
         return target
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: list[str]) -> str:
+        """运行编译器，返回它的警告等输出；失败时连同输出一起报告。"""
         # 在仓库根目录里运行：报错里的路径才是相对的、可点的。
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
-        if done.stderr:
-            print(done.stderr, file=sys.stderr, flush=True)
         if done.returncode:
+            print(report.parse(done.stderr, "")[1], file=sys.stderr, flush=True)
             raise BuildError(f"编译失败（退出码 {done.returncode}）：{shlex.join(command)}")
+        return done.stderr
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 source scripts/common.sh
 mapfile -t c_files < <(git ls-files --cached --others --exclude-standard \
     '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
-python_paths=(deepseek_opt tests benchmarks examples docs setup.py build_native.py)
+python_paths=(deepseek_opt tests benchmarks examples docs setup.py build_native.py build_cuda_report.py)
 mapfile -t python_paths < <(ls -d "${python_paths[@]}" 2>/dev/null)
 
 if [ "${1:-}" = --fix ]; then
