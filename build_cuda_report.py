@@ -20,7 +20,9 @@ SPILL_LIST = "cuda/spills.txt"
 
 _ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\S+)' for '(\w+)'$")
 _PROPERTIES = re.compile(r"ptxas info\s*: Function properties for (\S+)$")
-_FRAME = re.compile(r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_FRAME = re.compile(
+    r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
 _USED = re.compile(r"ptxas info\s*: Used (\d+) registers\b")
 _BARRIERS = re.compile(r"used (\d+) barriers")
 _SHARED = re.compile(r"(\d+) bytes smem")

@@ -296,7 +296,9 @@ class Builder:
                 f"{text}\n请减少寄存器用量；确有理由的写进 {report.SPILL_LIST}。"
                 f"各核的用量见 {table.relative_to(self.root)}。"
             )
-        print(f"{text}\n名单是用 nvcc {'、'.join(spills.releases)} 核对的，这里只提示。", flush=True)
+        print(
+            f"{text}\n名单是用 nvcc {'、'.join(spills.releases)} 核对的，这里只提示。", flush=True
+        )
 
     def _torch_libs(self) -> list[str]:
         if sys.platform == "darwin":

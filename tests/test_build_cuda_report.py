@@ -46,6 +46,11 @@ def usage(name="k<8>", arch="sm_80", **values) -> report.Usage:
     return report.Usage("cuda/x.cu", name, arch, **{"registers": 32, **values})
 
 
+def only(texts: list[str]) -> str:
+    assert len(texts) == 1, texts
+    return texts[0]
+
+
 def spill_list(tmp_path, text) -> report.SpillList:
     path = tmp_path / "spills.txt"
     path.write_text(text, encoding="utf-8")
@@ -57,7 +62,8 @@ def spill_list(tmp_path, text) -> report.SpillList:
 
 def test_parse_real_output():
     found, rest = report.parse(PTXAS, "cuda/spill.cu")
-    first, helper, heavy, hopper = found
+    assert len(found) == 4
+    first, helper, heavy, hopper = (found[i] for i in range(4))
     assert (first.registers, first.static_shared, first.barriers) == (27, 132, 1)
     assert (first.arch, first.kernel, first.local_bytes) == ("sm_80", True, 0)
     assert (helper.kernel, helper.registers, helper.arch) == (False, None, "sm_80")
@@ -128,18 +134,18 @@ def test_summary(tmp_path):
 
 
 def test_nothing_spills():
-    assert report.problems([usage()], report.SpillList()) == []
+    assert not report.problems([usage()], report.SpillList())
 
 
 def test_spill_is_a_problem():
-    (text,) = report.problems([usage(stack=16, spill_stores=12)], report.SpillList())
+    text = only(report.problems([usage(stack=16, spill_stores=12)], report.SpillList()))
     assert text.startswith("cuda/x.cu：核 k<8> 在 sm_80 上溢出寄存器：栈帧 16 字节")
     assert "溢出写 12 字节、读 0 字节。" in text
 
 
 def test_stack_frame_alone_is_a_problem():
     helper = usage("f", kernel=False, registers=None, stack=64)
-    (text,) = report.problems([helper], report.SpillList())
+    text = only(report.problems([helper], report.SpillList()))
     assert "函数 f 在 sm_80 上用了栈帧" in text and "64 字节" in text
 
 
@@ -147,10 +153,10 @@ def test_listed_spill_passes(tmp_path):
     text = "# 说明\n\nk<*> | sm_8? | 16 | 循环外各一次\nnvcc 13.0\n"
     spills = spill_list(tmp_path, text)
     assert not report.problems([usage(spill_loads=16), usage(arch="sm_90")], spills)
-    (more,) = report.problems([usage(spill_loads=17)], spills)
+    more = only(report.problems([usage(spill_loads=17)], spills))
     assert "cuda/spills.txt 只允许 16 字节" in more
-    other, stale = report.problems([usage(arch="sm_90a", stack=4)], spills)
-    assert "sm_90a" in other and "第 3 行" in stale
+    both = report.problems([usage(arch="sm_90a", stack=4)], spills)
+    assert len(both) == 2 and "sm_90a" in both[0] and "第 3 行" in both[1]
 
 
 @pytest.mark.parametrize("name, covered", [("k<a[2]>", True), ("k<a2>", False)])
@@ -161,15 +167,16 @@ def test_brackets_in_names_are_plain(tmp_path, name, covered):
 
 def test_stale_entry_is_a_problem(tmp_path):
     spills = spill_list(tmp_path, "k<8> | * | 64 | 以前溢出\n")
-    (text,) = report.problems([usage()], spills)
+    text = only(report.problems([usage()], spills))
     assert text.startswith("cuda/spills.txt 第 1 行（k<8> | *）") and "过时" in text
 
 
 @pytest.mark.parametrize(
-    "line", ["k | sm_80 | 8", "k | sm_80 | 八 | 理由", "k | sm_80 | -8 | 理由", "k | * | 8 |", "nvcc"]
+    "line",
+    ["k | sm_80 | 8", "k | sm_80 | 八 | 理由", "k | sm_80 | -8 | 理由", "k | * | 8 |", "nvcc"],
 )
 def test_bad_line_is_a_problem(tmp_path, line):
-    (text,) = report.problems([], spill_list(tmp_path, f"\n{line}\n"))
+    text = only(report.problems([], spill_list(tmp_path, f"\n{line}\n")))
     assert "第 2 行应当是“核名 | 架构 | 至多几字节 | 理由”" in text and text.endswith(line)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import types
+import warnings
 
 import pytest
 from rich.console import Console
@@ -35,17 +36,20 @@ def make_native(isa="avx512bf16", compiled=ISAS, available=ISAS, error=None, **e
     return module
 
 
-def make_torch(version="2.13.0", cuda=None, available=False):
-    """假的 torch 模块。"""
+def make_torch(version="2.13.0", cuda=None, driver=None, devices=()):
+    """假的 torch 模块：driver 如 13000（None：没有查版本的函数）；devices 是（名字, 能力）。"""
     module = types.ModuleType("torch")
     module.__version__ = version
     module.version = types.SimpleNamespace(cuda=cuda)
     module.get_num_threads = lambda: 1
+    module._C = types.SimpleNamespace()
+    if driver is not None:
+        module._C._cuda_getDriverVersion = lambda: driver
     module.cuda = types.SimpleNamespace(
-        is_available=lambda: available,
-        device_count=lambda: 1,
-        get_device_name=lambda i: "NVIDIA X",
-        get_device_capability=lambda i: (9, 0),
+        is_available=lambda: bool(devices),
+        device_count=lambda: len(devices),
+        get_device_name=lambda i: devices[i][0],
+        get_device_capability=lambda i: devices[i][1],
     )
     return module
 
@@ -233,19 +237,124 @@ def test_transformers_versions(fake, version, status, text):
     assert found["peft"].hint == "pip install peft"
 
 
-def test_cuda_states(fake, tmp_path):
-    assert "没有编译" in fake()["CUDA 内核"].value
-    no_gpu = fake(torch=make_torch(cuda="13.0"))
-    assert no_gpu["CUDA"].status == "warn"
-    assert "nvcc" in no_gpu["CUDA 内核"].hint
+HOPPER = ("NVIDIA X", (9, 0))
+VOLTA = ("NVIDIA V", (7, 0))
+
+
+@pytest.fixture
+def built(tmp_path):
+    """带有编译好的 CUDA 库的假 _native；参数是加载失败的原因。"""
     (tmp_path / "_C_cuda.so").touch()
-    native = make_native(__file__=str(tmp_path / "_native.py"), cuda_load_error=lambda: "驱动旧")
-    built = fake(torch=make_torch(cuda="13.0", available=True), native=native)
-    assert built["CUDA"].value == "CUDA 13.0，NVIDIA X（sm_90）"
-    assert "已编译；驱动旧" in built["CUDA 内核"].value
-    ready = make_native(cuda_loaded=lambda: True)
-    check = fake(torch=make_torch(cuda="13.0", available=True), native=ready)["CUDA 内核"]
-    assert (check.status, check.value) == ("ok", "已加载 _C_cuda.so")
+
+    def _built(reason=None, **extra):
+        return make_native(
+            __file__=str(tmp_path / "_native.py"),
+            cuda_loaded=lambda: reason is None,
+            cuda_load_error=lambda: reason,
+            **extra,
+        )
+
+    return _built
+
+
+def test_cuda_ready(fake, built):
+    found = fake(torch=make_torch(cuda="13.0", driver=13000, devices=[HOPPER]), native=built())
+    assert (found["CUDA"].status, found["CUDA"].value) == ("ok", "CUDA 13.0，NVIDIA X（sm_90）")
+    library = found["CUDA 内核"]
+    assert (library.status, library.value) == ("ok", "已加载 _C_cuda.so")
+
+
+def test_torch_without_cuda(fake, built):
+    library = fake()["CUDA 内核"]
+    assert library.status == "ok" and "没有编译" in library.value
+    library = fake(native=built("装着的 torch 不带 CUDA。"))["CUDA 内核"]
+    assert library.status == "warn" and "已编译；装着的 torch 不带 CUDA" in library.value
+    assert "安装带 CUDA 的 torch" in library.hint
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "value", "hint"),
+    [
+        (None, None, "没有可用的 GPU", "nvidia-smi"),
+        (0, None, "没有找到 NVIDIA 驱动", "安装驱动"),
+        (12040, None, "驱动太旧：最高支持 CUDA 12.4", "CUDA 12 编译的 torch"),
+        (13000, None, "驱动正常（支持 CUDA 13.0），但看不见 GPU", "--gpus all"),
+        (13010, "", "看不见 GPU", "CUDA_VISIBLE_DEVICES=''"),
+    ],
+)
+def test_cuda_without_gpu(fake, monkeypatch, driver, visible, value, hint):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    check = fake(torch=make_torch(cuda="13.0", driver=driver))["CUDA"]
+    assert check.status == "warn"
+    assert check.value.startswith("torch 带 CUDA 13.0，") and value in check.value
+    assert hint in check.hint
+
+
+def test_cuda_driver_cannot_be_asked(fake):
+    torch = make_torch(cuda="13.0")
+
+    def broken():
+        raise RuntimeError("driver error")
+
+    torch._C._cuda_getDriverVersion = broken
+    assert "没有可用的 GPU" in fake(torch=torch)["CUDA"].value
+
+
+def test_cuda_warnings_of_torch_are_not_shown(fake, recwarn):
+    torch = make_torch(cuda="13.0", driver=12040)
+
+    def noisy():
+        warnings.warn("The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    torch.cuda.is_available = noisy
+    assert "驱动太旧" in fake(torch=torch)["CUDA"].value
+    assert not recwarn.list
+
+
+def test_gpu_too_old(fake, built):
+    torch = make_torch(cuda="12.6", driver=12060, devices=[HOPPER, VOLTA])
+    check = fake(torch=torch, native=built())["CUDA"]
+    assert check.status == "warn"
+    assert check.value == "CUDA 12.6，NVIDIA X（sm_90）；NVIDIA V（sm_70）"
+    assert "sm_80（Ampere）" in check.hint and "NVIDIA V（sm_70）" in check.hint
+    assert "NVIDIA X" not in check.hint
+
+
+def test_gpu_cannot_be_initialised(fake):
+    torch = make_torch(cuda="13.0", driver=13000, devices=[HOPPER])
+
+    def broken(index):
+        raise RuntimeError(f"GPU {index} is busy")
+
+    torch.cuda.get_device_name = broken
+    check = fake(torch=torch)["CUDA"]
+    assert check.status == "warn" and "GPU 0 is busy" in check.value
+
+
+def test_cuda_library_not_built(fake):
+    torch = make_torch(cuda="13.0", driver=13000, devices=[HOPPER])
+    check = fake(torch=torch, native=make_native(cuda_load_error=lambda: "没有找到"))["CUDA 内核"]
+    assert check.status == "warn" and "没有编译；没有找到" in check.value
+    assert "nvcc" in check.hint and "DEEPSEEK_OPT_CUDA=1" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("reason", "cpu_error", "hint"),
+    [
+        ("undefined symbol: aoti_torch_x", None, "太旧：需要 torch ≥ 2.10"),
+        ("version `GLIBC_2.38' not found", None, "请在这台机器上重新编译"),
+        ("没有找到本地库", "没有找到本地库", "请先解决上面的本地库"),
+    ],
+)
+def test_cuda_library_does_not_load(fake, built, reason, cpu_error, hint):
+    torch = make_torch(cuda="13.0", driver=13000, devices=[HOPPER])
+    native = built(reason, load_error=lambda: cpu_error)
+    check = fake(torch=torch, native=native)["CUDA 内核"]
+    assert check.status == "warn" and f"已编译；{reason}" in check.value
+    assert hint in check.hint
 
 
 def test_model(monkeypatch, tmp_path):

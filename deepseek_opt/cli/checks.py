@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
 MINIMUM_TRANSFORMERS = (5, 17)
 NEWEST_TESTED_TRANSFORMERS = (5, 23)
+MINIMUM_CAPABILITY = (8, 0)  # build_native.py 的 CUDA_ARCH 里最低的
 
 # 指令集由慢到快，以及 /proc/cpuinfo 里对应的标志。
 _ISA_FLAGS = {
@@ -38,6 +40,10 @@ _COMPILERS = {
     "avx512bf16": "GCC ≥ 10 或 Clang ≥ 9",
 }
 _REBUILD = "在仓库根目录运行 pip install . --no-build-isolation"
+_BUILD_CUDA = (
+    "需要 CUDA 工具包（nvcc 在 PATH 里，或设置 CUDA_HOME）；"
+    "在仓库根目录运行 DEEPSEEK_OPT_CUDA=1 pip install . --no-build-isolation"
+)
 _MODEL = Path(__file__).resolve().parent.parent / "assets" / "stdlib_model"
 
 
@@ -223,17 +229,69 @@ def _compiled_check(compiled: list[str], available: list[str]) -> Check:
 def _cuda_checks(torch: ModuleType | str, native: ModuleType | str) -> list[Check]:
     if isinstance(torch, str):
         return []
-    group = "GPU"
+    return [_cuda_check(torch), _cuda_library(torch, native)]
+
+
+def _cuda_check(torch: Any) -> Check:
+    group, name = "GPU", "CUDA"
     if torch.version.cuda is None:
-        value = "torch 不带 CUDA，只用 CPU"
-        return [Check(group, "CUDA", "ok", value), _cuda_library(torch, native)]
-    if not torch.cuda.is_available():
-        hint = "如果有 NVIDIA GPU，请检查驱动（nvidia-smi）"
-        value = f"torch 带 CUDA {torch.version.cuda}，但没有可用的 GPU"
-        return [Check(group, "CUDA", "warn", value, hint), _cuda_library(torch, native)]
-    names = [_device_name(torch, i) for i in range(torch.cuda.device_count())]
+        return Check(group, name, "ok", "torch 不带 CUDA，只用 CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 用英文警告驱动的问题，下面说得更清楚
+        available = torch.cuda.is_available()
+    if not available:
+        reason, hint = _no_gpu(torch)
+        return Check(group, name, "warn", f"torch 带 CUDA {torch.version.cuda}，{reason}", hint)
+    try:
+        return _device_check(torch)
+    except RuntimeError as error:
+        value = f"torch 带 CUDA {torch.version.cuda}，但 GPU 初始化失败（{error}）"
+        return Check(group, name, "warn", value, "请用 nvidia-smi 看 GPU 是否正常、有没有被独占")
+
+
+def _device_check(torch: Any) -> Check:
+    devices = range(torch.cuda.device_count())
+    names = [_device_name(torch, i) for i in devices]
     value = f"CUDA {torch.version.cuda}，{'；'.join(names)}"
-    return [Check(group, "CUDA", "ok", value), _cuda_library(torch, native)]
+    old = [i for i in devices if torch.cuda.get_device_capability(i) < MINIMUM_CAPABILITY]
+    if not old:
+        return Check("GPU", "CUDA", "ok", value)
+    needed = "".join(map(str, MINIMUM_CAPABILITY))
+    hint = f"CUDA 内核需要 sm_{needed}（Ampere）及更新的 GPU，用不了 {'、'.join(names[i] for i in old)}"
+    return Check("GPU", "CUDA", "warn", value, hint)
+
+
+def _no_gpu(torch: Any) -> tuple[str, str]:
+    """torch 带 CUDA 却用不了 GPU：原因与建议。"""
+    driver = _driver_version(torch)
+    if driver is None:
+        return "但没有可用的 GPU", "如果有 NVIDIA GPU，请检查驱动（nvidia-smi）"
+    if driver == (0, 0):
+        return (
+            "但没有找到 NVIDIA 驱动",
+            "如果有 NVIDIA GPU，请安装驱动（装好后 nvidia-smi 能列出它）",
+        )
+    needed = _numbers(torch.version.cuda)
+    if driver[0] < needed[0]:  # 同一个大版本之内，旧驱动也能用
+        reason = f"但驱动太旧：最高支持 CUDA {_dot(driver)}"
+        return reason, f"请升级驱动，或安装 CUDA {driver[0]} 编译的 torch"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        hint = (
+            f"环境变量 CUDA_VISIBLE_DEVICES={visible!r} 限定了看得见的 GPU；要用 GPU 请改正或取消它"
+        )
+    else:
+        hint = "nvidia-smi 应当能列出 GPU；容器里要把 GPU 传进来（docker 用 --gpus all）"
+    return f"驱动正常（支持 CUDA {_dot(driver)}），但看不见 GPU", hint
+
+
+def _driver_version(torch: Any) -> tuple[int, int] | None:
+    """驱动支持的最高 CUDA 版本；没有驱动是 (0, 0)，查不出是 None。"""
+    try:
+        version = int(torch._C._cuda_getDriverVersion())
+    except (AttributeError, RuntimeError):
+        return None
+    return version // 1000, version % 1000 // 10
 
 
 def _device_name(torch: Any, index: int) -> str:
@@ -248,11 +306,25 @@ def _cuda_library(torch: Any, native: ModuleType | str) -> Check:
     built = (Path(native.__file__).parent / native.CUDA_LIBRARY).is_file()
     state = f"{native.CUDA_LIBRARY} {'已编译' if built else '没有编译'}"
     if torch.version.cuda is None:
-        return Check(group, name, "ok", f"{state}；{native.cuda_load_error()}")
+        # 编译了 CUDA 库，多半是想用 GPU：装着的却是只有 CPU 的 torch。
+        hint = "要用 GPU，请安装带 CUDA 的 torch（见 PyTorch 官网），不用重新编译" if built else ""
+        status = "warn" if built else "ok"
+        return Check(group, name, status, f"{state}；{native.cuda_load_error()}", hint)
     if native.cuda_loaded():
         return Check(group, name, "ok", f"已加载 {native.CUDA_LIBRARY}")
-    hint = "" if built else f"需要 CUDA 工具包（nvcc 在 PATH 里，或设置 CUDA_HOME）；{_REBUILD}"
-    return Check(group, name, "warn", f"{state}；{native.cuda_load_error()}", hint)
+    reason = native.cuda_load_error()
+    hint = _load_hint(native, reason) if built else _BUILD_CUDA
+    return Check(group, name, "warn", f"{state}；{reason}", hint)
+
+
+def _load_hint(native: ModuleType, reason: str) -> str:
+    """编译好的 CUDA 库加载不了时怎么办。"""
+    if native.load_error() is not None:
+        return "请先解决上面的本地库"
+    if "undefined symbol" in reason:
+        wanted = f"torch ≥ {_dot(MINIMUM_TORCH)}"
+        return f"装着的 torch 里没有这个符号，多半太旧：需要 {wanted}，请升级；或者{_REBUILD}"
+    return f"请在这台机器上重新编译：{_REBUILD}"
 
 
 # ---- 可选组件与模型 ----
