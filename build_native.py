@@ -251,6 +251,7 @@ class Builder:
         host = [
             f"-ccbin={self.cxx[0]}",
             f"-I{self.root / 'csrc'}",
+            f"-I{self.root / 'cuda'}",  # <ptx.cuh> 等：主机模拟用同名的替换
             f"-Xcompiler={','.join(COMMON)}",
         ]
         device = [nvcc, *host, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v"]

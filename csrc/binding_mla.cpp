@@ -1,62 +1,16 @@
 // rope、mla_cache_write、mla_decode、mla_prefill 及其反向的 CPU 绑定。
-#include <algorithm>
-#include <cmath>
-#include <tuple>
+#include "binding_mla.h"
 
-#include "binding.h"
+#include <tuple>
 
 namespace dso {
 namespace {
 
-Tensor to_f32(const Tensor &t) {
-  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-}
-
-// cos、sin：fp32、连续，活到执行结束。
-struct Angles {
-  Tensor cos, sin;
-  const float *c, *s;
-};
-
-Angles angles_of(const Tensor &cos, const Tensor &sin) {
-  Angles a{torch::stable::contiguous(to_f32(cos)), torch::stable::contiguous(to_f32(sin)), nullptr,
-           nullptr};
-  a.c = static_cast<const float *>(a.cos.const_data_ptr());
-  a.s = static_cast<const float *>(a.sin.const_data_ptr());
-  return a;
-}
-
 void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
             bool interleaved, bool inverse) {
-  const int64_t b = x.size(0), t = x.size(1), h = x.size(2), d = x.size(3);
-  expect(d % 2 == 0, op, "：x 的最后一维应为偶数，实际是 ", d, "。");
-  expect_shape(op, "cos", cos, {-1, t, d / 2});
-  expect_shape(op, "sin", sin, {cos.size(0), t, d / 2});
-  expect(cos.size(0) == 1 || cos.size(0) == b, op, "：cos 的第 0 维应为 1 或 ", b, "，实际是 ",
-         cos.size(0), "。");
-  const dso_dtype type = float_dtype(op, "x", x);
-  Angles a = angles_of(cos, sin);
-  const int64_t shared = cos.size(0) == 1 ? 0 : t * (d / 2);
-  dso_rope_params p{b,
-                    t,
-                    h,
-                    d,
-                    x.const_data_ptr(),
-                    x.stride(0),
-                    x.stride(1),
-                    x.stride(2),
-                    type,
-                    a.c,
-                    a.s,
-                    shared,
-                    d / 2,
-                    y.mutable_data_ptr(),
-                    y.stride(0),
-                    y.stride(1),
-                    y.stride(2),
-                    interleaved,
-                    inverse};
-  if (b * t * h * d > 0) execute(dso_rope, &p);
+  const Angles angles = angles_of(cos, sin);
+  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
+  if (p.b * p.t * p.h * p.d > 0) execute(dso_rope, &p);
 }
 
 Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse) {
@@ -131,172 +85,26 @@ std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(
   return {q, latent, rope_keys};
 }
 
-dso_dtype latent_dtype(const char *op, const char *name, const Tensor &t) {
-  return t.scalar_type() == ScalarType::Char ? DSO_I8 : float_dtype(op, name, t);
-}
-
-// offsets [B] int64、连续：每行要写的 t 个槽位都应在缓存之内。
-void check_offsets(const char *op, const Tensor &offsets, int64_t b, int64_t t, int64_t slots) {
-  expect_shape(op, "offsets", offsets, {b});
-  expect_type(op, "offsets", offsets, ScalarType::Long);
-  const auto *start = static_cast<const int64_t *>(offsets.const_data_ptr());
-  for (int64_t i = 0; i < b; i++)
-    expect(start[i] >= 0 && start[i] + t <= slots, op, "：第 ", i, " 行要写槽位 [", start[i], ", ",
-           start[i] + t, ")，超出缓存的 ", slots, " 个槽位。");
-}
-
 void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tensor> scale_cache,
                      const Tensor &latent, const Tensor &rope_keys, const Tensor &offsets) {
   const char *op = "mla_cache_write";
-  expect_shape(op, "latent", latent, {-1, -1, -1});
-  const int64_t b = latent.size(0), t = latent.size(1), rank = latent.size(2);
-  expect_shape(op, "rope", rope_keys, {b, t, -1});
-  const int64_t dr = rope_keys.size(2);
-  expect_shape(op, "latent_cache", latent_cache, {b, -1, rank});
-  const int64_t slots = latent_cache.size(1);
-  expect_shape(op, "rope_cache", rope_cache, {b, slots, dr});
+  CacheWrite w =
+      cache_write_of(op, latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
   Tensor starts = torch::stable::contiguous(offsets);
-  check_offsets(op, starts, b, t, slots);
-  const dso_dtype cache_type = latent_dtype(op, "latent_cache", latent_cache);
-  const bool quantized = cache_type == DSO_I8;
-  expect(quantized == scale_cache.has_value(), op,
-         "：latent_cache 为 int8 时必须给出 scale_cache，否则不能给。");
-  if (quantized) {
-    expect_shape(op, "scale_cache", *scale_cache, {b, slots});
-    expect_type(op, "scale_cache", *scale_cache, ScalarType::Float);
-    expect(scale_cache->stride(1) == 1 || slots <= 1, op, "：scale_cache 的最后一维步长应为 1。");
-  }
-  expect(rank <= 1 || latent_cache.stride(2) == 1, op, "：latent_cache 的最后一维步长应为 1。");
-  expect(dr <= 1 || rope_cache.stride(2) == 1, op, "：rope_cache 的最后一维步长应为 1。");
-  Tensor from = row_major(latent), rope_from = row_major(rope_keys);
-  dso_mla_cache_write_params p{
-      b,
-      t,
-      rank,
-      dr,
-      from.const_data_ptr(),
-      rope_from.const_data_ptr(),
-      from.stride(0),
-      from.stride(1),
-      rope_from.stride(0),
-      rope_from.stride(1),
-      float_dtype(op, "latent", latent),
-      float_dtype(op, "rope", rope_keys),
-      latent_cache.mutable_data_ptr(),
-      rope_cache.mutable_data_ptr(),
-      latent_cache.stride(0),
-      latent_cache.stride(1),
-      rope_cache.stride(0),
-      rope_cache.stride(1),
-      cache_type,
-      float_dtype(op, "rope_cache", rope_cache),
-      quantized ? static_cast<float *>(scale_cache->mutable_data_ptr()) : nullptr,
-      quantized ? scale_cache->stride(0) : 0,
-      static_cast<const int64_t *>(starts.const_data_ptr())};
-  if (b * t > 0) execute(dso_mla_cache_write, &p);
+  check_offsets(op, starts, w.p.t, latent_cache.size(1));
+  w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
+  if (w.p.b * w.p.t > 0) execute(dso_mla_cache_write, &w.p);
 }
 
-// 检查 spans：范围合法、各在一行之内、查询不重叠、causal 时键不少于查询。
-void check_spans(const char *op, const dso_mla_inputs &in) {
-  std::vector<std::pair<int64_t, int64_t>> queries;
-  auto inside = [](int64_t begin, int64_t end, int64_t rows, int64_t width) {
-    return 0 <= begin && begin <= end && end <= rows * width &&
-           (begin == end || begin / width == (end - 1) / width);
-  };
-  for (int64_t i = 0; i < in.n_spans; i++) {
-    const dso_span &s = in.spans[i];
-    expect(inside(s.q_begin, s.q_end, in.b, in.t), op, "：spans[", i, "] 的查询范围 [", s.q_begin,
-           ", ", s.q_end, ") 应落在同一行之内（共 ", in.b, " 行，每行 ", in.t, " 个）。");
-    expect(inside(s.kv_begin, s.kv_end, in.b, in.s), op, "：spans[", i, "] 的键范围 [", s.kv_begin,
-           ", ", s.kv_end, ") 应落在同一行之内（共 ", in.b, " 行，每行 ", in.s, " 个）。");
-    expect(!in.causal || s.kv_end - s.kv_begin >= s.q_end - s.q_begin, op, "：causal 时 spans[", i,
-           "] 的键数 ", s.kv_end - s.kv_begin, " 不应少于查询数 ", s.q_end - s.q_begin, "。");
-    if (s.q_begin < s.q_end) queries.emplace_back(s.q_begin, s.q_end);
-  }
-  std::sort(queries.begin(), queries.end());
-  for (size_t i = 1; i < queries.size(); i++)
-    expect(queries[i].first >= queries[i - 1].second, op, "：spans 的查询范围重叠：[",
-           queries[i - 1].first, ", ", queries[i - 1].second, ") 与 [", queries[i].first, ", ",
-           queries[i].second, ")。");
-}
-
-// 张量与由它们得到的结构体；张量要活到执行结束。
-struct MlaInputs {
-  Tensor q, latent, rope, scale, kv_b, mask;
-  std::vector<dso_span> list;
-  dso_mla_inputs in{};
-};
-
-struct MlaOptions {
-  double softmax_scale;
-  int64_t v_head_dim;
-  bool causal;
-};
-
-void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const Tensor &rope_keys,
-                const std::optional<Tensor> &scale, const std::optional<Tensor> &kv_mask) {
-  dso_mla_inputs &in = m.in;
-  m.latent = row_major(latent), m.rope = row_major(rope_keys);
-  in.latent = m.latent.const_data_ptr(), in.latent_bs = m.latent.stride(0),
-  in.latent_ts = m.latent.stride(1);
-  in.rope = m.rope.const_data_ptr(), in.rope_bs = m.rope.stride(0), in.rope_ts = m.rope.stride(1);
-  in.latent_dtype = latent_dtype(op, "latent", latent);
-  in.rope_dtype = float_dtype(op, "rope", rope_keys);
-  expect((in.latent_dtype == DSO_I8) == scale.has_value(), op,
-         "：latent 为 int8 时必须给出 scale，否则不能给。");
-  if (scale) {
-    expect_shape(op, "scale", *scale, {in.b, in.s});
-    expect_type(op, "scale", *scale, ScalarType::Float);
-    m.scale = row_major(*scale);
-    in.scale = static_cast<const float *>(m.scale.const_data_ptr()),
-    in.scale_bs = m.scale.stride(0);
-  }
-  if (kv_mask) {
-    expect_shape(op, "kv_mask", *kv_mask, {in.b, in.s});
-    expect_type(op, "kv_mask", *kv_mask, ScalarType::Bool);
-    m.mask = row_major(*kv_mask);
-    in.kv_mask = static_cast<const uint8_t *>(m.mask.const_data_ptr()),
-    in.kv_mask_bs = m.mask.stride(0);
-  }
-}
-
-void fill(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
-          const Tensor &rope_keys, const std::optional<Tensor> &scale, const Tensor &kv_b,
-          const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
-  dso_mla_inputs &in = m.in;
-  expect_shape(op, "q", q, {-1, -1, -1, -1});
-  expect_shape(op, "latent", latent, {q.size(0), -1, -1});
-  in.b = q.size(0), in.t = q.size(1), in.heads = q.size(2), in.s = latent.size(1),
-  in.rank = latent.size(2);
-  expect_shape(op, "rope", rope_keys, {in.b, in.s, -1});
-  in.rope_dim = rope_keys.size(2), in.nope_dim = q.size(3) - in.rope_dim,
-  in.v_dim = options.v_head_dim;
-  expect(in.nope_dim >= 0, op, "：q 的最后一维 ", q.size(3), " 应不小于 rope 的最后一维 ",
-         in.rope_dim, "。");
-  expect(in.heads > 0 && in.rank > 0 && in.v_dim > 0, op,
-         "：头数、kv_lora_rank、v_head_dim 都应大于 0，实际是 ", in.heads, "、", in.rank, "、",
-         in.v_dim, "。");
-  expect_shape(op, "kv_b_weight", kv_b, {in.heads * (in.nope_dim + in.v_dim), in.rank});
-  expect(std::isfinite(options.softmax_scale) && options.softmax_scale > 0, op,
-         "：softmax_scale 应为正的有限数，实际是 ", options.softmax_scale, "。");
-  m.q = row_major(q), m.kv_b = row_major(kv_b);
-  in.q = m.q.const_data_ptr(), in.q_bs = m.q.stride(0), in.q_ts = m.q.stride(1),
-  in.q_hs = m.q.stride(2);
-  in.q_dtype = float_dtype(op, "q", q);
-  in.kv_b = mat_of(m.kv_b, float_dtype(op, "kv_b_weight", kv_b));
-  fill_cache(op, m, latent, rope_keys, scale, kv_mask);
-  in.softmax_scale = static_cast<float>(options.softmax_scale), in.causal = options.causal;
-}
-
+// 检查并记下 spans；空的查询范围不参与计算。
 void use_spans(const char *op, MlaInputs &m, const Tensor &spans) {
-  expect_shape(op, "spans", spans, {-1, 4});
-  expect_type(op, "spans", spans, ScalarType::Long);
+  expect_spans(op, spans);
   dso_mla_inputs &in = m.in;
   Tensor rows = torch::stable::contiguous(spans);
-  in.spans = static_cast<const dso_span *>(rows.const_data_ptr()), in.n_spans = spans.size(0);
-  check_spans(op, in);
-  for (int64_t i = 0; i < in.n_spans; i++) /* 空的查询范围不参与计算 */
-    if (in.spans[i].q_begin < in.spans[i].q_end) m.list.push_back(in.spans[i]);
+  const auto *list = static_cast<const dso_span *>(rows.const_data_ptr());
+  check_spans(op, in, list, spans.size(0));
+  for (int64_t i = 0; i < spans.size(0); i++)
+    if (list[i].q_begin < list[i].q_end) m.list.push_back(list[i]);
   in.spans = m.list.data(), in.n_spans = static_cast<int64_t>(m.list.size());
 }
 
@@ -334,7 +142,9 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   fill(op, m, q, latent_cache, rope_cache, scale_cache, kv_b, kv_mask,
        {softmax_scale, v_dim, true});
   expect(offsets.is_contiguous(), op, "：offsets 应是连续的。");
-  check_offsets(op, offsets, b, t, m.in.s);
+  expect_shape(op, "offsets", offsets, {b});
+  expect_type(op, "offsets", offsets, ScalarType::Long);
+  check_offsets(op, offsets, t, m.in.s);
   auto *starts = static_cast<int64_t *>(offsets.mutable_data_ptr());
   if (spans)
     use_spans(op, m, *spans);

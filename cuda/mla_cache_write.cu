@@ -73,8 +73,8 @@ cudaError_t dso_cuda_mla_cache_write(const dso_mla_cache_write_params *p, int64_
               rows_ok(p->rope_cache, p->rope_cache_dtype, p->rope_cache_bs, p->rope_cache_ts);
   dim3 grid(static_cast<unsigned>(ceil_div(p->b * p->t, WARPS))), block(WARP, WARPS);
   if (latent && rope) {
-    return DSO_LAUNCH((mla_cache_write_kernel<8, 8>), grid, block, stream, *p, capacity);
+    return launch((mla_cache_write_kernel<8, 8>), grid, block, 0, stream, *p, capacity);
   }
-  if (latent) return DSO_LAUNCH((mla_cache_write_kernel<8, 1>), grid, block, stream, *p, capacity);
-  return DSO_LAUNCH((mla_cache_write_kernel<1, 1>), grid, block, stream, *p, capacity);
+  if (latent) return launch((mla_cache_write_kernel<8, 1>), grid, block, 0, stream, *p, capacity);
+  return launch((mla_cache_write_kernel<1, 1>), grid, block, 0, stream, *p, capacity);
 }

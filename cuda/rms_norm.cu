@@ -155,8 +155,8 @@ cudaError_t dso_cuda_rms_norm(const dso_rms_norm_params *p, cudaStream_t stream)
   bool wide = aligned(p->x) && aligned(p->residual) &&
               aligned(p->weight, p->weight_dtype, p->dim) && aligned(p->y, p->x.dtype, p->dim) &&
               aligned(p->total, p->x.dtype, p->dim);
-  if (wide) return DSO_LAUNCH(rms_norm_kernel<8>, grid, block, stream, *p);
-  return DSO_LAUNCH(rms_norm_kernel<1>, grid, block, stream, *p);
+  if (wide) return launch(rms_norm_kernel<8>, grid, block, 0, stream, *p);
+  return launch(rms_norm_kernel<1>, grid, block, 0, stream, *p);
 }
 
 size_t dso_cuda_rms_norm_backward_scratch(int64_t rows, int64_t dim) {
@@ -173,15 +173,15 @@ cudaError_t dso_cuda_rms_norm_backward(const dso_rms_norm_backward_params *p, vo
     dim3 grid = row_grid(p->rows, p->dim), block = row_block(p->dim);
     bool wide = aligned(p->x) && aligned(p->grad) && aligned(p->weight, p->weight_dtype, p->dim) &&
                 aligned(p->dx, p->x.dtype, p->dim);
-    error = wide ? DSO_LAUNCH(backward_rows<8>, grid, block, stream, *p, inverse_rms)
-                 : DSO_LAUNCH(backward_rows<1>, grid, block, stream, *p, inverse_rms);
+    error = wide ? launch(backward_rows<8>, grid, block, 0, stream, *p, inverse_rms)
+                 : launch(backward_rows<1>, grid, block, 0, stream, *p, inverse_rms);
   }
   if (error != cudaSuccess || !p->dw) return error;
   unsigned columns = static_cast<unsigned>(ceil_div(p->dim, WARP));
   if (chunks > 0) {
-    error = DSO_LAUNCH(backward_columns, dim3(columns, static_cast<unsigned>(chunks)),
-                       dim3(WARP, COLUMN_GROUP), stream, *p, inverse_rms, partial, chunk);
+    error = launch(backward_columns, dim3(columns, static_cast<unsigned>(chunks)),
+                   dim3(WARP, COLUMN_GROUP), 0, stream, *p, inverse_rms, partial, chunk);
     if (error != cudaSuccess) return error;
   }
-  return DSO_LAUNCH(reduce_chunks, dim3(columns), dim3(WARP), stream, *p, partial, chunks);
+  return launch(reduce_chunks, dim3(columns), dim3(WARP), 0, stream, *p, partial, chunks);
 }

@@ -7,15 +7,17 @@ namespace {
 using namespace dso;
 
 constexpr int THREADS = 256;
+constexpr int64_t MOST_THREADS = 1024;
 
-// 展平下标 = ((b * T + t) * H + h) * (half / V) + 组号；相邻线程读写相邻地址。
+// 块 (d / 2 / V, 几个头)：一个头的 d 个数都在同一块里，全部读完才写，所以 y 可以就是 x（成对读、分两半写）。
+// 相邻线程读写相邻地址。
 template <int V>
 __global__ void rope_kernel(dso_rope_params p) {
-  int64_t half = p.d / 2, groups = half / V;
-  int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= p.b * p.t * p.h * groups) return;
-  int64_t i = index % groups * V, head = index / groups, token = head / p.h;
-  int64_t b = token / p.t, t = token % p.t;
+  int64_t half = p.d / 2, i = static_cast<int64_t>(threadIdx.x) * V;
+  int64_t head = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  bool inside = head < p.b * p.t * p.h;
+  if (!inside) head = 0;  // 多出的线程照样走到屏障
+  int64_t token = head / p.h, b = token / p.t, t = token % p.t;
   int64_t from = b * p.x_bs + t * p.x_ts + head % p.h * p.x_hs,
           to = b * p.y_bs + t * p.y_ts + head % p.h * p.y_hs;
   Vec<V> c = load<V>(p.cos, DSO_F32, b * p.cs_bs + t * p.cs_ts + i);
@@ -39,6 +41,8 @@ __global__ void rope_kernel(dso_rope_params p) {
     first.v[j] = both.v[2 * j] = a;
     second.v[j] = both.v[2 * j + 1] = d;
   }
+  __syncthreads();
+  if (!inside) return;
   if (pairs_out) {
     store<2 * V>(p.y, p.dtype, to + 2 * i, both);
   } else {
@@ -59,9 +63,12 @@ bool can_widen(const dso_rope_params *p) {
 
 cudaError_t dso_cuda_rope(const dso_rope_params *p, cudaStream_t stream) {
   bool wide = can_widen(p);
-  int64_t work = p->b * p->t * p->h * (p->d / 2 / (wide ? 4 : 1));
-  if (work == 0) return cudaSuccess;
-  dim3 grid(static_cast<unsigned>(ceil_div(work, THREADS)));
-  if (wide) return DSO_LAUNCH(rope_kernel<4>, grid, dim3(THREADS), stream, *p);
-  return DSO_LAUNCH(rope_kernel<1>, grid, dim3(THREADS), stream, *p);
+  int64_t heads = p->b * p->t * p->h, groups = p->d / 2 / (wide ? 4 : 1);
+  if (heads * groups == 0) return cudaSuccess;
+  if (groups > MOST_THREADS) return cudaErrorInvalidValue;
+  int64_t rows = groups < THREADS ? THREADS / groups : 1;
+  dim3 block(static_cast<unsigned>(groups), static_cast<unsigned>(rows));
+  dim3 grid(static_cast<unsigned>(ceil_div(heads, rows)));
+  if (wide) return launch(rope_kernel<4>, grid, block, 0, stream, *p);
+  return launch(rope_kernel<1>, grid, block, 0, stream, *p);
 }

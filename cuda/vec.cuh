@@ -5,14 +5,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <launch.cuh>
 
 #include "dso.h"
-
-// 主机模拟（tests/cuda/host）用自己的定义替换 <<<>>>。
-#ifndef DSO_LAUNCH
-#define DSO_LAUNCH(kernel, grid, block, stream, ...) \
-  (kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
-#endif
 
 namespace dso {
 

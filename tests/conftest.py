@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from deepseek_opt import _native
 
 ISAS = _native.available_isas() if _native.load() else []
+if os.environ.get("DSO_HOST") == "1":
+    # 同样的测试，算子换成主机模拟的 CUDA 核（scripts/cuda_host.sh）；与 CPU 的指令集无关，跑一遍就够。
+    from tests.cuda import host_library
+
+    host_library.load()
+    ISAS = ISAS[-1:]
 
 
 @pytest.fixture(params=ISAS)

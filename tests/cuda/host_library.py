@@ -1,20 +1,29 @@
-"""把 cuda/*.cu 用主机编译器编成共享库（tests/cuda/host 模拟 CUDA），供没有 GPU 的机器测试。"""
+"""把 cuda/ 用主机编译器编成共享库（tests/cuda/host 模拟 CUDA），在没有 GPU 的机器上运行同样的核与绑定。
+
+:func:`load` 之后，torch.ops.deepseek_opt 里有 CUDA 实现的算子在 CPU 张量上改由 CUDA 的绑定与核计算，
+所以只在专门的进程里用（tests/cuda/conftest.py）。``DSO_HOST_SANITIZE=1`` 带 ASan 与 UBSan：进程要
+先用 LD_PRELOAD 装上 libasan（scripts/cuda_host.sh）。
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from deepseek_opt import _native
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(__file__).resolve().parent / "host"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+INCLUDES = [f"-I{path}" for path in (HOST, ROOT / "cuda", ROOT / "csrc")]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def compiler() -> str | None:
@@ -22,94 +31,69 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
 
-def compile_shared(sources: list[Path], name: str) -> ctypes.CDLL:
-    """编译成共享库并加载。-w：主机编译器不认识 #pragma unroll。"""
-    folder = Path(tempfile.mkdtemp(prefix="deepseek-opt-cuda-host-"))
+def sanitized() -> bool:
+    """这个进程要不要带 ASan 与 UBSan。"""
+    return os.environ.get("DSO_HOST_SANITIZE") == "1"
+
+
+def flags() -> list[str]:
+    """编译的标志。-w：主机编译器不认识 #pragma unroll。"""
+    common = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing"]
+    return [*common, *(SANITIZE if sanitized() else [])]
+
+
+def torch_flags() -> list[str]:
+    """绑定要的头文件与库。"""
+    folder = Path(torch.__file__).parent
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030B0000"]
+    return [*defines, f"-isystem{folder / 'include'}"]
+
+
+def _compile(source: Path, extra: list[str], folder: Path) -> Path:
+    """编译一个文件；源文件与头文件都没变就用上次的。"""
+    command = [compiler(), *flags(), *INCLUDES, *extra, "-x", "c++", "-c"]
+    key = hashlib.sha256("\n".join([*command, str(source)]).encode()).hexdigest()[:16]
+    target, depends = folder / f"{source.stem}-{key}.o", folder / f"{source.stem}-{key}.d"
+    if target.is_file() and depends.is_file():
+        words = depends.read_text(encoding="utf-8").replace("\\\n", " ").split()
+        built = target.stat().st_mtime_ns
+        paths = [Path(word) for word in words if not word.endswith(":")]
+        if all(path.is_file() and path.stat().st_mtime_ns < built for path in paths):
+            return target
+    target.unlink(missing_ok=True)
+    depend = ["-MMD", "-MF", str(depends)]
+    subprocess.run([*command, *depend, str(source), "-o", str(target)], check=True)
+    return target
+
+
+def build(sources: list[Path], name: str, folder: Path, extra: list[str] | None = None) -> Path:
+    """编译并链接成共享库。"""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda path: _compile(path, extra or [], folder), sources))
     target = folder / f"{name}.so"
-    includes = [f"-I{path}" for path in (HOST, ROOT / "cuda", ROOT / "csrc")]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", *includes]
-    command = [compiler(), *flags, "-x", "c++", *map(str, sources), "-o", str(target)]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)  # 已经映射进来，文件可以删
-    return library
+    libs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"]
+    link = [compiler(), *flags(), "-shared", *map(str, objects)]
+    subprocess.run([*link, *(libs if extra else []), "-o", str(target)], check=True)
+    return target
+
+
+def simulator(source: Path, folder: Path) -> ctypes.CDLL:
+    """单独一个 .cu 与模拟器编成的库（测试模拟器自己）。"""
+    return ctypes.CDLL(str(build([source, HOST / "sim.cpp"], source.stem, folder)))
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """全部 CUDA 核的主机版（每个进程编译一次，约 3 秒）。"""
-    library = compile_shared([*sorted((ROOT / "cuda").glob("*.cu")), HOST / "api.cpp"], "kernels")
-    library.host_rms_norm_backward_scratch.restype = ctypes.c_int64
-    return library
-
-
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """张量首元素的地址；None 为空指针。"""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def int64s(*values: int) -> ctypes.Array:
-    """int64 数组参数。"""
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def code(dtype: torch.dtype) -> ctypes.c_int:
-    """dso_dtype 的编号。"""
-    return ctypes.c_int(DTYPES[dtype])
-
-
-def rms_norm(x, residual, weight, eps):
-    """(y, total)；x、residual [rows, dim]，行距任意、列连续。"""
-    rows, dim = x.shape
-    y = torch.empty(rows, dim, dtype=x.dtype)
-    total = None if residual is None else torch.empty_like(y)
-    status = load().host_rms_norm(
-        *(ctypes.c_int64(rows), ctypes.c_int64(dim), pointer(x), ctypes.c_int64(x.stride(0))),
-        *(pointer(residual), ctypes.c_int64(0 if residual is None else residual.stride(0))),
-        *(code(x.dtype), pointer(weight), code(weight.dtype), pointer(y), pointer(total)),
-        ctypes.c_float(eps),
-    )
-    assert status == 0
-    return y, total
-
-
-def rms_norm_backward(grad, x, weight, eps):
-    """(dx, dweight)。"""
-    rows, dim = x.shape
-    dx, dw = torch.empty(rows, dim, dtype=x.dtype), torch.empty_like(weight)
-    sizes = (ctypes.c_int64(rows), ctypes.c_int64(dim))
-    scratch = torch.empty(load().host_rms_norm_backward_scratch(*sizes), dtype=torch.uint8)
-    status = load().host_rms_norm_backward(
-        *(*sizes, pointer(grad), ctypes.c_int64(grad.stride(0))),
-        *(pointer(x), ctypes.c_int64(x.stride(0)), code(x.dtype)),
-        *(pointer(weight), code(weight.dtype), pointer(dx), pointer(dw)),
-        *(ctypes.c_float(eps), pointer(scratch)),
-    )
-    assert status == 0
-    return dx, dw
-
-
-def rope(x, cos, sin, interleaved, inverse=False):
-    """x [B, T, H, d]；cos、sin [1 或 B, T, d/2] fp32 连续。"""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    shared = 0 if cos.shape[0] == 1 else cos.stride(0)
-    status = load().host_rope(
-        *(int64s(*x.shape), int64s(*x.stride()[:3], shared, cos.stride(1))),
-        *(pointer(x), code(x.dtype), pointer(cos), pointer(sin), pointer(y)),
-        *(ctypes.c_int(interleaved), ctypes.c_int(inverse)),
-    )
-    assert status == 0
-    return y
-
-
-def mla_cache_write(latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets):
-    """原地写缓存；全部连续。"""
-    batch, steps, rank = latent.shape
-    tensors = (latent, rope_keys, latent_cache, rope_cache)
-    status = load().host_mla_cache_write(
-        int64s(batch, steps, rank, rope_keys.shape[2], latent_cache.shape[1]),
-        (ctypes.c_int * 4)(*(DTYPES[tensor.dtype] for tensor in tensors)),
-        *map(pointer, tensors),
-        *(pointer(scale_cache), pointer(offsets)),
-    )
-    assert status == 0
+    """全部 CUDA 核与绑定的主机版：接管 CPU 张量上的算子（每个进程一次，编译结果在 build/ 里）。"""
+    assert _native.load(), _native.load_error()  # 先登记原来的，再盖上
+    kernels = sorted((ROOT / "cuda").glob("*.cu"))
+    bindings = sorted((ROOT / "cuda").glob("binding*.cpp"))
+    folder = ROOT / "build" / ("cuda-host-asan" if sanitized() else "cuda-host")
+    sources = [*kernels, *bindings, HOST / "sim.cpp"]
+    library = build(sources, "cuda_host", folder, torch_flags())
+    torch.ops.load_library(library)
+    handle = ctypes.CDLL(str(library))
+    handle.dso_host_failure.restype = ctypes.c_char_p
+    handle.dso_host_conflicts.restype = ctypes.c_long
+    return handle

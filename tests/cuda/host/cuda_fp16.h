@@ -10,12 +10,12 @@ struct __half {
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline unsigned short __half_as_ushort(__half value) { return value.bits; }
 
+// 指数移到 fp32 的位置再乘 2^112：规格、非规格数都对；无穷与 NaN 另外补上指数。
 inline float __half2float(__half value) {
-  int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-  float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                  : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
-  return value.bits & 0x8000 ? -magnitude : magnitude;
+  unsigned magnitude = (value.bits & 0x7fffu) << 13, sign = (value.bits & 0x8000u) << 16;
+  float f = __uint_as_float(magnitude) * 0x1p112f;
+  if (magnitude >= 0x7c00u << 13) f = __uint_as_float(magnitude | 0x7f800000u);
+  return __uint_as_float(__float_as_uint(f) | sign);
 }
 
 inline __half __float2half_rn(float value) {

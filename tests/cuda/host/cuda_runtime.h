@@ -1,172 +1,117 @@
-// CUDA C 的主机模拟：只含 cuda/ 用到的子集。每个 CUDA 线程一个纤程，线程块逐个运行。
-//
-// 用法：把本目录放在 -I 的最前面，用 g++ -x c++ 编译 .cu。同一块的纤程在 __syncthreads 与洗牌处
-// 交替运行；块内所有未结束的线程都停住却无人能继续时报告死锁（漏掉的屏障、分支里的屏障）。
-// DSO_HOST_REVERSE=1 让纤程倒序运行：依赖线程次序的核（漏了屏障）会给出不同的结果。
+// CUDA 运行时与语言扩展的主机替身：cuda/ 用到的子集。把本目录放在 -I 的最前面，用 g++ -x c++ 编译 .cu。
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+
+#include "sim.h"
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+#define threadIdx (cuda_host::thread_index())
+#define blockIdx (cuda_host::block_index())
+#define blockDim (cuda_host::block_size())
+#define gridDim (cuda_host::grid_size())
+
+struct float2 {
+  float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719;
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-namespace cuda_host {
-
-constexpr size_t STACK_BYTES = 64 << 10;
-constexpr unsigned WARP = 32;
-
-// 一次会合：want 个线程都到了才放行。
-struct Barrier {
-  unsigned want = 0, here = 0, turn = 0;
-};
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
-  bool done = false;
-  dim3 index;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Barrier> warps;
-  std::vector<float> mailbox;  // 洗牌：每个线程一格
-  Barrier all;
-  ucontext_t scheduler;
-  unsigned current = 0;
-  bool progressed = false;
-  std::function<void()> body;
-};
-
-inline Block *block;
-
-inline unsigned linear_thread() {
-  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+inline const char *cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : cuda_host::last_failure();
 }
 
-inline void pause_fiber() {
-  dim3 mine = threadIdx;
-  swapcontext(&block->fibers[block->current].context, &block->scheduler);
-  threadIdx = mine;
-}
-
-inline void meet(Barrier &barrier) {
-  unsigned turn = barrier.turn;
-  block->progressed = true;
-  if (++barrier.here == barrier.want) {
-    barrier.here = 0;
-    barrier.turn++;
-    return;
-  }
-  while (barrier.turn == turn) pause_fiber();
-}
-
-inline void fiber_main() {
-  block->body();
-  block->fibers[block->current].done = true;
-  block->progressed = true;
-  swapcontext(&block->fibers[block->current].context, &block->scheduler);
-}
-
-// 运行一块；死锁时返回 false。
-inline bool run_block(bool reverse) {
-  unsigned count = static_cast<unsigned>(block->fibers.size()), left = count;
-  block->all = Barrier{count, 0, 0};
-  for (unsigned w = 0; w < block->warps.size(); w++)
-    block->warps[w] = Barrier{std::min(WARP, count - w * WARP), 0, 0};
-  for (unsigned i = 0; i < count; i++) {
-    Fiber &fiber = block->fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK_BYTES;
-    makecontext(&fiber.context, fiber_main, 0);
-    fiber.done = false;
-    fiber.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-  }
-  while (left > 0) {
-    block->progressed = false;
-    for (unsigned n = 0; n < count; n++) {
-      unsigned i = reverse ? count - 1 - n : n;
-      if (block->fibers[i].done) continue;
-      block->current = i;
-      threadIdx = block->fibers[i].index;
-      swapcontext(&block->scheduler, &block->fibers[i].context);
-      if (!block->fibers[i].done) continue;
-      left--;
-      block->all.want--;  // 已退出的线程不再参加屏障（与硬件一致）
-      if (block->all.want > 0 && block->all.here == block->all.want) {
-        block->all.here = 0;
-        block->all.turn++;
-      }
-    }
-    if (!block->progressed && left > 0) return false;
-  }
-  return true;
-}
-
-template <class Body>
-cudaError_t launch(dim3 grid, dim3 threads, Body body) {
-  const char *order = std::getenv("DSO_HOST_REVERSE");
-  Block current;
-  block = &current;
-  gridDim = grid;
-  blockDim = threads;
-  unsigned count = threads.x * threads.y * threads.z;
-  current.fibers = std::vector<Fiber>(count);
-  current.warps.resize((count + WARP - 1) / WARP);
-  current.mailbox.resize(count);
-  current.body = body;
-  for (unsigned z = 0; z < grid.z; z++)
-    for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        blockIdx = dim3(x, y, z);
-        if (!run_block(order && *order == '1')) return cudaErrorLaunchFailure;
-      }
+inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
   return cudaSuccess;
 }
 
+inline void __syncthreads() { cuda_host::named_barrier(0, 0, true); }
+
+inline void __syncwarp(unsigned = ~0u) {
+  cuda_host::collective("syncwarp", nullptr, 1, [](void **, int) {});
+}
+
+namespace cuda_host {
+template <class T>
+struct Shuffle {
+  T value, result;
+  int from;
+};
+
+// 各线程交出 value，取第 from 个线程的。
+template <class T>
+T exchange(const char *name, T value, int from) {
+  Shuffle<T> record{value, value, from & (LANES - 1)};
+  collective(name, &record, 1, [](void **records, int count) {
+    for (int i = 0; i < count; i++) {
+      auto *mine = static_cast<Shuffle<T> *>(records[i]);
+      mine->result = static_cast<Shuffle<T> *>(records[mine->from])->value;
+    }
+  });
+  return record.result;
+}
+
+inline int lane() {
+  const dim3 &t = threadIdx, &size = blockDim;
+  return static_cast<int>((t.x + size.x * (t.y + size.y * t.z)) % LANES);
+}
 }  // namespace cuda_host
 
-#define DSO_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), cuda_host::launch((grid), (block), [&] { (kernel)(__VA_ARGS__); }))
-
-inline void __syncthreads() { cuda_host::meet(cuda_host::block->all); }
-
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  unsigned me = cuda_host::linear_thread();
-  cuda_host::Barrier &warp = cuda_host::block->warps[me / cuda_host::WARP];
-  cuda_host::block->mailbox[me] = value;
-  cuda_host::meet(warp);
-  float other = cuda_host::block->mailbox[me ^ static_cast<unsigned>(mask)];
-  cuda_host::meet(warp);  // 都读完才能写下一次
-  return other;
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_host::exchange("shfl_xor", value, cuda_host::lane() ^ mask);
 }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_host::exchange("shfl", value, lane);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  int lane = cuda_host::lane(), from = lane - static_cast<int>(delta);
+  return cuda_host::exchange("shfl_up", value, from < 0 ? lane : from);
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  struct Vote {
+    int predicate;
+    unsigned result;
+  } record{predicate, 0};
+  cuda_host::collective("ballot", &record, 1, [](void **records, int count) {
+    unsigned bits = 0;
+    for (int i = 0; i < count; i++)
+      bits |= static_cast<unsigned>(static_cast<Vote *>(records[i])->predicate != 0) << i;
+    for (int i = 0; i < count; i++) static_cast<Vote *>(records[i])->result = bits;
+  });
+  return record.result;
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -178,4 +123,9 @@ inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
+}
+
+template <class T>
+T __ldg(const T *p) {
+  return *p;
 }

@@ -1,0 +1,209 @@
+// MLA 各算子的绑定共用（CPU 与 CUDA）：旋转、写缓存、注意力的参数检查与填写。
+// 张量在哪里都行，只有标明“在 CPU 上”的才读内容。
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "binding.h"
+
+namespace dso {
+
+inline Tensor to_f32(const Tensor &t) {
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
+// cos、sin：fp32、连续，活到执行结束。
+struct Angles {
+  Tensor cos, sin;
+  const float *c, *s;
+};
+
+inline Angles angles_of(const Tensor &cos, const Tensor &sin) {
+  Angles a{torch::stable::contiguous(to_f32(cos)), torch::stable::contiguous(to_f32(sin)), nullptr,
+           nullptr};
+  a.c = static_cast<const float *>(a.cos.const_data_ptr());
+  a.s = static_cast<const float *>(a.sin.const_data_ptr());
+  return a;
+}
+
+// y 可以就是 x；x 的最后一维步长为 1。
+inline dso_rope_params rope_params(const char *op, const Tensor &x, Tensor &y, const Tensor &cos,
+                                   const Tensor &sin, const Angles &a, bool interleaved,
+                                   bool inverse) {
+  const int64_t b = x.size(0), t = x.size(1), h = x.size(2), d = x.size(3);
+  expect(d % 2 == 0, op, "：x 的最后一维应为偶数，实际是 ", d, "。");
+  expect_shape(op, "cos", cos, {-1, t, d / 2});
+  expect_shape(op, "sin", sin, {cos.size(0), t, d / 2});
+  expect(cos.size(0) == 1 || cos.size(0) == b, op, "：cos 的第 0 维应为 1 或 ", b, "，实际是 ",
+         cos.size(0), "。");
+  dso_rope_params p{};
+  p.b = b, p.t = t, p.h = h, p.d = d;
+  p.x = x.const_data_ptr(), p.dtype = float_dtype(op, "x", x);
+  p.x_bs = x.stride(0), p.x_ts = x.stride(1), p.x_hs = x.stride(2);
+  p.cos = a.c, p.sin = a.s;
+  p.cs_bs = cos.size(0) == 1 ? 0 : t * (d / 2), p.cs_ts = d / 2;
+  p.y = y.mutable_data_ptr();
+  p.y_bs = y.stride(0), p.y_ts = y.stride(1), p.y_hs = y.stride(2);
+  p.interleaved = interleaved, p.inverse = inverse;
+  return p;
+}
+
+inline dso_dtype latent_dtype(const char *op, const char *name, const Tensor &t) {
+  return t.scalar_type() == ScalarType::Char ? DSO_I8 : float_dtype(op, name, t);
+}
+
+// offsets [B] int64、连续、在 CPU 上：每行要写的 t 个槽位都应在缓存之内。
+inline void check_offsets(const char *op, const Tensor &offsets, int64_t t, int64_t slots) {
+  const auto *start = static_cast<const int64_t *>(offsets.const_data_ptr());
+  for (int64_t i = 0; i < offsets.size(0); i++)
+    expect(start[i] >= 0 && start[i] + t <= slots, op, "：第 ", i, " 行要写槽位 [", start[i], ", ",
+           start[i] + t, ")，超出缓存的 ", slots, " 个槽位。");
+}
+
+// 张量与由它们得到的参数；offsets 由调用者检查并填写。
+struct CacheWrite {
+  Tensor latent, rope;
+  dso_mla_cache_write_params p{};
+};
+
+inline CacheWrite cache_write_of(const char *op, Tensor &latent_cache, Tensor &rope_cache,
+                                 std::optional<Tensor> &scale_cache, const Tensor &latent,
+                                 const Tensor &rope_keys, const Tensor &offsets) {
+  expect_shape(op, "latent", latent, {-1, -1, -1});
+  const int64_t b = latent.size(0), t = latent.size(1), rank = latent.size(2);
+  expect_shape(op, "rope", rope_keys, {b, t, -1});
+  const int64_t dr = rope_keys.size(2);
+  expect_shape(op, "latent_cache", latent_cache, {b, -1, rank});
+  const int64_t slots = latent_cache.size(1);
+  expect_shape(op, "rope_cache", rope_cache, {b, slots, dr});
+  expect_shape(op, "offsets", offsets, {b});
+  expect_type(op, "offsets", offsets, ScalarType::Long);
+  CacheWrite w{row_major(latent), row_major(rope_keys), {}};
+  dso_mla_cache_write_params &p = w.p;
+  p.latent_cache_dtype = latent_dtype(op, "latent_cache", latent_cache);
+  const bool quantized = p.latent_cache_dtype == DSO_I8;
+  expect(quantized == scale_cache.has_value(), op,
+         "：latent_cache 为 int8 时必须给出 scale_cache，否则不能给。");
+  if (quantized) {
+    expect_shape(op, "scale_cache", *scale_cache, {b, slots});
+    expect_type(op, "scale_cache", *scale_cache, ScalarType::Float);
+    expect(scale_cache->stride(1) == 1 || slots <= 1, op, "：scale_cache 的最后一维步长应为 1。");
+    p.scale_cache = static_cast<float *>(scale_cache->mutable_data_ptr());
+    p.scale_cache_bs = scale_cache->stride(0);
+  }
+  expect(rank <= 1 || latent_cache.stride(2) == 1, op, "：latent_cache 的最后一维步长应为 1。");
+  expect(dr <= 1 || rope_cache.stride(2) == 1, op, "：rope_cache 的最后一维步长应为 1。");
+  p.b = b, p.t = t, p.rank = rank, p.rope_dim = dr;
+  p.latent = w.latent.const_data_ptr(), p.rope = w.rope.const_data_ptr();
+  p.latent_bs = w.latent.stride(0), p.latent_ts = w.latent.stride(1);
+  p.rope_bs = w.rope.stride(0), p.rope_ts = w.rope.stride(1);
+  p.latent_dtype = float_dtype(op, "latent", latent);
+  p.rope_dtype = float_dtype(op, "rope", rope_keys);
+  p.latent_cache = latent_cache.mutable_data_ptr(), p.rope_cache = rope_cache.mutable_data_ptr();
+  p.latent_cache_bs = latent_cache.stride(0), p.latent_cache_ts = latent_cache.stride(1);
+  p.rope_cache_bs = rope_cache.stride(0), p.rope_cache_ts = rope_cache.stride(1);
+  p.rope_cache_dtype = float_dtype(op, "rope_cache", rope_cache);
+  return w;
+}
+
+// 检查 spans：范围合法、各在一行之内、查询不重叠、causal 时键不少于查询。
+inline void check_spans(const char *op, const dso_mla_inputs &in, const dso_span *spans,
+                        int64_t count) {
+  std::vector<std::pair<int64_t, int64_t>> queries;
+  auto inside = [](int64_t begin, int64_t end, int64_t rows, int64_t width) {
+    return 0 <= begin && begin <= end && end <= rows * width &&
+           (begin == end || begin / width == (end - 1) / width);
+  };
+  for (int64_t i = 0; i < count; i++) {
+    const dso_span &s = spans[i];
+    expect(inside(s.q_begin, s.q_end, in.b, in.t), op, "：spans[", i, "] 的查询范围 [", s.q_begin,
+           ", ", s.q_end, ") 应落在同一行之内（共 ", in.b, " 行，每行 ", in.t, " 个）。");
+    expect(inside(s.kv_begin, s.kv_end, in.b, in.s), op, "：spans[", i, "] 的键范围 [", s.kv_begin,
+           ", ", s.kv_end, ") 应落在同一行之内（共 ", in.b, " 行，每行 ", in.s, " 个）。");
+    expect(!in.causal || s.kv_end - s.kv_begin >= s.q_end - s.q_begin, op, "：causal 时 spans[", i,
+           "] 的键数 ", s.kv_end - s.kv_begin, " 不应少于查询数 ", s.q_end - s.q_begin, "。");
+    if (s.q_begin < s.q_end) queries.emplace_back(s.q_begin, s.q_end);
+  }
+  std::sort(queries.begin(), queries.end());
+  for (size_t i = 1; i < queries.size(); i++)
+    expect(queries[i].first >= queries[i - 1].second, op, "：spans 的查询范围重叠：[",
+           queries[i - 1].first, ", ", queries[i - 1].second, ") 与 [", queries[i].first, ", ",
+           queries[i].second, ")。");
+}
+
+// 张量与由它们得到的结构体；张量要活到执行结束。spans 另由 CPU、CUDA 各自填写。
+struct MlaInputs {
+  Tensor q, latent, rope, scale, kv_b, mask, spans;
+  std::vector<dso_span> list;
+  dso_mla_inputs in{};
+};
+
+struct MlaOptions {
+  double softmax_scale;
+  int64_t v_head_dim;
+  bool causal;
+};
+
+inline void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const Tensor &rope_keys,
+                       const std::optional<Tensor> &scale, const std::optional<Tensor> &kv_mask) {
+  dso_mla_inputs &in = m.in;
+  m.latent = row_major(latent), m.rope = row_major(rope_keys);
+  in.latent = m.latent.const_data_ptr(), in.latent_bs = m.latent.stride(0),
+  in.latent_ts = m.latent.stride(1);
+  in.rope = m.rope.const_data_ptr(), in.rope_bs = m.rope.stride(0), in.rope_ts = m.rope.stride(1);
+  in.latent_dtype = latent_dtype(op, "latent", latent);
+  in.rope_dtype = float_dtype(op, "rope", rope_keys);
+  expect((in.latent_dtype == DSO_I8) == scale.has_value(), op,
+         "：latent 为 int8 时必须给出 scale，否则不能给。");
+  if (scale) {
+    expect_shape(op, "scale", *scale, {latent.size(0), latent.size(1)});
+    expect_type(op, "scale", *scale, ScalarType::Float);
+    m.scale = row_major(*scale);
+    in.scale = static_cast<const float *>(m.scale.const_data_ptr()),
+    in.scale_bs = m.scale.stride(0);
+  }
+  if (kv_mask) {
+    expect_shape(op, "kv_mask", *kv_mask, {in.b, in.s});
+    expect_type(op, "kv_mask", *kv_mask, ScalarType::Bool);
+    m.mask = row_major(*kv_mask);
+    in.kv_mask = static_cast<const uint8_t *>(m.mask.const_data_ptr()),
+    in.kv_mask_bs = m.mask.stride(0);
+  }
+}
+
+inline void fill(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
+                 const Tensor &rope_keys, const std::optional<Tensor> &scale, const Tensor &kv_b,
+                 const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
+  dso_mla_inputs &in = m.in;
+  expect_shape(op, "q", q, {-1, -1, -1, -1});
+  expect_shape(op, "latent", latent, {q.size(0), -1, -1});
+  in.b = q.size(0), in.t = q.size(1), in.heads = q.size(2), in.s = latent.size(1),
+  in.rank = latent.size(2);
+  expect_shape(op, "rope", rope_keys, {in.b, in.s, -1});
+  in.rope_dim = rope_keys.size(2), in.nope_dim = q.size(3) - in.rope_dim,
+  in.v_dim = options.v_head_dim;
+  expect(in.nope_dim >= 0, op, "：q 的最后一维 ", q.size(3), " 应不小于 rope 的最后一维 ",
+         in.rope_dim, "。");
+  expect(in.heads > 0 && in.rank > 0 && in.v_dim > 0, op,
+         "：头数、kv_lora_rank、v_head_dim 都应大于 0，实际是 ", in.heads, "、", in.rank, "、",
+         in.v_dim, "。");
+  expect_shape(op, "kv_b_weight", kv_b, {in.heads * (in.nope_dim + in.v_dim), in.rank});
+  expect(std::isfinite(options.softmax_scale) && options.softmax_scale > 0, op,
+         "：softmax_scale 应为正的有限数，实际是 ", options.softmax_scale, "。");
+  m.q = row_major(q), m.kv_b = row_major(kv_b);
+  in.q = m.q.const_data_ptr(), in.q_bs = m.q.stride(0), in.q_ts = m.q.stride(1),
+  in.q_hs = m.q.stride(2);
+  in.q_dtype = float_dtype(op, "q", q);
+  in.kv_b = mat_of(m.kv_b, float_dtype(op, "kv_b_weight", kv_b));
+  fill_cache(op, m, latent, rope_keys, scale, kv_mask);
+  in.softmax_scale = static_cast<float>(options.softmax_scale), in.causal = options.causal;
+}
+
+inline void expect_spans(const char *op, const Tensor &spans) {
+  expect_shape(op, "spans", spans, {-1, 4});
+  expect_type(op, "spans", spans, ScalarType::Long);
+}
+
+}  // namespace dso

@@ -1,0 +1,172 @@
+// MLA 各算子的 CUDA 绑定：检查参数（与 csrc/binding_mla.cpp 同样的消息），分配输出，在当前流上启动。
+//
+// spans、offsets 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
+#include <tuple>
+
+#include "binding_cuda.h"
+#include "binding_mla.h"
+
+namespace dso {
+namespace {
+
+void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
+            bool interleaved, bool inverse) {
+  expect_device(op, "cos", cos, x);
+  expect_device(op, "sin", sin, x);
+  const Angles angles = angles_of(cos, sin);
+  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
+  check(op, dso_cuda_rope(&p, Launch(x).stream()));
+}
+
+Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse) {
+  expect_shape("rope", "x", x, {-1, -1, -1, -1});
+  Tensor rows = row_major(x),
+         y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  rotate("rope", rows, y, cos, sin, interleaved, inverse);
+  return y;
+}
+
+void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved) {
+  expect_shape("rope_", "x", x, {-1, -1, -1, -1});
+  expect(x.size(3) <= 1 || x.stride(3) == 1, "rope_：x 的最后一维步长应为 1。");
+  rotate("rope_", x, x, cos, sin, interleaved, false);
+}
+
+void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tensor> scale_cache,
+                     const Tensor &latent, const Tensor &rope_keys, const Tensor &offsets) {
+  const char *op = "mla_cache_write";
+  expect(on_device(latent_cache), op, "：latent_cache 应在 CUDA 设备上。");
+  expect_device(op, "rope_cache", rope_cache, latent_cache);
+  expect_device(op, "latent", latent, latent_cache);
+  expect_device(op, "rope", rope_keys, latent_cache);
+  if (scale_cache) expect_device(op, "scale_cache", *scale_cache, latent_cache);
+  CacheWrite w =
+      cache_write_of(op, latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
+  Tensor starts = torch::stable::contiguous(offsets);
+  if (starts.is_cpu()) {
+    check_offsets(op, starts, w.p.t, latent_cache.size(1));
+    starts = torch::stable::to(starts, latent_cache.device());
+  } else {
+    expect_device(op, "offsets", starts, latent_cache);
+  }
+  w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
+  check(op, dso_cuda_mla_cache_write(&w.p, latent_cache.size(1), Launch(latent_cache).stream()));
+}
+
+// 填写参数与 spans；返回一个 span 至多多少个查询。
+int64_t fill_device(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
+                    const Tensor &rope_keys, const std::optional<Tensor> &scale, const Tensor &kv_b,
+                    const Tensor &spans, const std::optional<Tensor> &kv_mask,
+                    const MlaOptions &options) {
+  fill(op, m, q, latent, rope_keys, scale, kv_b, kv_mask, options);
+  expect_spans(op, spans);
+  expect_device(op, "latent", latent, q);
+  expect_device(op, "rope", rope_keys, q);
+  expect_device(op, "kv_b_weight", kv_b, q);
+  if (scale) expect_device(op, "scale", *scale, q);
+  if (kv_mask) expect_device(op, "kv_mask", *kv_mask, q);
+  dso_mla_inputs &in = m.in;
+  expect(in.b * in.t * in.heads <= INT32_MAX && in.s <= INT32_MAX, op,
+         "：B * T * H 与 S 都应小于 2^31，实际是 ", in.b * in.t * in.heads, " 与 ", in.s, "。");
+  m.spans = torch::stable::contiguous(spans);
+  in.n_spans = spans.size(0);
+  int64_t longest = in.t;
+  if (m.spans.is_cpu()) {
+    const auto *list = static_cast<const dso_span *>(m.spans.const_data_ptr());
+    check_spans(op, in, list, in.n_spans);
+    longest = 0;
+    for (int64_t i = 0; i < in.n_spans; i++)
+      longest = std::max(longest, list[i].q_end - list[i].q_begin);
+    m.list.assign(list, list + in.n_spans);
+    m.spans = torch::stable::to(m.spans, q.device());
+  } else {
+    expect_device(op, "spans", m.spans, q);
+  }
+  in.spans = static_cast<const dso_span *>(m.spans.const_data_ptr());
+  return longest;
+}
+
+// spans 是否盖住全部查询而且都有键可看；在设备上的不知道，当作没有。
+bool all_covered(const MlaInputs &m) {
+  int64_t covered = 0;
+  for (const dso_span &s : m.list)
+    if (s.kv_begin < s.kv_end) covered += s.q_end - s.q_begin;
+  return covered == m.in.b * m.in.t;
+}
+
+// 计算用的类型：全是同一种 16 位就用它（潜变量可以是 int8），否则 fp32。
+ScalarType compute_type(const dso_mla_inputs &in) {
+  const bool same = in.q_dtype == in.rope_dtype && in.q_dtype == in.kv_b.dtype &&
+                    (in.latent_dtype == in.q_dtype || in.latent_dtype == DSO_I8);
+  if (!same) return ScalarType::Float;
+  return in.q_dtype == DSO_BF16  ? ScalarType::BFloat16
+         : in.q_dtype == DSO_F16 ? ScalarType::Half
+                                 : ScalarType::Float;
+}
+
+// kv_b_weight 看成 [H, dn + dv, r]，取每个头的一段行。
+Tensor weight_part(const Tensor &kv_b, const dso_mla_inputs &in, int64_t begin, int64_t rows,
+                   ScalarType type) {
+  Tensor wide = torch::stable::view(torch::stable::contiguous(to_type(kv_b, type)),
+                                    {in.heads, in.nope_dim + in.v_dim, in.rank});
+  return torch::stable::narrow(wide, 1, begin, rows);
+}
+
+// 各头的非旋转部分吸收 W_UK：[B*T, H, r]。
+Tensor absorb(MlaInputs &m, ScalarType type) {
+  const dso_mla_inputs &in = m.in;
+  const int64_t tokens = in.b * in.t;
+  Tensor rows = torch::stable::reshape(torch::stable::narrow(m.q, 3, 0, in.nope_dim),
+                                       {tokens, in.heads, in.nope_dim});
+  Tensor out = torch::stable::new_empty(m.q, {tokens, in.heads, in.rank}, type);
+  bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(to_type(rows, type), 0, 1),
+           weight_part(m.kv_b, in, 0, in.nope_dim, type));
+  return out;
+}
+
+// o [B*T, H, r] 乘各头的 W_UV：[B, T, H, dv]，与 q 同类型。
+Tensor project_out(const MlaInputs &m, const Tensor &o, ScalarType type) {
+  const dso_mla_inputs &in = m.in;
+  Tensor out = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.v_dim}, type);
+  Tensor weight = weight_part(m.kv_b, in, in.nope_dim, in.v_dim, type);
+  bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(o, 0, 1),
+           torch::stable::transpose(weight, 1, 2));
+  return torch::stable::view(to_type(out, m.q.scalar_type()), {in.b, in.t, in.heads, in.v_dim});
+}
+
+Tensor decode(const char *op, MlaInputs &m, int64_t longest) {
+  const dso_mla_inputs &in = m.in;
+  if (in.b * in.t == 0) return torch::stable::new_empty(m.q, {in.b, in.t, in.heads, in.v_dim});
+  const ScalarType type = compute_type(in);
+  Tensor q_abs = absorb(m, type);
+  Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
+  if (!all_covered(m)) torch::stable::zero_(o);
+  dso_cuda_mla_decode_params p{in, q_abs.const_data_ptr(), o.mutable_data_ptr(),
+                               float_dtype(op, "q", q_abs), longest * in.heads};
+  const Launch launch(m.q);
+  size_t bytes = 0;
+  check(op, dso_cuda_mla_decode_scratch(&p, &bytes));
+  Tensor scratch = scratch_of(m.q, bytes);
+  check(op, dso_cuda_mla_decode(&p, scratch.mutable_data_ptr(), launch.stream()));
+  return project_out(m, o, type);
+}
+
+Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
+                  const std::optional<Tensor> &scale, const Tensor &kv_b, const Tensor &spans,
+                  const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
+                  bool causal) {
+  MlaInputs m;
+  const int64_t longest = fill_device("mla_decode", m, q, latent, rope_keys, scale, kv_b, spans,
+                                      kv_mask, {softmax_scale, v_head_dim, causal});
+  return decode("mla_decode", m, longest);
+}
+
+}  // namespace
+}  // namespace dso
+
+DSO_DEVICE_LIBRARY(m) {
+  m.impl("rope", TORCH_BOX(&dso::rope));
+  m.impl("rope_", TORCH_BOX(&dso::rope_in_place));
+  m.impl("mla_cache_write", TORCH_BOX(&dso::mla_cache_write));
+  m.impl("mla_decode", TORCH_BOX(&dso::mla_decode));
+}

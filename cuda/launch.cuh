@@ -1,0 +1,38 @@
+// 启动核与查询设备。主机模拟（tests/cuda/host）有同名的一份，所以用 <launch.cuh> 引入。
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dso {
+
+// 排进 stream 后立即返回；动态共享内存超过 48 KiB 时先放开这个核的上限。
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, A... args) {
+  if (shared_bytes > (48 << 10)) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+// 当前设备：SM 数、每块共享内存的上限（字节）、计算能力的主版本。
+struct Device {
+  int sms, shared_limit, major;
+};
+
+inline cudaError_t device_of(Device *device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const cudaDeviceAttr wanted[] = {cudaDevAttrMultiProcessorCount,
+                                   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   cudaDevAttrComputeCapabilityMajor};
+  int *found[] = {&device->sms, &device->shared_limit, &device->major};
+  for (int i = 0; i < 3 && error == cudaSuccess; i++)
+    error = cudaDeviceGetAttribute(found[i], wanted[i], index);
+  return error;
+}
+
+}  // namespace dso

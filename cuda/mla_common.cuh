@@ -1,0 +1,50 @@
+// mla_decode、mla_prefill 与其反向共用：span 的定位、缓存槽位的地址。约定同 csrc/mla_common.h；
+// 参数里的指针（含 spans）都在设备上。
+#pragma once
+
+#include "vec.cuh"
+
+namespace dso {
+
+// span 的键所在的行与槽位。词元数、槽位数都小于 2^31（绑定检查），只有乘上步长之后才需要 int64。
+struct Place {
+  int q_begin, q_len, row, slot, kv_len;
+};
+
+__device__ inline Place locate(const dso_mla_inputs &in, int64_t index) {
+  dso_span span = in.spans[index];
+  int64_t slots = in.s > 0 ? in.s : 1;
+  auto narrow = [](int64_t x) { return static_cast<int>(x); };
+  return {narrow(span.q_begin), narrow(span.q_end - span.q_begin), narrow(span.kv_begin / slots),
+          narrow(span.kv_begin % slots), narrow(span.kv_end - span.kv_begin)};
+}
+
+// 查询 i（span 内）可见的键数：causal 时右下对齐。
+__device__ inline int visible_keys(const dso_mla_inputs &in, const Place &at, int i) {
+  return in.causal ? at.kv_len - at.q_len + i + 1 : at.kv_len;
+}
+
+// 槽位 slot 是否没有被 kv_mask 遮住。
+__device__ inline bool slot_seen(const dso_mla_inputs &in, const Place &at, int slot) {
+  return !in.kv_mask || in.kv_mask[at.row * in.kv_mask_bs + slot];
+}
+
+// 第 row 行槽位 slot 的起点（元素）；bs、ts 是这个张量的步长。
+__device__ inline int64_t slot_at(const dso_mla_inputs &in, int row, int slot, int64_t bs,
+                                  int64_t ts) {
+  if (!in.pages) return row * bs + slot * ts;
+  int size = static_cast<int>(in.page_size);
+  int64_t page = in.pages[row * in.pages_bs + slot / size];
+  return page * bs + slot % size * ts;
+}
+
+__device__ inline const char *element(const void *base, dso_dtype dtype, int64_t i) {
+  return static_cast<const char *>(base) + i * (dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2);
+}
+
+// 查询 token（展平）的头 head：[dn + dr]。
+__device__ inline int64_t query_at(const dso_mla_inputs &in, int64_t token, int64_t head) {
+  return token / in.t * in.q_bs + token % in.t * in.q_ts + head * in.q_hs;
+}
+
+}  // namespace dso

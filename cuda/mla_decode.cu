@@ -1,0 +1,647 @@
+// 吸收式解码（sm_80 起）：cp.async 两级流水，mma 累加。算法同 csrc/mla_decode.c 的阶段 1、2；吸收与输出的
+// W_UV 是普通的矩阵乘，由绑定交给 cuBLAS。
+//
+// 一块 32 个键读进共享内存一次，既当键又当值：
+//   S [ROWS, 32] = Q [ROWS, r + dr] · 块ᵀ，WARPS_N 个 warp 各算 8 个键；
+//   P 经共享内存交换之后，O [ROWS, r] += P · 块的前 r 列，每个 warp 管 r / WARPS 列。
+// int8 的潜变量先原样拷进它那一行的后半，再由一个 warp 就地展开成 16 位。
+#include <cstddef>
+
+#include "config.cuh"
+#include "mla_decode.cuh"
+#include "mma.cuh"
+
+namespace {
+
+using namespace dso;
+
+template <int RANK, int ROWS>
+struct Shape {
+  static constexpr int WARPS = ROWS == 16 ? 4 : 8;
+  static constexpr int THREADS = WARPS * WARP;
+  static constexpr int KEYS = DECODE_KEYS;
+  static constexpr int WARPS_N = KEYS / 8, WARPS_M = WARPS / WARPS_N;
+  static constexpr int TILES_M = ROWS / 16 / WARPS_M;  // 算得分时每个 warp 的行块
+  static constexpr int COLUMNS = RANK / WARPS;         // 算输出时每个 warp 的列
+  // 算得分的累加链：只有一个行块时分成两条，免得每次乘加都等上一次。
+  static constexpr int CHAINS = TILES_M == 1 ? 2 : 1;
+  static constexpr int UNROLL = TILES_M == 1 ? 4 : 2;  // 64 行时寄存器刚好够用
+  static constexpr int P_STRIDE = KEYS + TILE_PAD;
+};
+
+// 动态共享内存的划分；行宽取决于 dr，所以在运行时算。
+template <int RANK, int ROWS>
+struct Layout {
+  int width, stride;  // 键的宽（r + dr，补齐）、行距
+  int q, tile, p, reduce, alpha, bytes;
+  __host__ __device__ explicit Layout(int64_t rope_dim) {
+    using S = Shape<RANK, ROWS>;
+    width = RANK + static_cast<int>((rope_dim + 31) / 32 * 32);
+    stride = width + TILE_PAD;
+    q = 0;
+    tile = q + ROWS * stride * 2;
+    p = tile + 2 * S::KEYS * stride * 2;
+    reduce = p + ROWS * S::P_STRIDE * 2;
+    alpha = reduce + S::WARPS_N * ROWS * 4;
+    bytes = alpha + ROWS * 4;
+  }
+};
+
+template <class E, int RANK, int ROWS>
+struct Attend {
+  using S = Shape<RANK, ROWS>;
+
+  const DecodeArgs &args;
+  const dso_mla_inputs &in;
+  Layout<RANK, ROWS> layout;
+  uint16_t *q, *tiles, *p;
+  float *reduce, *alpha;
+  int thread, warp, lane, warp_m, warp_n;
+
+  float o[ROWS / 16][S::COLUMNS / 8][4];
+  float m[S::TILES_M][2], l[S::TILES_M][2];
+  int limit[S::TILES_M][2];
+
+  __device__ Attend(const DecodeArgs &a)
+      : args(a), in(a.in), layout(a.in.rope_dim), thread(static_cast<int>(threadIdx.x)) {
+    unsigned char *shared = dynamic_shared();
+    q = reinterpret_cast<uint16_t *>(shared + layout.q);
+    tiles = reinterpret_cast<uint16_t *>(shared + layout.tile);
+    p = reinterpret_cast<uint16_t *>(shared + layout.p);
+    reduce = reinterpret_cast<float *>(shared + layout.reduce);
+    alpha = reinterpret_cast<float *>(shared + layout.alpha);
+    warp = thread / WARP, lane = thread % WARP;
+    warp_n = warp % S::WARPS_N, warp_m = warp / S::WARPS_N;
+  }
+
+  __device__ uint16_t *tile(int block) const {
+    return tiles + (block & 1) * S::KEYS * layout.stride;
+  }
+
+  // 得分片段里第 t 块第 i 半的行（组内）。
+  __device__ int row_of(int t, int i) const {
+    return (warp_m * S::TILES_M + t) * 16 + fragment_row() + 8 * i;
+  }
+
+  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。
+  __device__ void load_queries(const Piece &piece) {
+    int latent_chunks = RANK / 8, chunks = layout.width / 8;
+    for (int row = warp; row < ROWS; row += S::WARPS) {
+      int64_t at = row_at(args, piece, row);
+      const auto *latent = static_cast<const uint16_t *>(args.q_abs) + (at < 0 ? 0 : at * in.rank);
+      const auto *rope = static_cast<const uint16_t *>(in.q);
+      if (at >= 0) rope += query_at(in, at / in.heads, at % in.heads) + in.nope_dim;
+      for (int c = lane; c < chunks; c += WARP) {
+        int column = c * 8;
+        bool part = c < latent_chunks;
+        bool ok = at >= 0 && (part ? column < in.rank : column - RANK < in.rope_dim);
+        cp_async_16(q + row * layout.stride + column,
+                    part ? latent + (ok ? column : 0) : rope + (ok ? column - RANK : 0), ok);
+      }
+    }
+  }
+
+  // 发出一块键的拷贝；范围之外与被遮住的键填 0（那里可能是没有初始化的 NaN）。
+  __device__ void load_keys(const Piece &piece, int block) {
+    bool quantized = in.latent_dtype == DSO_I8;
+    int bytes = quantized ? 1 : 2;
+    int chunks = static_cast<int>(in.rank) * bytes / 16;
+    for (int key = warp; key < S::KEYS; key += S::WARPS) {
+      int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
+      bool ok = index < piece.key_end && slot_seen(in, piece.at, slot);
+      uint16_t *to = tile(block) + key * layout.stride;
+      const char *latent =
+          element(in.latent, in.latent_dtype,
+                  ok ? slot_at(in, piece.at.row, slot, in.latent_bs, in.latent_ts) : 0);
+      char *latent_to = reinterpret_cast<char *>(to) + (quantized ? RANK : 0);
+      for (int c = lane; c < RANK * bytes / 16; c += WARP) {
+        bool inside = ok && c < chunks;
+        cp_async_16(latent_to + c * 16, latent + (inside ? c * 16 : 0), inside);
+      }
+      const auto *rope = static_cast<const uint16_t *>(in.rope);
+      if (ok) rope += slot_at(in, piece.at.row, slot, in.rope_bs, in.rope_ts);
+      for (int c = lane; c < (layout.width - RANK) / 8; c += WARP) {
+        bool inside = ok && c * 8 < in.rope_dim;
+        cp_async_16(to + RANK + c * 8, rope + (inside ? c * 8 : 0), inside);
+      }
+    }
+    cp_async_commit();
+  }
+
+  // int8 的一块就地展开：一个 warp 一行，整行读进寄存器之后才写。
+  __device__ void expand(const Piece &piece, int block) {
+    constexpr int EACH = RANK / WARP;  // 每个线程的元素数
+    for (int key = warp; key < S::KEYS; key += S::WARPS) {
+      int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
+      bool ok = index < piece.key_end && slot_seen(in, piece.at, slot);
+      float scale = ok ? in.scale[slot_at(in, piece.at.row, slot, in.scale_bs, 1)] : 0.0f;
+      uint16_t *to = tile(block) + key * layout.stride;
+      const auto *raw = reinterpret_cast<const signed char *>(to) + RANK + lane * EACH;
+      signed char values[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; i++) values[i] = raw[i];
+      __syncwarp();
+      auto *pairs = reinterpret_cast<uint32_t *>(to + lane * EACH);
+#pragma unroll
+      for (int i = 0; i < EACH / 2; i++)
+        pairs[i] = E::pack(scale * static_cast<float>(values[2 * i]),
+                           scale * static_cast<float>(values[2 * i + 1]));
+      __syncwarp();
+    }
+  }
+
+  // s [16 TILES_M, 8]
+  __device__ void score(int block, float (&s)[S::TILES_M][4]) {
+    float sum[S::CHAINS][S::TILES_M][4] = {};
+    const uint16_t *keys = tile(block);
+#pragma unroll S::UNROLL
+    for (int k = 0; k < layout.width; k += 32) {
+      uint32_t b[4];
+      load_b_8x32(b, keys, layout.stride, warp_n * 8, k);
+#pragma unroll
+      for (int t = 0; t < S::TILES_M; t++) {
+        uint32_t a[4];
+        int row = (warp_m * S::TILES_M + t) * 16;
+        load_a(a, q, layout.stride, row, k);
+        E::mma(sum[0][t], a, b[0], b[1]);
+        load_a(a, q, layout.stride, row, k + 16);
+        E::mma(sum[S::CHAINS - 1][t], a, b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        s[t][i] = S::CHAINS == 1 ? sum[0][t][i] : sum[0][t][i] + sum[S::CHAINS - 1][t][i];
+  }
+
+  // 看不见的置 -inf，其余乘上系数。
+  __device__ void hide(const Piece &piece, int block, float (&s)[S::TILES_M][4]) {
+    float scale = score_scale(in);
+    int first = piece.key_begin + block * S::KEYS + warp_n * 8 + fragment_column();
+    bool seen[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      seen[e] = first + e < piece.key_end && slot_seen(in, piece.at, piece.at.slot + first + e);
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        s[t][i] = seen[i & 1] && first + (i & 1) < limit[t][i >> 1] ? s[t][i] * scale : -INFINITY;
+  }
+
+  // 在线 softmax：跨 warp 求每行最大值，写出 P（16 位）与旧结果的缩放 alpha。
+  __device__ void softmax(float (&s)[S::TILES_M][4]) {
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float top = quad_max(fmaxf(s[t][2 * i], s[t][2 * i + 1]));
+        if (lane % 4 == 0) reduce[warp_n * ROWS + row_of(t, i)] = top;
+      }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int row = row_of(t, i);
+        float top = m[t][i];
+#pragma unroll
+        for (int w = 0; w < S::WARPS_N; w++) top = fmaxf(top, reduce[w * ROWS + row]);
+        float base = finite_max(top), keep = fast_exp2(m[t][i] - base);
+        float a = fast_exp2(s[t][2 * i] - base), b = fast_exp2(s[t][2 * i + 1] - base);
+        m[t][i] = top, l[t][i] = l[t][i] * keep + (a + b);
+        if (warp_n == 0 && lane % 4 == 0) alpha[row] = keep;
+        auto *to =
+            reinterpret_cast<uint32_t *>(p + row * S::P_STRIDE + warp_n * 8 + fragment_column());
+        *to = E::pack(a, b);
+      }
+    __syncthreads();
+  }
+
+  __device__ void accumulate(int block) {
+#pragma unroll
+    for (int t = 0; t < ROWS / 16; t++) {
+      float keep[2] = {alpha[t * 16 + fragment_row()], alpha[t * 16 + fragment_row() + 8]};
+#pragma unroll
+      for (int n = 0; n < S::COLUMNS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[t][n][i] *= keep[i >> 1];
+    }
+    const uint16_t *values = tile(block);
+#pragma unroll
+    for (int k = 0; k < S::KEYS; k += 16) {
+      uint32_t a[ROWS / 16][4];
+#pragma unroll
+      for (int t = 0; t < ROWS / 16; t++) load_a(a[t], p, S::P_STRIDE, t * 16, k);
+#pragma unroll
+      for (int n = 0; n < S::COLUMNS; n += 16) {
+        uint32_t b[4];
+        load_b_trans(b, values, layout.stride, k, warp * S::COLUMNS + n);
+#pragma unroll
+        for (int t = 0; t < ROWS / 16; t++) {
+          E::mma(o[t][n / 8], a[t], b[0], b[1]);
+          E::mma(o[t][n / 8 + 1], a[t], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ void begin(const Piece &piece) {
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        m[t][i] = -INFINITY, l[t][i] = 0.0f;
+        limit[t][i] = row_limit(args, piece, row_of(t, i));
+      }
+#pragma unroll
+    for (int t = 0; t < ROWS / 16; t++)
+#pragma unroll
+      for (int n = 0; n < S::COLUMNS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[t][n][i] = 0.0f;
+  }
+
+  // 各 warp 的 l 相加，写出结果或部分结果。
+  __device__ void finish(const Piece &piece) {
+#pragma unroll
+    for (int t = 0; t < S::TILES_M; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int row = row_of(t, i);
+        float sum = quad_sum(l[t][i]);
+        if (lane % 4 == 0) reduce[warp_n * ROWS + row] = sum;
+        if (lane % 4 == 0 && warp_n == 0 && !piece.whole)
+          args.part_m[piece.slot * ROWS + row] = m[t][i];
+      }
+    __syncthreads();
+    if (!piece.whole && thread < ROWS) {
+      float sum = 0.0f;
+      for (int w = 0; w < S::WARPS_N; w++) sum += reduce[w * ROWS + thread];
+      args.part_l[piece.slot * ROWS + thread] = sum;
+    }
+#pragma unroll
+    for (int t = 0; t < ROWS / 16; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int row = t * 16 + fragment_row() + 8 * i;
+        float sum = 0.0f;
+        for (int w = 0; w < S::WARPS_N; w++) sum += reduce[w * ROWS + row];
+#pragma unroll
+        for (int n = 0; n < S::COLUMNS / 8; n++)
+          write_pair(args, piece, row, warp * S::COLUMNS + n * 8 + fragment_column(),
+                     o[t][n][2 * i], o[t][n][2 * i + 1], sum);
+      }
+    __syncthreads();  // 下一段要重写 q 与 reduce
+  }
+
+  __device__ void run(const Piece &piece) {
+    begin(piece);
+    load_queries(piece);
+    load_keys(piece, 0);
+    for (int block = 0; block < piece.units; block++) {
+      cp_async_wait<0>();
+      __syncthreads();  // 这一块到齐；上一块的读者也都过去了，可以重写它的缓冲
+      if (block + 1 < piece.units) load_keys(piece, block + 1);
+      if (in.latent_dtype == DSO_I8) {
+        expand(piece, block);
+        __syncthreads();
+      }
+      float s[S::TILES_M][4];
+      score(block, s);
+      hide(piece, block, s);
+      softmax(s);
+      accumulate(block);
+    }
+    finish(piece);
+  }
+};
+
+template <class E, int RANK, int ROWS>
+__global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
+                             1) void mla_decode_kernel(DecodeArgs args) {
+  int64_t each = units_per_cta(args.in, args.schedule);
+  int cta = static_cast<int>(blockIdx.x);
+  int64_t unit = cta * each, end = unit + each;
+  Attend<E, RANK, ROWS> attend(args);
+  Piece piece;
+  while (unit < end && next_piece(args.in, args.schedule, cta, unit, end, &piece)) {
+    attend.run(piece);
+    unit += piece.units;
+  }
+}
+
+// ---- 通用路径：任何 dtype 的组合、任何维度，fp32 计算 ----
+
+struct GeneralLayout {
+  int q_stride, k_stride, q, k, o, p, m, l, alpha, bytes;
+  __host__ __device__ GeneralLayout(const dso_mla_inputs &in, int64_t keys) {
+    q_stride = static_cast<int>(in.rank + in.rope_dim);
+    k_stride = q_stride | 1;  // 奇数：相邻线程读相邻键的同一列，不冲突
+    q = 0, k = q + GENERAL_ROWS * q_stride;
+    o = k + static_cast<int>(keys) * k_stride;
+    p = o + GENERAL_ROWS * static_cast<int>(in.rank);
+    m = p + GENERAL_ROWS * GENERAL_KEYS;
+    l = m + GENERAL_ROWS, alpha = l + GENERAL_ROWS;
+    bytes = (alpha + GENERAL_ROWS) * 4;
+  }
+};
+
+__device__ void general_keys(const DecodeArgs &args, const Piece &piece, int first, float *keys,
+                             int stride) {
+  const dso_mla_inputs &in = args.in;
+  int width = static_cast<int>(in.rank + in.rope_dim), count = args.schedule.keys;
+  for (int i = static_cast<int>(threadIdx.x); i < count * width; i += GENERAL_THREADS) {
+    int key = i / width, column = i % width;
+    int slot = piece.at.slot + first + key, row = piece.at.row;
+    float x = 0.0f;
+    if (first + key < piece.key_end && slot_seen(in, piece.at, slot)) {
+      if (column < in.rank) {
+        x = load_one(in.latent, in.latent_dtype,
+                     slot_at(in, row, slot, in.latent_bs, in.latent_ts) + column);
+        if (in.scale) x *= in.scale[slot_at(in, row, slot, in.scale_bs, 1)];
+      } else {
+        x = load_one(in.rope, in.rope_dtype,
+                     slot_at(in, row, slot, in.rope_bs, in.rope_ts) + column - in.rank);
+      }
+    }
+    keys[key * stride + column] = x;
+  }
+}
+
+// 一个 warp 一行：得分、最大值、P 与 alpha。
+__device__ void general_scores(const DecodeArgs &args, const Piece &piece, int first, float *shared,
+                               const GeneralLayout &at) {
+  const dso_mla_inputs &in = args.in;
+  int row = static_cast<int>(threadIdx.x) / WARP, key = static_cast<int>(threadIdx.x) % WARP;
+  int index = first + key;
+  bool seen = key < args.schedule.keys && index < row_limit(args, piece, row) &&
+              slot_seen(in, piece.at, piece.at.slot + index);
+  float s = -INFINITY;
+  if (seen) {
+    const float *x = shared + at.q + row * at.q_stride, *y = shared + at.k + key * at.k_stride;
+    float sum = 0.0f;
+    for (int c = 0; c < at.q_stride; c++) sum += x[c] * y[c];
+    s = sum * score_scale(in);
+  }
+  float top = s;
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2)
+    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step));
+  float old = shared[at.m + row];
+  top = fmaxf(top, old);
+  float base = finite_max(top), value = fast_exp2(s - base), sum = warp_sum(value);
+  shared[at.p + row * GENERAL_KEYS + key] = value;
+  __syncwarp();
+  if (key == 0) {
+    float keep = fast_exp2(old - base);
+    shared[at.m + row] = top, shared[at.alpha + row] = keep;
+    shared[at.l + row] = shared[at.l + row] * keep + sum;
+  }
+}
+
+__device__ void general_piece(const DecodeArgs &args, const Piece &piece, float *shared,
+                              const GeneralLayout &at) {
+  const dso_mla_inputs &in = args.in;
+  int thread = static_cast<int>(threadIdx.x), rank = static_cast<int>(in.rank);
+  for (int i = thread; i < GENERAL_ROWS * at.q_stride; i += GENERAL_THREADS) {
+    int row = i / at.q_stride, column = i % at.q_stride;
+    int64_t to = row_at(args, piece, row);
+    float x = 0.0f;
+    if (to >= 0)
+      x = column < rank
+              ? load_one(args.q_abs, args.dtype, to * in.rank + column)
+              : load_one(in.q, in.q_dtype,
+                         query_at(in, to / in.heads, to % in.heads) + in.nope_dim + column - rank);
+    shared[at.q + i] = x;
+  }
+  for (int i = thread; i < GENERAL_ROWS * rank; i += GENERAL_THREADS) shared[at.o + i] = 0.0f;
+  if (thread < GENERAL_ROWS) shared[at.m + thread] = -INFINITY, shared[at.l + thread] = 0.0f;
+  for (int block = 0; block < piece.units; block++) {
+    int first = piece.key_begin + block * args.schedule.keys;
+    general_keys(args, piece, first, shared + at.k, at.k_stride);
+    __syncthreads();
+    general_scores(args, piece, first, shared, at);
+    __syncthreads();
+    for (int c = thread; c < rank; c += GENERAL_THREADS) {
+      float sum[GENERAL_ROWS] = {};
+      for (int key = 0; key < args.schedule.keys; key++) {
+        float value = shared[at.k + key * at.k_stride + c];
+#pragma unroll
+        for (int r = 0; r < GENERAL_ROWS; r++)
+          sum[r] += shared[at.p + r * GENERAL_KEYS + key] * value;
+      }
+#pragma unroll
+      for (int r = 0; r < GENERAL_ROWS; r++) {
+        float *o = shared + at.o + r * rank + c;
+        *o = *o * shared[at.alpha + r] + sum[r];
+      }
+    }
+    __syncthreads();
+  }
+  for (int i = thread; i < GENERAL_ROWS * ((rank + 1) / 2); i += GENERAL_THREADS) {
+    int row = i / ((rank + 1) / 2), c = i % ((rank + 1) / 2) * 2;
+    const float *o = shared + at.o + row * rank + c;
+    write_pair(args, piece, row, c, o[0], c + 1 < rank ? o[1] : 0.0f, shared[at.l + row]);
+  }
+  if (!piece.whole && thread < GENERAL_ROWS) {
+    args.part_m[piece.slot * GENERAL_ROWS + thread] = shared[at.m + thread];
+    args.part_l[piece.slot * GENERAL_ROWS + thread] = shared[at.l + thread];
+  }
+  __syncthreads();
+}
+
+__global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
+  int64_t each = units_per_cta(args.in, args.schedule);
+  int cta = static_cast<int>(blockIdx.x);
+  int64_t unit = cta * each, end = unit + each;
+  GeneralLayout at(args.in, args.schedule.keys);
+  auto *shared = reinterpret_cast<float *>(dynamic_shared());
+  Piece piece;
+  while (unit < end && next_piece(args.in, args.schedule, cta, unit, end, &piece)) {
+    general_piece(args, piece, shared, at);
+    unit += piece.units;
+  }
+}
+
+// ---- 合并：每块一个（词元，头），把分给几个 CTA 的部分结果合起来 ----
+
+__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args) {
+  const dso_mla_inputs &in = args.in;
+  const Schedule &s = args.schedule;
+  int64_t flat = blockIdx.x, token = flat / in.heads;
+  int64_t each = units_per_cta(in, s);
+  Found found = find_span(in, s, [&](int64_t i, int64_t, int64_t) {
+    return in.spans[i].q_begin <= token && token < in.spans[i].q_end;
+  });
+  if (found.index >= in.n_spans) return;
+  Load load = load_of(in, s, found.index);
+  int64_t inside = flat - in.spans[found.index].q_begin * in.heads;
+  int64_t begin = found.before + inside / s.rows * load.blocks, row = inside % s.rows;
+  int64_t first = begin / each, last = (begin + load.blocks - 1) / each;
+  if (load.blocks == 0 || first == last) return;  // 什么都看不见，或已经写出
+  auto slot = [&](int64_t c) { return (c == first ? 2 * c + 1 : 2 * c) * s.rows + row; };
+  float top = -INFINITY, sum = 0.0f;
+  for (int64_t c = first; c <= last; c++) top = fmaxf(top, args.part_m[slot(c)]);
+  float base = finite_max(top);
+  for (int64_t c = first; c <= last; c++)
+    sum += fast_exp2(args.part_m[slot(c)] - base) * args.part_l[slot(c)];
+  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int64_t column = threadIdx.x; column < in.rank; column += COMBINE_THREADS) {
+    float x = 0.0f;
+    for (int64_t c = first; c <= last; c++)
+      x += fast_exp2(args.part_m[slot(c)] - base) * args.part[slot(c) * in.rank + column];
+    store_one(args.o, args.dtype, flat * in.rank + column, x * inverse);
+  }
+}
+
+// ---- 主机侧：选路径、划分 ----
+
+bool chunks_ok(const void *data, dso_dtype dtype, int64_t bs, int64_t ts) {
+  int64_t each = 16 / bytes_of(dtype);
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && bs % each == 0 && ts % each == 0;
+}
+
+// 能不能走 mma：16 位的同一种类型，各行都能按 16 字节拷贝。
+bool mma_ok(const dso_cuda_mla_decode_params *p) {
+  const dso_mla_inputs &in = p->in;
+  if (p->dtype == DSO_F32 || in.q_dtype != p->dtype || in.rope_dtype != p->dtype) return false;
+  if (in.latent_dtype != p->dtype && in.latent_dtype != DSO_I8) return false;
+  int64_t each = 16 / bytes_of(in.latent_dtype);
+  return in.rank <= 512 && in.rank % each == 0 && in.rope_dim % 8 == 0 && in.nope_dim % 8 == 0 &&
+         chunks_ok(in.latent, in.latent_dtype, in.latent_bs, in.latent_ts) &&
+         chunks_ok(in.rope, in.rope_dtype, in.rope_bs, in.rope_ts) &&
+         chunks_ok(in.q, in.q_dtype, in.q_bs, in.q_ts) && in.q_hs % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(p->q_abs) % 16 == 0;
+}
+
+template <class E, int RANK, int ROWS>
+cudaError_t run_mma(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
+  Layout<RANK, ROWS> layout(args.in.rope_dim);
+  if (bytes) {
+    *bytes = layout.bytes;
+    return cudaSuccess;
+  }
+  return launch(mla_decode_kernel<E, RANK, ROWS>, dim3(static_cast<unsigned>(args.schedule.ctas)),
+                dim3(Shape<RANK, ROWS>::THREADS), static_cast<size_t>(layout.bytes), stream, args);
+}
+
+template <class E, int RANK>
+cudaError_t pick_rows(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
+  switch (args.schedule.rows) {
+    case 16:
+      return run_mma<E, RANK, 16>(args, bytes, stream);
+    case 32:
+      return run_mma<E, RANK, 32>(args, bytes, stream);
+    default:
+      return run_mma<E, RANK, 64>(args, bytes, stream);
+  }
+}
+
+template <class E>
+cudaError_t pick_rank(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
+  if (args.in.rank <= 128) return pick_rows<E, 128>(args, bytes, stream);
+  if (args.in.rank <= 256) return pick_rows<E, 256>(args, bytes, stream);
+  return pick_rows<E, 512>(args, bytes, stream);
+}
+
+// bytes 不为空时只算共享内存的大小，不启动。
+cudaError_t run_mma(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
+  return args.dtype == DSO_BF16 ? pick_rank<Bf16>(args, bytes, stream)
+                                : pick_rank<F16>(args, bytes, stream);
+}
+
+struct Plan {
+  DecodeArgs args;
+  bool mma;
+  size_t scratch;
+};
+
+int shared_bytes(const DecodeArgs &args, bool mma) {
+  int bytes = 0;
+  if (mma)
+    run_mma(args, &bytes, nullptr);
+  else
+    bytes = GeneralLayout(args.in, args.schedule.keys).bytes;
+  return bytes;
+}
+
+// 行数：能一组就一组；几组时分得匀一些，再取够用的最小一档，共享内存放不下就降一档。
+void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan *plan) {
+  Schedule &s = plan->args.schedule;
+  if (!plan->mma) {
+    s.rows = GENERAL_ROWS, s.keys = GENERAL_KEYS;
+    while (s.keys > 1 && shared_bytes(plan->args, false) > device.shared_limit) s.keys /= 2;
+    return;
+  }
+  s.keys = DECODE_KEYS;
+  int64_t most = p->most_rows < 1 ? 1 : p->most_rows, groups = ceil_div(most, 64);
+  for (int rows : DECODE_ROWS) {
+    int old = s.rows;
+    s.rows = rows;
+    if (old && shared_bytes(plan->args, true) > device.shared_limit) {
+      s.rows = old;
+      return;
+    }
+    if (rows >= ceil_div(most, groups)) return;
+  }
+}
+
+cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
+  Device device;
+  cudaError_t error = device_of(&device);
+  if (error != cudaSuccess) return error;
+  *plan = {};
+  plan->args.in = p->in, plan->args.q_abs = p->q_abs, plan->args.o = p->o;
+  plan->args.dtype = p->dtype;
+  plan->mma = mma_ok(p);
+  choose_tile(p, device, plan);
+  int bytes = shared_bytes(plan->args, plan->mma);
+  if (bytes > device.shared_limit) return cudaErrorInvalidValue;
+  Schedule &s = plan->args.schedule;
+  s.minimum_units = DECODE_MIN_UNITS;
+  // 单位数的上界只用主机知道的形状；实际的在核里数。
+  int64_t groups = ceil_div(p->in.b * p->in.t * p->in.heads, s.rows) + p->in.n_spans;
+  int64_t units = groups * ceil_div(p->in.s, s.keys);
+  int resident = (device.shared_limit + 1024) / (bytes + 1024);
+  int64_t most = ceil_div(units, s.minimum_units);
+  s.ctas = device.sms * (resident < 1 ? 1 : resident);
+  if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
+  plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows) * static_cast<size_t>(p->in.rank + 2) *
+                  sizeof(float);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, size_t *bytes) {
+  Plan plan;
+  cudaError_t error = make_plan(p, &plan);
+  *bytes = plan.scratch;
+  return error;
+}
+
+cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scratch,
+                                cudaStream_t stream) {
+  int64_t rows = p->in.b * p->in.t * p->in.heads;
+  if (rows == 0 || p->in.n_spans == 0) return cudaSuccess;
+  Plan plan;
+  cudaError_t error = make_plan(p, &plan);
+  if (error != cudaSuccess) return error;
+  DecodeArgs &args = plan.args;
+  const Schedule &s = args.schedule;
+  args.part = static_cast<float *>(scratch);
+  args.part_m = args.part + 2 * s.ctas * s.rows * args.in.rank;
+  args.part_l = args.part_m + 2 * s.ctas * s.rows;
+  if (plan.mma) {
+    error = run_mma(args, nullptr, stream);
+  } else {
+    size_t bytes = static_cast<size_t>(shared_bytes(args, false));
+    error = launch(mla_decode_general, dim3(static_cast<unsigned>(s.ctas)), dim3(GENERAL_THREADS),
+                   bytes, stream, args);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(mla_decode_combine, dim3(static_cast<unsigned>(rows)), dim3(COMBINE_THREADS), 0,
+                stream, args);
+}

@@ -1,0 +1,57 @@
+// mla_decode 的各条路径（sm_80 的 mma、sm_90a 的 wgmma、通用的 fp32）共用的参数。
+#pragma once
+
+#include "dso_cuda.h"
+#include "mla_schedule.cuh"
+
+namespace dso {
+
+struct DecodeArgs {
+  dso_mla_inputs in;
+  const void *q_abs;       // [B*T, H, r]：查询的非旋转部分已吸收 W_UK
+  void *o;                 // [B*T, H, r]：还没有乘 W_UV
+  dso_dtype dtype;         // q_abs 与 o 的类型
+  float *part;             // [2 * CTA 数, rows, r]：没有归一化的部分结果
+  float *part_m, *part_l;  // [2 * CTA 数, rows]：最大值（以 2 为底的得分）、指数之和
+  Schedule schedule;
+};
+
+// 得分以 2 为底：exp2(x * score_scale - m)。
+__device__ inline float score_scale(const dso_mla_inputs &in) {
+  return in.softmax_scale * 1.4426950408889634f;
+}
+
+// 组内第 row 行可见的键的末尾（span 内），不超过 key_end；超出这组的行什么都看不见。
+__device__ inline int row_limit(const DecodeArgs &args, const Piece &piece, int row) {
+  int heads = static_cast<int>(args.in.heads), flat = piece.group * args.schedule.rows + row;
+  if (flat >= piece.at.q_len * heads) return 0;
+  int limit = visible_keys(args.in, piece.at, flat / heads);
+  return limit < piece.key_end ? limit : piece.key_end;
+}
+
+// 组内第 row 行在 [B*T, H] 里的展平下标；超出这组的为 -1。
+__device__ inline int64_t row_at(const DecodeArgs &args, const Piece &piece, int row) {
+  int64_t flat = piece.group * args.schedule.rows + row;
+  if (flat >= piece.at.q_len * args.in.heads) return -1;
+  return piece.at.q_begin * args.in.heads + flat;
+}
+
+// 写一行的两个相邻元素：完整的一段除以 l 后写结果，否则写部分结果。
+__device__ inline void write_pair(const DecodeArgs &args, const Piece &piece, int row, int column,
+                                  float a, float b, float l) {
+  int64_t at = row_at(args, piece, row);
+  if (at < 0 || column >= args.in.rank) return;
+  bool second = column + 1 < args.in.rank;
+  if (!piece.whole) {
+    float *to = args.part +
+                static_cast<int64_t>(piece.slot * args.schedule.rows + row) * args.in.rank + column;
+    to[0] = a;
+    if (second) to[1] = b;
+    return;
+  }
+  float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  store_one(args.o, args.dtype, at * args.in.rank + column, a * inverse);
+  if (second) store_one(args.o, args.dtype, at * args.in.rank + column + 1, b * inverse);
+}
+
+}  // namespace dso

@@ -1,0 +1,78 @@
+// 16 位矩阵块的公共部分：片段的读取、两种元素、softmax 的零碎。
+//
+// 共享内存里的块是行主序，行距（元素）= 宽 + 8，宽是 32 的倍数：行距是 16 字节的奇数倍，ldmatrix 的
+// 8 行落在不同的库，没有冲突，也不用交错。
+#pragma once
+
+#include <ptx.cuh>
+
+#include "vec.cuh"
+
+namespace dso {
+
+constexpr int TILE_PAD = 8;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+struct Bf16 {
+  static constexpr dso_dtype dtype = DSO_BF16;
+  __device__ static uint32_t pack(float a, float b) { return pack_bf16(a, b); }
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(d, a, b0, b1);
+  }
+};
+
+struct F16 {
+  static constexpr dso_dtype dtype = DSO_F16;
+  __device__ static uint32_t pack(float a, float b) { return pack_f16(a, b); }
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_f16(d, a, b0, b1);
+  }
+};
+
+// 线程在 16x8 结果片段里的位置：行 fragment_row() + 8 (i / 2)，列 fragment_column() + i % 2。
+__device__ inline int fragment_row() { return static_cast<int>(threadIdx.x) % WARP / 4; }
+__device__ inline int fragment_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+
+// 左操作数：tile 里 [row, row + 16) x [column, column + 16)。
+__device__ inline void load_a(uint32_t (&a)[4], const uint16_t *tile, int stride, int row,
+                              int column) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  ldmatrix_x4(a, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
+}
+
+// 右操作数，tile 按 [n][k] 存：8 个 n、32 个 k；(b[0], b[1]) 是前 16 个 k，(b[2], b[3]) 是后 16 个。
+__device__ inline void load_b_8x32(uint32_t (&b)[4], const uint16_t *tile, int stride, int n,
+                                   int k) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  ldmatrix_x4(b, tile + (n + lane % 8) * stride + k + lane / 8 * 8);
+}
+
+// 同上：16 个 n、16 个 k；(b[0], b[1]) 是前 8 个 n，(b[2], b[3]) 是后 8 个。
+__device__ inline void load_b_16x16(uint32_t (&b)[4], const uint16_t *tile, int stride, int n,
+                                    int k) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  ldmatrix_x4(b, tile + (n + lane / 16 * 8 + lane % 8) * stride + k + lane / 8 % 2 * 8);
+}
+
+// 右操作数，tile 按 [k][n] 存（例如值：行是键）：16 个 k、16 个 n，(b[0], b[1]) 是前 8 个 n。
+__device__ inline void load_b_trans(uint32_t (&b)[4], const uint16_t *tile, int stride, int k,
+                                    int n) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  ldmatrix_x4_trans(b, tile + (k + lane / 8 % 2 * 8 + lane % 8) * stride + n + lane / 16 * 8);
+}
+
+// 一行的 4 个线程（同一 fragment_row）之间。
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(ALL_LANES, x, 1);
+  return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+// 最大值还是 -inf（什么都没看见）时按 0 算：exp2(-inf - 0) = 0，而不是 NaN。
+__device__ inline float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
+
+}  // namespace dso

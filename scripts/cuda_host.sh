@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# 没有 GPU 也检查 CUDA 核：用主机编译器把 cuda/ 编成带 ASan、UBSan 的库（tests/cuda/host 模拟 CUDA），
+# 再跑模拟器自己的测试与各算子的测试。参数原样交给 pytest；不带参数时跑全部。环境变量：VENV
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/common.sh
+cxx=${CXX:-g++}
+libraries=("$("$cxx" -print-file-name=libasan.so)" "$("$cxx" -print-file-name=libubsan.so)")
+tests=("$@")
+if [ "${#tests[@]}" = 0 ]; then
+    tests=(tests/cuda/test_simulator.py tests/cuda/test_orders.py)
+    for op in rms_norm rope mla_cache_write mla_decode; do tests+=("tests/test_$op.py"); done
+fi
+# 泄漏不查：Python 自己就有；链接次序也不查：libasan 由 LD_PRELOAD 装上。
+export DSO_HOST=1 DSO_HOST_SANITIZE=1
+export ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0
+LD_PRELOAD="${libraries[*]}" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"

@@ -1,0 +1,25 @@
+// cuda/launch.cuh 的主机替身：在模拟器上运行核。
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dso {
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   A... args) {
+  return cuda_host::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
+}
+
+// 模拟成一块 132 个 SM 的卡太慢；3 个足够让切分与合并都发生。DSO_HOST_SHARED 可改共享内存的上限。
+struct Device {
+  int sms, shared_limit, major;
+};
+
+inline cudaError_t device_of(Device *device) {
+  const char *shared = std::getenv("DSO_HOST_SHARED"), *major = std::getenv("DSO_HOST_MAJOR");
+  *device = {3, shared ? std::atoi(shared) : 227 << 10, major ? std::atoi(major) : 8};
+  return cudaSuccess;
+}
+
+}  // namespace dso

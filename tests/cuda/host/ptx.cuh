@@ -1,0 +1,139 @@
+// cuda/ptx.cuh 的主机替身：同样的片段布局，同样的异步语义（见 sim.h 的 DSO_HOST_ASYNC）。
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace dso {
+
+inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
+
+// ---- 异步拷贝 ----
+
+inline void cp_async_16(void *to, const void *from, bool valid) {
+  using namespace cuda_host;
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
+      (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
+    fail("cp.async 的地址没有对齐到 16 字节");
+  shared_offset(to);
+  defer(COPY_QUEUE, [=] {
+    if (valid)
+      std::memcpy(to, from, 16);
+    else
+      std::memset(to, 0, 16);
+  });
+}
+
+inline void cp_async_commit() { cuda_host::commit(cuda_host::COPY_QUEUE); }
+
+template <int LEFT>
+void cp_async_wait() {
+  cuda_host::wait_groups(cuda_host::COPY_QUEUE, LEFT);
+}
+
+// ---- 矩阵片段 ----
+
+struct MatrixLoad {
+  const void *row;
+  uint32_t result[4];
+};
+
+// 8x8 矩阵 m 的元素 (i, j)。
+inline uint16_t matrix_element(void **records, int m, int i, int j) {
+  uint16_t value;
+  const void *row = static_cast<MatrixLoad *>(records[m * 8 + i])->row;
+  std::memcpy(&value, static_cast<const char *>(row) + 2 * j, 2);
+  return value;
+}
+
+template <bool TRANS>
+void load_matrices(void **records, int count) {
+  for (int m = 0; m < 4; m++) {
+    const void *rows[8];
+    for (int i = 0; i < 8; i++) {
+      rows[i] = static_cast<MatrixLoad *>(records[m * 8 + i])->row;
+      if (reinterpret_cast<uintptr_t>(rows[i]) % 16 != 0)
+        cuda_host::fail("ldmatrix 的行没有对齐到 16 字节");
+    }
+    cuda_host::count_conflicts(rows, 8);
+    for (int lane = 0; lane < count; lane++) {
+      int i = lane / 4, j = lane % 4 * 2;
+      uint16_t low = TRANS ? matrix_element(records, m, j, i) : matrix_element(records, m, i, j);
+      uint16_t high =
+          TRANS ? matrix_element(records, m, j + 1, i) : matrix_element(records, m, i, j + 1);
+      static_cast<MatrixLoad *>(records[lane])->result[m] = low | static_cast<uint32_t>(high) << 16;
+    }
+  }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void *row) {
+  MatrixLoad record{row, {}};
+  cuda_host::collective("ldmatrix", &record, 1, load_matrices<false>);
+  std::copy(record.result, record.result + 4, r);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row) {
+  MatrixLoad record{row, {}};
+  cuda_host::collective("ldmatrix.trans", &record, 1, load_matrices<true>);
+  std::copy(record.result, record.result + 4, r);
+}
+
+struct MatrixProduct {
+  float *d;
+  uint32_t a[4], b[2];
+};
+
+template <class Decode>
+void multiply(void **records, Decode decode) {
+  static float a[16][16], b[8][16];  // b 按列存
+  for (int lane = 0; lane < 32; lane++) {
+    const auto &mine = *static_cast<MatrixProduct *>(records[lane]);
+    int row = lane / 4, column = lane % 4 * 2;
+    for (int part = 0; part < 4; part++)
+      for (int e = 0; e < 2; e++)
+        a[row + 8 * (part & 1)][column + 8 * (part >> 1) + e] =
+            decode(static_cast<uint16_t>(mine.a[part] >> (16 * e)));
+    for (int part = 0; part < 2; part++)
+      for (int e = 0; e < 2; e++)
+        b[row][column + 8 * part + e] = decode(static_cast<uint16_t>(mine.b[part] >> (16 * e)));
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    float *d = static_cast<MatrixProduct *>(records[lane])->d;
+    for (int i = 0; i < 4; i++) {
+      int row = lane / 4 + 8 * (i >> 1), column = lane % 4 * 2 + (i & 1);
+      float sum = 0;
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[column][k];
+      d[i] += sum;
+    }
+  }
+}
+
+inline float decode_bf16(uint16_t bits) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+inline float decode_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MatrixProduct record{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  cuda_host::collective("mma.bf16", &record, 1,
+                        [](void **records, int) { multiply(records, decode_bf16); });
+}
+
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MatrixProduct record{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  cuda_host::collective("mma.f16", &record, 1,
+                        [](void **records, int) { multiply(records, decode_f16); });
+}
+
+inline uint32_t pack_bf16(float a, float b) {
+  return __float2bfloat16_rn(a).bits | static_cast<uint32_t>(__float2bfloat16_rn(b).bits) << 16;
+}
+
+inline uint32_t pack_f16(float a, float b) {
+  return __float2half_rn(a).bits | static_cast<uint32_t>(__float2half_rn(b).bits) << 16;
+}
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+}  // namespace dso

@@ -1,0 +1,64 @@
+// CUDA 的主机模拟：线程块、纤程、屏障、异步拷贝的调度。只用来在没有 GPU 的机器上检查核的算术与同步。
+//
+// 每个 CUDA 线程一个纤程，线程块逐个运行。同一个 warp 一直运行到它的全部线程都停在跨 warp 的同步上，
+// 才轮到下一个 warp：warp 之间错开得最远，漏掉的屏障最容易露出来。环境变量（每次启动时读）：
+//   DSO_HOST_ORDER  forward（默认）、reverse 或 random:<种子>：warp 与线程的次序；
+//   DSO_HOST_ASYNC  eager（默认，发出时就完成）或 lazy（拖到必须完成时）：cp.async、TMA、wgmma。
+// 正确的核在任何次序下给出逐位相同的结果。动态共享内存在块开始时填满 0xff（NaN）：没写就读看得出来。
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+namespace cuda_host {
+
+constexpr int LANES = 32;
+
+// 运行一个网格；出错（死锁、不一致的集体操作、超出共享内存上限）时返回 719，原因在 last_failure()。
+int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()> &body);
+const char *last_failure();
+
+// 当前线程的坐标。
+const dim3 &thread_index();
+const dim3 &block_index();
+const dim3 &block_size();
+const dim3 &grid_size();
+
+unsigned char *shared_memory();
+size_t shared_size();
+size_t shared_offset(const void *p);  // 越出动态共享内存就失败
+
+bool lazy();
+[[noreturn]] void fail(const char *why);
+
+// 一个 warp（或连续 4 个 warp）的集体操作：每个线程交出一条记录，最后到的线程对全部记录执行 act。
+// 记录在各线程自己的栈上，act 可以读写；name 不一致说明线程走到了不同的指令。
+using Act = void (*)(void **records, int count);
+void collective(const char *name, void *record, int warps, Act act);
+
+// 具名屏障（0 即 __syncthreads）：threads 个线程都到了才放行；wait 为 false 时只报到。
+void named_barrier(int id, int threads, bool wait);
+
+// 推迟的动作：eager 时立即执行。线程自己的按组提交（cp.async、wgmma），等待时执行。
+enum Queue { COPY_QUEUE, MMA_QUEUE, QUEUES };
+void defer(Queue queue, std::function<void()> action);
+void commit(Queue queue);
+void wait_groups(Queue queue, int left);  // 至多留下 left 组没完成
+// 不属于任何线程的（TMA）：lazy 时所有线程都停住才执行一个。
+void defer_global(std::function<void()> action);
+
+// 停到 ready() 为真。
+void wait_until(const std::function<bool()> &ready);
+
+// 各种访存的共享内存库冲突次数（ldmatrix 的每 8 行、cp.async 的每 8 线程），测试用。
+void count_conflicts(const void *const *rows, int count);
+long conflicts();
+void reset_conflicts();
+
+}  // namespace cuda_host

@@ -1,0 +1,71 @@
+"""CUDA 核在主机模拟上：线程、warp 与异步完成的次序怎样打乱，结果都逐位相同；没有共享内存的库冲突。"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from deepseek_opt import ops
+from tests.cuda import host_library
+from tests.op_cases import attention, randn
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
+)
+MODES = [("reverse", "lazy"), ("random:1", "lazy"), ("random:2", "eager"), ("random:3", "lazy")]
+BF16 = torch.bfloat16
+# 一个块多于一个键块、几个 CTA 分一行、各行长短不一。
+DECODE = {
+    "16 行": (2, 1, 150, 4, (128, 32, 8, 8)),
+    "32 行": (1, 2, 150, 15, (256, 64, 8, 8)),
+    "64 行": (1, 3, 100, 20, (512, 0, 8, 8)),
+    "通用": (2, 2, 90, 3, (33, 6, 9, 5)),
+}
+
+
+def same_in_every_order(monkeypatch, run):
+    """在默认次序下的结果；换各种次序都逐位相同。"""
+    expected = run()
+    for order, timing in MODES:
+        monkeypatch.setenv("DSO_HOST_ORDER", order)
+        monkeypatch.setenv("DSO_HOST_ASYNC", timing)
+        for one, other in zip(expected, run(), strict=True):
+            assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), (order, timing)
+
+
+@pytest.fixture(autouse=True)
+def _no_bank_conflicts():
+    library = host_library.load()
+    library.dso_host_reset_conflicts()
+    yield
+    assert library.dso_host_conflicts() == 0
+
+
+@pytest.mark.parametrize("dim", [64, 2048, 1031])
+def test_norms(monkeypatch, dim):
+    x, weight, grad = randn(9, dim), randn(dim), randn(9, dim)
+    backward = torch.ops.deepseek_opt.rms_norm_backward
+    same_in_every_order(
+        monkeypatch, lambda: (ops.rms_norm(x, weight, 1e-6), *backward(grad, x, weight, 1e-6))
+    )
+
+
+def test_rope_and_cache_write(monkeypatch):
+    x, angle = randn(2, 3, 4, 64, dtype=BF16), randn(1, 3, 32)
+    latent, keys = randn(2, 3, 64), randn(2, 3, 16)
+
+    def run():
+        cache = torch.zeros(2, 8, 64, dtype=torch.int8), torch.zeros(2, 8, 16), torch.zeros(2, 8)
+        ops.mla_cache_write(*cache, latent, keys, torch.tensor([0, 5]))
+        return ops.rope(x, angle.cos(), angle.sin(), True), *cache
+
+    same_in_every_order(monkeypatch, run)
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+@pytest.mark.parametrize("shape", DECODE.values(), ids=DECODE)
+def test_decode(monkeypatch, shape, cache):
+    case = attention(*shape, dtype=BF16, cache=cache or BF16, masked=True)
+    same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*case.args()),))
