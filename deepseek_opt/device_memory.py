@@ -1,4 +1,4 @@
-"""设备的显存不够时：一句中文，写明在做什么、要多少、还剩多少。"""
+"""设备的内存不够时：一句中文，写明在做什么、要多少、还剩多少。"""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from deepseek_opt.errors import DeviceMemoryError
 
+_MARKS = ("out of memory", "can't allocate memory", '"aten::new_empty"', '"aten::new_zeros"')
+
 
 def out_of_memory(
     what: str, device: torch.device, error: BaseException, required: int | None = None
 ) -> DeviceMemoryError:
-    """由 torch 的显存不足得到本库的异常；required 是这次要的字节数。已经是本库的原样返回。"""
+    """由 torch 的内存不足得到本库的异常；required 是这次要的字节数。已经是本库的原样返回。"""
     from deepseek_opt.config import format_bytes
 
     if isinstance(error, DeviceMemoryError):
@@ -26,8 +28,14 @@ def out_of_memory(
     if free is not None:
         parts.append(f"设备上还空着 {format_bytes(free)}")
     detail = str(error).split("\n", maxsplit=1)[0]
-    message = f"设备 {device} 的显存不够：{'，'.join(parts)}（{detail}）"
+    message = f"设备 {device} 的内存不够：{'，'.join(parts)}（{detail}）"
     return DeviceMemoryError(message, required_bytes=required, free_bytes=free)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """是不是分配失败：torch 自己的异常，或绑定里的分配（经过稳定 ABI，只剩下哪个调用失败）。"""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(mark in text for mark in _MARKS)
 
 
 def shapes_of(args: Iterable[Any]) -> str:

@@ -111,7 +111,7 @@ class RowLengths:
     def grow(self, length: int, limit: int | None, parts: Parts, make: Any) -> None:
         """容量增长到至少 length（翻倍，按 ROUND 取整，不超过 limit），已有内容搬过去；``make`` 分配。
 
-        显存放不下翻倍的就只取够用的；仍不够则抛出 DeviceMemoryError，什么都没有改动。
+        内存放不下翻倍的就只取够用的；仍不够则抛出 DeviceMemoryError，什么都没有改动。
         """
         least = _rounded(length, limit)
         capacity = _rounded(max(length, 2 * self.capacity or length + ROUND), limit)
@@ -163,14 +163,12 @@ class RowLengths:
         self._untidy = self._short is not None
         return self._length
 
-    def unwind(self, length: int) -> None:
-        """最长的一行退回 length：撤去这以来各行一起写入的；原本是空的就连缓冲区一起释放。"""
-        if self._length <= length:
-            return
-        if length:
-            self.crop(length - self._length)
-        else:
+    def unwind(self, length: int, held: bool) -> None:
+        """最长的一行退回 length，撤去这以来各行一起写入的；held 为当时有没有缓冲区，没有就释放。"""
+        if not held:
             self.reset()
+        elif self._length > length:
+            self.crop(length - self._length)
 
     def tidy(self) -> None:
         """要给外面看之前：短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
