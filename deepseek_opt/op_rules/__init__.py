@@ -5,3 +5,4 @@
 """
 
 from deepseek_opt.op_rules import dense, mla, moe, moe_quantized, mtp  # noqa: F401
+from deepseek_opt.op_rules.register import mixed_devices  # noqa: F401

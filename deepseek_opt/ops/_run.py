@@ -55,5 +55,4 @@ def _no_kernel(name: str, op: Any, args: tuple) -> Exception:
     if len(devices) == 1:
         return UnsupportedError(f"{name}：这些张量在 {devices[0]} 上，没有对应的核。")
     names = [argument.name for argument in op._schema.arguments]
-    where = "，".join(f"{names[i]} 在 {device}" for i, device in found)
-    return InputError(f"deepseek_opt：{name}：全部张量应在同一设备上，实际是 {where}。")
+    return InputError(op_rules.mixed_devices(name, [(names[i], device) for i, device in found]))

@@ -81,15 +81,21 @@ def slice_spans(spans: Tensor, q_len: int, start: int, stop: int, causal: bool =
         raise ValueError(
             f"slice_spans：应满足 0 <= start < stop <= {q_len}，实际是 {start}、{stop}。"
         )
+    part = _sliced(spans, q_len, start, stop, causal)
+    # 去掉空的要知道有几个，得等设备；核会跳过它们
+    return part[part[:, 0] < part[:, 1]] if spans.is_cpu else part
+
+
+def _sliced(spans: Tensor, q_len: int, start: int, stop: int, causal: bool) -> Tensor:
+    """[n, 4]：被切空的，查询范围为空。"""
     rows = spans[:, 0].div(q_len, rounding_mode="floor")
     low = spans[:, 0].maximum(rows * q_len + start)
-    high = spans[:, 1].minimum(rows * q_len + stop)
-    keys = spans[:, 3] - (spans[:, 1] - high) if causal else spans[:, 3]
+    high = spans[:, 1].minimum(rows * q_len + stop).maximum(low)
+    keys = spans[:, 3]
+    if causal:
+        keys = (keys - (spans[:, 1] - high)).maximum(spans[:, 2])
     shift = rows * (stop - start) - rows * q_len - start
-    if spans.is_cpu:
-        return torch.stack((low + shift, high + shift, spans[:, 2], keys), 1)[low < high]
-    high = high.maximum(low)  # 去掉空的要知道有几个，得等设备
-    return torch.stack((low + shift, high + shift, spans[:, 2], keys.maximum(spans[:, 2])), 1)
+    return torch.stack((low + shift, high + shift, spans[:, 2], keys), 1)
 
 
 def _per_row(value: Tensor | list[int] | None, default: int, batch: int, name: str) -> Tensor:
