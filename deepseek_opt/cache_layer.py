@@ -68,8 +68,11 @@ class LatentLayer(RowLengths):
         return [buffer for buffer in found if buffer is not None]
 
     def replace(self, buffers: Sequence[Tensor] | None) -> None:
-        found = [None, None, None] if buffers is None else [*buffers, None]
-        self.latent, self.rope, self.scale = found[:3]
+        if buffers is None:
+            self.latent = self.rope = self.scale = None
+        else:
+            self.latent, self.rope, *scale = buffers
+            self.scale = scale[0] if scale else None
 
     def dequantized(self) -> Tensor | None:
         """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""

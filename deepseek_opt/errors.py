@@ -44,6 +44,12 @@ def describe(value: Any) -> str:
     return text if len(text) <= _MAX_REPR else text[: _MAX_REPR - 1] + "…"
 
 
+def mixed_devices(name: str, found: Iterable[tuple[str, Any]]) -> str:
+    """算子 name 的张量不在同一设备上的说明；found 为各张量的 (参数名, 设备)。"""
+    where = "，".join(f"{argument} 在 {device}" for argument, device in found)
+    return f"deepseek_opt：{name}：全部张量应在同一设备上，实际是 {where}。"
+
+
 class DeepSeekOptError(Exception):
     """本库所有异常的基类。"""
 

@@ -32,7 +32,10 @@ class KVLayer(RowLengths):
         return [] if self._keys is None else [self._keys, self._values]
 
     def replace(self, buffers: Sequence[Tensor] | None) -> None:
-        self._keys, self._values = (None, None) if buffers is None else buffers
+        if buffers is None:
+            self._keys = self._values = None
+        else:
+            self._keys, self._values = buffers
 
     def views(self) -> tuple[Tensor, Tensor]:
         """K [B, H, S, D] 与 V：前 length 个槽位的视图，不复制；行尾之后的槽位是有限的数，由掩码遮住。"""

@@ -54,6 +54,7 @@ class _Moves(NamedTuple):
 
 _moves = TensorMemo()
 
+
 class RowLengths:
     """缓冲区都是 [B, C, ...]，第 b 行的前 ``lengths[b]`` 个槽位有效；子类给出 buffers、replace。"""
 

@@ -81,7 +81,7 @@ def test_watch_notices(cuda):
             read()
         assert len(watch.reads) == 1
     with pytest.raises(Exception, match="same device"):
-        x + torch.ones(3)
+        x.add(torch.ones(3))
     assert x.device.type == "cuda" and cuda is not None
 
 
@@ -147,7 +147,9 @@ def test_every_architecture(monkeypatch, model_type):
     if not available(model_type):
         pytest.skip("这个版本的 transformers 没有")
     model = model_on_cuda(model_type, OptimizationProfile(mla=MLAConfig()))
-    layers = [m for m in model.modules() if type(m.__dict__.get("forward")).__name__ == "AttentionPatch"]
+    layers = [
+        m for m in model.modules() if type(m.__dict__.get("forward")).__name__ == "AttentionPatch"
+    ]
     with fake_cuda(monkeypatch):
         move(model)
         for layer in layers:

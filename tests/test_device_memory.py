@@ -192,7 +192,7 @@ def test_first_forward_frees_the_cache(monkeypatch, model):
     torch.testing.assert_close(again, expected, **tol(torch.float32))
 
 
-def test_other_parts_of_a_forward(monkeypatch, model):
+def test_other_parts_of_a_forward(model):
     """不是本库的算子放不下：同样退回缓存，报错说明是哪个前向。"""
     ids, _ = make_inputs()
     with torch.no_grad():

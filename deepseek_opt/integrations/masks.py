@@ -91,27 +91,31 @@ def build_plan(
     """精确换算；见模块说明。"""
     if mask is None:
         return MaskPlan(_full_spans(batch, q_len, kv_len, slots, device), None)
-    if not isinstance(mask, Tensor):
-        return MaskPlan(
-            None, None, f"掩码类型 {type(mask).__name__}（如 flex_attention 的 BlockMask）"
-        )
-    if mask.device != device:
-        return MaskPlan(None, None, f"掩码在 {mask.device}，输入在 {device}")
-    if mask.dim() == 2 and mask.shape[0] != batch:
-        return MaskPlan(None, None, f"掩码有 {mask.shape[0]} 行，输入有 {batch} 行")
-    if isinstance(kv_len, Tensor):
-        if mask.dim() == 2:
-            return _plan_on_device(mask, q_len, kv_len, slots)
-        return MaskPlan(None, None, f"设备上的 StaticCache 配 {mask.dim()} 维的掩码")
-    if mask.shape[-1] < kv_len:
-        return MaskPlan(None, None, f"掩码宽 {mask.shape[-1]}，少于键的个数 {kv_len}")
-    if mask.dim() == 2:
-        if not mask.is_cpu:
-            return _plan_on_device(mask, q_len, kv_len, slots)
-        return _plan_padding(mask[:, :kv_len], batch, q_len, kv_len, slots)
+    reason = _refusal(mask, batch, kv_len, device)
+    if reason is not None:
+        return MaskPlan(None, None, reason)
     if mask.dim() == 4:
         return _plan_full(mask, batch, q_len, kv_len, slots)
-    return MaskPlan(None, None, f"掩码是 {mask.dim()} 维")
+    if isinstance(kv_len, Tensor) or not mask.is_cpu:
+        return _plan_on_device(mask, q_len, kv_len, slots)
+    return _plan_padding(mask[:, :kv_len], batch, q_len, kv_len, slots)
+
+
+def _refusal(mask: Any, batch: int, kv_len: int | Tensor, device: torch.device) -> str | None:
+    """不看内容就知道不支持的原因。"""
+    if not isinstance(mask, Tensor):
+        return f"掩码类型 {type(mask).__name__}（如 flex_attention 的 BlockMask）"
+    if mask.device != device:
+        return f"掩码在 {mask.device}，输入在 {device}"
+    if isinstance(kv_len, int) and mask.shape[-1] < kv_len:
+        return f"掩码宽 {mask.shape[-1]}，少于键的个数 {kv_len}"
+    if mask.dim() not in (2, 4):
+        return f"掩码是 {mask.dim()} 维"
+    if mask.dim() == 2 and mask.shape[0] != batch:
+        return f"掩码有 {mask.shape[0]} 行，输入有 {batch} 行"
+    if mask.dim() == 4 and isinstance(kv_len, Tensor):
+        return "设备上的 StaticCache 配 4 维的掩码"
+    return None
 
 
 def _full_spans(
@@ -188,7 +192,9 @@ def _plan_full(mask: Tensor, batch: int, q_len: int, kv_len: int, slots: int) ->
     odd = ((expected & any_key[..., None]) != visible).any()
     wrong["掩码不是“因果 + 键填充”（如滑动窗口、双向或自定义分块）"] = odd
     counts = keys.to(torch.int64).cumsum(1)
-    flags, starts, any_key, counts = _read((torch.stack([*wrong.values()]), starts, any_key, counts))
+    flags, starts, any_key, counts = _read(
+        (torch.stack([*wrong.values()]), starts, any_key, counts)
+    )
     reason = next((why for why, bad in zip(wrong, flags[0], strict=True) if bad), None)
     if reason is not None:
         return MaskPlan(None, None, reason)

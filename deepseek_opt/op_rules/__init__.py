@@ -5,4 +5,3 @@
 """
 
 from deepseek_opt.op_rules import dense, mla, moe, moe_quantized, mtp  # noqa: F401
-from deepseek_opt.op_rules.register import mixed_devices  # noqa: F401

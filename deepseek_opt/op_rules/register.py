@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from deepseek_opt.errors import mixed_devices
+
 OPS = torch.ops.deepseek_opt
 _NS = "deepseek_opt::"
 
@@ -44,12 +46,6 @@ def _require_one_device(name: str, args: tuple, kwargs: dict) -> None:
     ]
     if len({device for _, device in found}) > 1:
         raise ValueError(mixed_devices(name, found))
-
-
-def mixed_devices(name: str, found: list[tuple[str, torch.device]]) -> str:
-    """张量不在同一设备上的说明；found 为各张量的 (参数名, 设备)。"""
-    where = "，".join(f"{argument} 在 {device}" for argument, device in found)
-    return f"deepseek_opt：{name}：全部张量应在同一设备上，实际是 {where}。"
 
 
 def for_given(ctx, grads):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek_opt import _native, log
 from deepseek_opt.device_memory import is_out_of_memory, out_of_memory, shapes_of
-from deepseek_opt.errors import InputError, UnsupportedError
+from deepseek_opt.errors import InputError, UnsupportedError, mixed_devices
 
 _READY = _native.load()
 if _READY:
@@ -55,4 +55,4 @@ def _no_kernel(name: str, op: Any, args: tuple) -> Exception:
     if len(devices) == 1:
         return UnsupportedError(f"{name}：这些张量在 {devices[0]} 上，没有对应的核。")
     names = [argument.name for argument in op._schema.arguments]
-    return InputError(op_rules.mixed_devices(name, [(names[i], device) for i, device in found]))
+    return InputError(mixed_devices(name, [(names[i], device) for i, device in found]))
