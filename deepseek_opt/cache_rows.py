@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.row_lengths import RowLengths, to_device
+from deepseek_opt.row_lengths import RowLengths, measured, to_device
 
 
 def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
@@ -22,14 +22,17 @@ def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
 
 
 def crop_layers(layers: Sequence[RowLengths], lengths: Sequence[int] | Tensor) -> None:
-    """各层的长度总是相同，所以只检查第一层；每个设备只送一次。"""
+    """各层的长度总是相同，所以只检查第一层；相邻的层在同一设备上的只送一次。"""
     if not layers:
         return
     wanted = layers[0].check_rows(lengths)
-    devices = {layer.offsets.device for layer in layers}
-    copies = {device: to_device(wanted, device) for device in devices}
+    longest, short = measured(wanted)
+    device, copy = None, None
     for layer in layers:
-        layer.set_rows(wanted, copies[layer.offsets.device])
+        where = layer.offsets.device
+        if where != device:
+            device, copy = where, to_device(wanted, where)
+        layer.set_rows(longest, short, copy)
 
 
 def select_rows(cache: Any, kept: Sequence[int]) -> None:

@@ -218,25 +218,30 @@ class RowLengths:
     def crop_rows(self, lengths: Sequence[int] | Tensor) -> None:
         """逐行截断到 lengths [B]；每个值须在 0 与该行现有长度之间。"""
         wanted = self.check_rows(lengths)
-        self.set_rows(wanted, to_device(wanted, self._offsets.device))
+        self.set_rows(*measured(wanted), to_device(wanted, self._offsets.device))
 
     def check_rows(self, lengths: Sequence[int] | Tensor) -> list[int]:
         """能逐行截断到 lengths 则返回各行的长度，不能则报错。"""
         if not self.buffers():
             raise InputError(f"{self.name}缓存还是空的，不能逐行截断")
         have = self.row_lengths()
-        shape = list(torch.as_tensor(lengths).shape)
-        if shape != [len(have)]:
+        try:
+            given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+            found = [int(n) for n in given]
+        except TypeError:
+            found = None
+        if found is None or len(found) != len(have):
+            shape = list(torch.as_tensor(lengths).shape)
             raise InputError(f"lengths 应有 {len(have)} 个值，得到形状 {shape}")
-        found = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
         if not all(0 <= new <= old for new, old in zip(found, have, strict=True)):
             raise InputError(f"lengths 应在 0 与各行现有长度 {have} 之间，得到 {found}")
         return found
 
-    def set_rows(self, rows: list[int], on_device: Tensor) -> None:
-        """:meth:`check_rows` 之后的截断；on_device 是缓冲区设备上的同一份。"""
+    def set_rows(self, longest: int, short: list[int] | None, on_device: Tensor) -> None:
+        """:meth:`check_rows` 之后的截断：:func:`measured` 的结果，与缓冲区设备上的各行长度。"""
         self._offsets.copy_(on_device)
-        self._measure(rows)
+        self._length, self._short = longest, short
+        self._untidy = short is not None
 
     def reorder(self, index: Tensor) -> None:
         """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
@@ -285,9 +290,7 @@ class RowLengths:
 
     def _measure(self, rows: list[int]) -> None:
         """各行长度变成 rows。"""
-        self._length = max(rows, default=0)
-        short = [self._length - n for n in rows]
-        self._short = short if any(short) else None
+        self._length, self._short = measured(rows)
         self._untidy = self._short is not None
 
     def _check_index(self, index: Tensor) -> _Moves:
@@ -318,6 +321,13 @@ def _as_moves(index: Tensor, buffer: Tensor, name: str) -> _Moves:
 def _rounded(length: int, limit: int | None) -> int:
     capacity = -(-length // ROUND) * ROUND
     return capacity if limit is None else min(capacity, limit)
+
+
+def measured(rows: list[int]) -> tuple[int, list[int] | None]:
+    """(最长的一行, 各行比它短多少)；一样长时后者为 None。"""
+    longest = max(rows, default=0)
+    short = [longest - n for n in rows]
+    return longest, short if any(short) else None
 
 
 def to_device(values: Tensor | list[int], device: torch.device) -> Tensor:

@@ -128,6 +128,20 @@ def test_rows_of_different_length(monkeypatch, kind):
     assert not fallbacks(model)
 
 
+def test_replaying_a_graph():
+    """重放时只有设备上的 offsets 前移；advance 之后主机与它一致，接着写在对的地方。"""
+    cache = LatentCache(2)
+    for index in range(2):
+        cache.update(index, torch.randn(2, 5, 8), torch.randn(2, 5, 2))
+    cache.crop_rows([5, 3])
+    for layer in cache.layers:
+        layer.offsets.add_(1)  # 图里的核做的
+    cache.advance()
+    assert cache.lengths.tolist() == cache.layers[1].offsets.tolist() == [6, 4]
+    cache.update(0, torch.ones(2, 1, 8), torch.ones(2, 1, 2))
+    assert bool((cache.layers[0].latent[1, 4] == 1).all()) and cache.get_seq_length() == 7
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "latent"])
 def test_reordering_reads_the_index_once(monkeypatch, kind):
     """束搜索：各层收到同一个下标，只有第一层读回来。"""

@@ -43,7 +43,14 @@ def run(name: str, *args):
 
 
 def missing(x: Tensor, *names: str) -> str | None:
-    """x 的设备上不能执行 names 的原因（开着求导时连同反向）；能则为 None。"""
+    """x 的设备上不能执行 names 这些算子的原因（开着求导时连同反向）；能则为 None。
+
+    Example:
+        >>> import torch
+        >>> from deepseek_opt import ops
+        >>> ops.missing(torch.ones(2, device="meta"), "moe_route")
+        '设备 meta 上还没有 moe_route、moe_route_backward 的核'
+    """
     if x.is_cpu:
         return None
     return _native.missing(x.device.type, names, torch.is_grad_enabled())
