@@ -96,6 +96,38 @@ def cuda_load_error() -> str | None:
     return _load_cuda()
 
 
+@torch.compiler.assume_constant_result
+def missing(device: str, names: tuple[str, ...], grad: bool = False) -> str | None:
+    """device 类的设备上不能执行 names 这些算子（grad：连同它们的反向）的原因；都能则为 None。
+
+    能不能在某种设备上算，只由这里说了算：各补丁问它，不能就由原实现计算。
+
+    >>> from deepseek_opt import _native
+    >>> _native.missing("cpu", ("linear",), grad=True) is None
+    True
+    """
+    return _missing(device, names, grad)
+
+
+@functools.cache
+def _missing(device: str, names: tuple[str, ...], grad: bool) -> str | None:
+    if not load():
+        return f"本地算子库不可用：{load_error()}"
+    if device == "cuda" and not cuda_loaded():
+        return f"设备 cuda 上不能用本库的核：{cuda_load_error()}"
+    if grad:
+        backward = [f"{name}_backward" for name in names]
+        names = (*names, *(name for name in backward if hasattr(torch.ops.deepseek_opt, name)))
+    lacking = [name for name in names if not _has_kernel(name, device)]
+    return f"设备 {device} 上还没有 {'、'.join(lacking)} 的核" if lacking else None
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    found = torch._C._dispatch_has_kernel_for_dispatch_key
+    return device in keys and found(f"deepseek_opt::{name}", keys[device])
+
+
 def _call(name: str, *args):
     if not load():
         raise UnsupportedError(load_error())

@@ -202,6 +202,15 @@ class LatentCache:
         """(键的总数, 起点)；transformers 建掩码用。"""
         return self.get_seq_length(layer_idx) + int(query_length), 0
 
+    def advance(self, steps: int = 1) -> None:
+        """重放 CUDA graph 里的一步之后调用：各行多了 steps 个词元（图只前移设备上的位置，主机不知道）。
+
+        录图时执行的那一遍已经算过一次，所以录完之后的第一次重放不必调用。容量要在录图之前留够
+        （:meth:`for_model` 给出 max_length），否则增长会换掉图里的缓冲区。
+        """
+        for layer in self.layers:
+            layer.advance(steps)
+
     # ---- 整体操作：先全部检查，再逐层改 ----
 
     def crop(self, tokens: int) -> None:

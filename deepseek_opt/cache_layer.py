@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek_opt import ops
 from deepseek_opt.errors import InputError, MemoryBudgetError
-from deepseek_opt.row_lengths import RowLengths
+from deepseek_opt.row_lengths import Parts, RowLengths
 
 _STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 _DTYPE_NAMES = {
@@ -68,8 +68,11 @@ class LatentLayer(RowLengths):
         return [buffer for buffer in found if buffer is not None]
 
     def replace(self, buffers: Sequence[Tensor] | None) -> None:
-        found = [None, None, None] if buffers is None else [*buffers, None]
-        self.latent, self.rope, self.scale = found[:3]
+        if buffers is None:
+            self.latent = self.rope = self.scale = None
+        else:
+            self.latent, self.rope, *scale = buffers
+            self.scale = scale[0] if scale else None
 
     def dequantized(self) -> Tensor | None:
         """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""
@@ -121,24 +124,12 @@ class LatentLayer(RowLengths):
         limit = self._limit(latent, rope)
         if limit is not None and length > limit[0]:
             self._raise_full(length, limit, latent)
-        capacity = self.grown(length, None if limit is None else limit[0])
-        batch, rank, rope_dim = latent.shape[0], latent.shape[2], rope.shape[2]
         store, rope_store = self._stores(latent, rope)
-        device = latent.device
-        new_latent = torch.empty(batch, capacity, rank, dtype=store, device=device)
-        new_rope = torch.empty(batch, capacity, rope_dim, dtype=rope_store, device=device)
-        new_scale = None
+        tails = [((latent.shape[2],), store), ((rope.shape[2],), rope_store)]
         if store == torch.int8:
-            new_scale = torch.empty(batch, capacity, dtype=torch.float32, device=device)
-        if self.latent is None:
-            self.begin(batch)
-        else:
-            used = self._length
-            new_latent[:, :used] = self.latent[:, :used]
-            new_rope[:, :used] = self.rope[:, :used]
-            if new_scale is not None:
-                new_scale[:, :used] = self.scale[:, :used]
-        self.latent, self.rope, self.scale = new_latent, new_rope, new_scale
+            tails.append(((), torch.float32))
+        parts = Parts(latent.shape[0], latent.device, tails)
+        self.grow(length, None if limit is None else limit[0], parts, torch.empty)
 
     def load(self, latent: Tensor, rope: Tensor) -> None:
         """丢弃已有内容，换成 latent [B, S, r]、rope [B, S, dr]。"""
@@ -179,10 +170,13 @@ class LatentLayer(RowLengths):
                 f"{self.name}latent、rope 应为 [B, T, r] 与 [B, T, dr]，得到 "
                 f"{list(latent.shape)} 与 {list(rope.shape)}"
             )
+        if rope.device != latent.device:
+            where = f"与 latent 同在 {latent.device} 的张量"
+            raise InputError.expected(f"{self.name}rope", where, rope)
+        if not latent.is_floating_point():
+            raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
         mine = self.latent
         if mine is None:
-            if not latent.is_floating_point():
-                raise InputError.expected(f"{self.name}latent", "浮点张量", latent)
             return
         if latent.shape[0] != mine.shape[0]:
             raise InputError(
@@ -194,10 +188,8 @@ class LatentLayer(RowLengths):
                 f"{self.name}缓存来自另一个模型：缓存的维度是 r={mine.shape[2]}、"
                 f"dr={self.rope.shape[2]}，这次是 r={latent.shape[2]}、dr={rope.shape[2]}"
             )
-        if latent.device != mine.device or rope.device != mine.device:
+        if latent.device != mine.device:
             raise InputError(
-                f"{self.name}缓存在 {mine.device}，传入的张量在 {latent.device}、{rope.device}；"
+                f"{self.name}缓存在 {mine.device}，传入的 latent、rope 在 {latent.device}；"
                 "请放到同一设备"
             )
-        if not latent.is_floating_point():
-            raise InputError.expected(f"{self.name}latent", "浮点张量", latent)

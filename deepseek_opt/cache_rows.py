@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.row_lengths import RowLengths
+from deepseek_opt.row_lengths import RowLengths, measured, to_device
 
 
 def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
@@ -22,13 +22,17 @@ def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
 
 
 def crop_layers(layers: Sequence[RowLengths], lengths: Sequence[int] | Tensor) -> None:
-    """各层的长度总是相同，所以只检查第一层。"""
+    """各层的长度总是相同，所以只检查第一层；相邻的层在同一设备上的只送一次。"""
     if not layers:
         return
     wanted = layers[0].check_rows(lengths)
-    longest, shortest = int(wanted.max()), int(wanted.min())
+    longest, short = measured(wanted)
+    device, copy = None, None
     for layer in layers:
-        layer.set_rows(wanted, longest, shortest)
+        where = layer.offsets.device
+        if where != device:
+            device, copy = where, to_device(wanted, where)
+        layer.set_rows(longest, short, copy)
 
 
 def select_rows(cache: Any, kept: Sequence[int]) -> None:
@@ -41,3 +45,28 @@ def select_rows(cache: Any, kept: Sequence[int]) -> None:
     for layer in cache.layers:
         if isinstance(layer, RowLengths):
             layer.select(index)
+
+
+class CachePoint:
+    """一次前向之前的缓存；前向中途失败时 :meth:`restore` 退回到这里。只管本库的层。"""
+
+    def __init__(self, cache: Any):
+        self.cache = cache
+        self.length = 0 if cache is None else cache.get_seq_length()
+        # 有内容的必有缓冲区，只有空的要看（分配过的留着）
+        look = isinstance(self.length, int) and self.length == 0
+        self._held = {id(layer) for layer in _own_layers(cache) if layer.buffers()} if look else ()
+
+    def restore(self) -> None:
+        """各行去掉这以来写入的；这以来才分配的释放。"""
+        for layer in _own_layers(self.cache):
+            layer.unwind(self.length, self.length > 0 or id(layer) in self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """此刻占用的字节数。"""
+        return sum(layer.nbytes for layer in _own_layers(self.cache))
+
+
+def _own_layers(cache: Any) -> list[RowLengths]:
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RowLengths)]

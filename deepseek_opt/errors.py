@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 _MISSING = object()
 _MAX_REPR = 80
 
@@ -40,6 +42,12 @@ def describe(value: Any) -> str:
         # 描述错误的过程本身不能再抛错；例如位数过多的整数没有十进制写法。
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _MAX_REPR else text[: _MAX_REPR - 1] + "…"
+
+
+def mixed_devices(name: str, found: Iterable[tuple[str, Any]]) -> str:
+    """算子 name 的张量不在同一设备上的说明；found 为各张量的 (参数名, 设备)。"""
+    where = "，".join(f"{argument} 在 {device}" for argument, device in found)
+    return f"deepseek_opt：{name}：全部张量应在同一设备上，实际是 {where}。"
 
 
 class DeepSeekOptError(Exception):
@@ -139,4 +147,23 @@ class MemoryBudgetError(DeepSeekOptError, MemoryError):
 
     def __reduce__(self):
         # 默认的 pickle 只带位置参数；跨进程（DDP、DataLoader）传递时属性不能丢。
+        return type(self), (str(self),), dict(self.__dict__)
+
+
+class DeviceMemoryError(DeepSeekOptError, torch.OutOfMemoryError):
+    """设备的内存不够；抛出时缓存已退回调用之前，模型可以接着用。
+
+    属性（单位：字节；不知道的为 None）：
+        required_bytes: 这次要分配的。
+        free_bytes: 设备上还空着的。
+    """
+
+    def __init__(
+        self, message: str, *, required_bytes: int | None = None, free_bytes: int | None = None
+    ):
+        super().__init__(message)
+        self.required_bytes = required_bytes
+        self.free_bytes = free_bytes
+
+    def __reduce__(self):
         return type(self), (str(self),), dict(self.__dict__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek_opt.errors import InputError
-from deepseek_opt.row_lengths import RowLengths
+from deepseek_opt.row_lengths import Parts, RowLengths
 
 
 class KVLayer(RowLengths):
@@ -32,7 +32,10 @@ class KVLayer(RowLengths):
         return [] if self._keys is None else [self._keys, self._values]
 
     def replace(self, buffers: Sequence[Tensor] | None) -> None:
-        self._keys, self._values = (None, None) if buffers is None else buffers
+        if buffers is None:
+            self._keys = self._values = None
+        else:
+            self._keys, self._values = buffers
 
     def views(self) -> tuple[Tensor, Tensor]:
         """K [B, H, S, D] 与 V：前 length 个槽位的视图，不复制；行尾之后的槽位是有限的数，由掩码遮住。"""
@@ -58,15 +61,9 @@ class KVLayer(RowLengths):
         """保证容量至少 length；keys、values 给出形状、类型与设备，内容不读。"""
         if self.max_length is not None and length > self.max_length:
             raise self.full(length, self.max_length)
-        capacity = self.grown(length, self.max_length)
-        old = (self._keys, self._values)
-        fresh = [_zeros(t, capacity) for t in (keys, values)]
-        if old[0] is None:
-            self.begin(keys.shape[0])
-        else:
-            for new, before in zip(fresh, old, strict=True):
-                new[:, : self.length] = before[:, : self.length]
-        self._keys, self._values = fresh
+        tails = [(tuple(t.shape[1::2]), t.dtype) for t in (keys, values)]
+        parts = Parts(keys.shape[0], keys.device, tails)
+        self.grow(length, self.max_length, parts, torch.zeros)
 
     # ---- 内部 ----
 
@@ -76,8 +73,9 @@ class KVLayer(RowLengths):
         if not self.ragged:
             buffer[:, self.length : self.length + steps] = fresh
             return
-        begins = self.offsets + torch.arange(rows) * buffer.shape[1]
-        places = (begins[:, None] + torch.arange(steps)).flatten().to(buffer.device)
+        where = buffer.device
+        begins = self.offsets + torch.arange(rows, device=where) * buffer.shape[1]
+        places = (begins[:, None] + torch.arange(steps, device=where)).flatten()
         buffer.view(-1, *buffer.shape[2:]).index_copy_(0, places, fresh.flatten(0, 1))
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
@@ -95,8 +93,3 @@ class KVLayer(RowLengths):
             if (fresh.dtype, fresh.device) != (mine.dtype, mine.device):
                 kind = f"与缓存同为 {mine.dtype}、在 {mine.device} 的张量"
                 raise InputError.expected(f"{self.name}{name}", kind, fresh)
-
-
-def _zeros(like: Tensor, capacity: int) -> Tensor:
-    rows, heads, _, width = like.shape
-    return like.new_zeros(rows, capacity, heads, width)

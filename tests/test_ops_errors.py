@@ -195,7 +195,9 @@ def test_library_missing(monkeypatch):
 
 
 def test_mixed_devices_are_refused():
-    with pytest.raises(ValueError, match="linear：全部张量应在同一设备上，实际在 cpu、meta"):
+    with pytest.raises(
+        ValueError, match="linear：全部张量应在同一设备上，实际是 x 在 cpu，weight 在 meta"
+    ):
         ops.linear(torch.ones(2, 3), torch.ones(4, 3, device="meta"))
     q, latent = torch.ones(1, 1, 2, 12), torch.ones(1, 5, 16, device="meta")
     rope, weight = torch.ones(1, 5, 4), torch.ones(2 * 14, 16)

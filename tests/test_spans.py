@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import ops
+from deepseek_opt.ops.spans import _sliced, row_spans
 from tests.op_cases import attention
 from tests.tolerances import tol
 
@@ -49,6 +50,27 @@ def test_non_causal_keeps_every_query():
 def test_bad_ranges(options, message):
     with pytest.raises(ValueError, match=message):
         ops.make_spans(2, 2, 6, **options)
+
+
+@pytest.mark.parametrize("ends", [7, [7, 4, 5]])
+def test_row_spans_are_make_spans(ends):
+    """在设备上算的与 make_spans 相同。"""
+    given = ends if isinstance(ends, int) else torch.tensor(ends)
+    mine = row_spans(3, 2, 8, given, torch.device("cpu"))
+    whole = [ends] * 3 if isinstance(ends, int) else ends
+    assert mine.equal(ops.make_spans(3, 2, 7, end=whole, slots=8))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("start, stop", [(0, 2), (2, 4), (1, 4), (3, 4)])
+def test_slices_that_keep_empty_rows(start, stop, is_causal):
+    """设备上不去掉被切空的：其余相同，切空的范围是空的而且仍在缓存之内。"""
+    spans = torch.tensor([[0, 2, 0, 3], [2, 4, 3, 6], [5, 8, 6, 12]])
+    part = _sliced(spans, 4, start, stop, is_causal)
+    filled = part[:, 0] < part[:, 1]
+    assert part[filled].equal(ops.slice_spans(spans, 4, start, stop, is_causal))
+    assert part[~filled, 0].equal(part[~filled, 1])
+    assert bool((part[:, 2] <= part[:, 3]).all()) and bool((part[:, 3] <= 12).all())
 
 
 def test_kv_len_out_of_range():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_opt.integrations.masks import PlanMemo, build_plan
+from deepseek_opt.integrations.masks import PlanMemo, _plan_on_device, build_plan
 
 from deepseek_opt import MLAConfig, OptimizationProfile, optimize, restore
 from tests.tiny_models import make_inputs, make_model
@@ -50,6 +50,29 @@ def test_padding_masks_are_exact(data):
         plan = build_plan(mask, batch, q_len, total, slots)
         assert plan.reason is None
         assert torch.equal(visible(plan, batch, q_len, slots), want)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_padding_masks_on_a_device(data):
+    """在设备上算的（不读掩码的内容）与 CPU 上的看见同样的键；长度可以是张量，缺的部分当作遮住。"""
+    batch, total = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    q_len = data.draw(st.integers(1, total))
+    slots = total + data.draw(st.integers(0, 3))
+    width = data.draw(st.integers(1, slots + 2))
+    bits = data.draw(st.lists(st.booleans(), min_size=batch * width, max_size=batch * width))
+    mask = torch.tensor(bits).view(batch, width)
+    keys = torch.nn.functional.pad(mask, (0, slots + 2 - width))[:, :total]
+    want = torch.nn.functional.pad(causal(keys, q_len), (0, slots - total))
+    for length in (total, torch.tensor(total)):
+        plan = _plan_on_device(mask.long(), q_len, length, slots)
+        begin, end, first, last = plan.spans.T
+        assert bool((begin <= end).all()) and bool((first <= last).all())
+        assert bool((last - first >= end - begin).all())
+        assert torch.equal(visible(plan, batch, q_len, slots), want)
+    assert build_plan(mask, batch, q_len, torch.tensor(total), slots).spans.equal(plan.spans)
+    full = mask[:, None, None].expand(batch, 1, q_len, width)
+    assert "StaticCache" in build_plan(full, batch, q_len, torch.tensor(total), slots).reason
 
 
 def _float(mask):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_opt.config import MTPConfig
-from deepseek_opt.errors import InputError
+from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.generation.adaptive import MAX_DRAFTS
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.loop import Loop, Plan
-from deepseek_opt.generation.plan import draft_length, make_chooser
+from deepseek_opt.generation.plan import draft_length, make_chooser, missing_kernels
 from deepseek_opt.generation.processors import MinNewTokens, RepetitionPenalty, StopStrings, Warp
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.scores import Processor, Scores
@@ -137,7 +137,7 @@ def generate(
 
     返回 [B, P + 生成数] int64，或 :class:`GenerationOutput`。抛出 InputError：参数不对、空的提示、全是填充的行、
     词元不在词表之内、generator 在别的设备上；ValueError：logits 里有 NaN（指出行与位置）；UnsupportedError：
-    adapter 缺少生成要用的方法。
+    adapter 缺少生成要用的方法，或模型所在的设备上没有要用的核。
 
     来源：无损的核对见 Leviathan 等（arXiv 2211.17192）；一个 MTP 层反复起草见 DeepSeek-V3（arXiv 2412.19437）。
 
@@ -154,6 +154,9 @@ def generate(
     torch.Size([1, 11])
     """
     predictor = predictor_of(model)
+    reason = missing_kernels(predictor)
+    if reason is not None:
+        raise UnsupportedError(f"不能用 MTP 生成：{reason}")
     config = predictor.config if config is None else config
     if not isinstance(config, MTPConfig):
         raise InputError.expected("config", " MTPConfig", config)

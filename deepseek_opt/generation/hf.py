@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepseek_opt.generation.adaptive import MAX_DRAFTS
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.loop import Loop, Plan
-from deepseek_opt.generation.plan import draft_length, make_chooser
+from deepseek_opt.generation.plan import draft_length, make_chooser, missing_kernels
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.scores import Scores
 from deepseek_opt.generation.stopping import Stopping
@@ -92,9 +92,7 @@ class GeneratePatch(Patch):
             return "模型上挂着前向钩子，逐步的前向要经过它"
         if model.training and any(_drops(module) for module in model.modules()):
             return "训练模式，有 dropout：每次前向都不同"
-        if self.predictor.adapter.device.type != "cpu":
-            return f"设备 {self.predictor.adapter.device.type} 上还没有 MTP 的核"
-        return None
+        return missing_kernels(self.predictor)
 
 
 def _drops(module: nn.Module) -> bool:

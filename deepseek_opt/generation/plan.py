@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from deepseek_opt import ops
 from deepseek_opt.generation.adaptive import MAX_DRAFTS, DraftLength
 from deepseek_opt.generation.choose import Greedy, Sampled
 from deepseek_opt.generation.lossy import Lossy
@@ -15,6 +16,11 @@ from deepseek_opt.mtp.predictor import TokenPredictor
 
 LOSSLESS = "lossless"
 _LENGTH = "_draft_length"
+
+
+def missing_kernels(predictor: TokenPredictor) -> str | None:
+    """模型所在的设备上不能用 MTP 生成的原因；能则为 None。"""
+    return ops.missing(predictor.adapter.embedding.weight, "mtp_verify_greedy", "sample_filter")
 
 
 def make_chooser(

@@ -32,10 +32,11 @@ class Candidate(NamedTuple):
 
 class _DensePatch(Patch):
     kind = "dense"
+    op = ""  # 用哪个算子
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
-            reason = _input_reason(args[0]) or self._reason()
+            reason = _input_reason(args[0], self.op) or self._reason()
             if reason is None:
                 return self._run(args[0])
         else:
@@ -53,6 +54,8 @@ class _DensePatch(Patch):
 class GatedFFNPatch(_DensePatch):
     """down(silu(gate x) * up x) 融合。"""
 
+    op = "swiglu_mlp"
+
     def _reason(self) -> str | None:
         return ffn_reason(self.module)
 
@@ -64,6 +67,8 @@ class GatedFFNPatch(_DensePatch):
 class LinearPatch(_DensePatch):
     """普通 nn.Linear。"""
 
+    op = "linear"
+
     def _reason(self) -> str | None:
         return None if type(self.module) is nn.Linear else "不再是普通 nn.Linear"
 
@@ -73,6 +78,8 @@ class LinearPatch(_DensePatch):
 
 class NormPatch(_DensePatch):
     """RMSNorm。"""
+
+    op = "rms_norm"
 
     def _reason(self) -> str | None:
         return None
@@ -199,11 +206,9 @@ def probe_ffn(module: nn.Module) -> str | None:
     return None if close(actual, expected) else "forward 不是 down(silu(gate x) * up x)"
 
 
-def _input_reason(x: Any) -> str | None:
+def _input_reason(x: Any, op: str) -> str | None:
     if not isinstance(x, Tensor):
         return "输入不是张量"
-    if not x.is_cpu:
-        return f"设备 {x.device.type} 上还没有对应的核"
     if x.dtype not in _DTYPES:
         return f"数据类型 {x.dtype} 不受支持"
-    return None
+    return ops.missing(x, op)

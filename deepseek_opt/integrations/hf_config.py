@@ -38,7 +38,8 @@ def padding_mask(
 ) -> Tensor | None:
     """登记给 transformers 的掩码函数：因果掩码只返回 2 维填充掩码 [B, S] 或 None。
 
-    其他形状（打包、or_mask 等）仍由原实现生成完整的掩码，各层再换算或回退。
+    其他形状（打包、or_mask 等）仍由原实现生成完整的掩码，各层再换算或回退。不在 CPU 上的掩码不看内容，
+    总是返回：看有没有填充要等设备，一个词元一次。
     """
     if mask_function is not causal_mask_function or kv_offset:
         original = config.__dict__["_attn_implementation_internal"]
@@ -55,11 +56,13 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
+    if isinstance(q_offset, Tensor) and not q_offset.is_cpu:
+        return attention_mask  # StaticCache：写到了哪里，各层在设备上自己看
     seen = int(q_offset) + q_length
     mask = attention_mask[:, :seen]
     if mask.shape[1] < seen:  # 与 transformers 一致：缺的部分视为被遮住
         mask = torch.nn.functional.pad(mask, (0, seen - mask.shape[1]))
-    return None if bool(mask.all()) else mask
+    return None if mask.is_cpu and bool(mask.all()) else mask
 
 
 @lru_cache(maxsize=None)
@@ -118,7 +121,7 @@ def original_mask(
     cache, steps = kwargs.get("past_key_values"), hidden.shape[1]
     layers = getattr(cache, "layers", ())
     if index < len(layers) and isinstance(layers[index], RowLengths) and layers[index].ragged:
-        seen = layers[index].visible(steps).to(hidden.device)
+        seen = layers[index].visible(steps)
         return {**kwargs, "attention_mask": mask_form(seen, module.config, hidden.dtype)}
     offset, length = 0, steps
     if cache is not None:
@@ -145,7 +148,8 @@ def mask_form(seen: Tensor, config: Any, dtype: torch.dtype | None) -> Tensor:
     if config._attn_implementation != "eager":
         return seen
     dtype = dtype or torch.float32
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def owns_all_attention(base: nn.Module, patches: list[Any]) -> bool:

@@ -87,15 +87,15 @@ def _latent_patch(layer: nn.Module) -> AttentionPatch | None:
     return next(found, None)
 
 
-def ragged_masks(config: Any, cache: DynamicCache, steps: int) -> Any:
+def ragged_masks(config: Any, cache: DynamicCache, steps: int, device: torch.device) -> Any:
     """各行接着写 steps 个词元的前向要的 attention_mask：潜变量核不要；其余是 4 维的，按层的种类各一个。"""
     layer = next((one for one in cache.layers if isinstance(one, KVLayer)), None)
     if layer is None:
         return None
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return layer_mask(config, layer, steps, layer_kind(config, 0))
-    return {kind: layer_mask(config, layer, steps, kind) for kind in set(kinds)}
+        return layer_mask(config, layer, steps, layer_kind(config, 0), device)
+    return {kind: layer_mask(config, layer, steps, kind, device) for kind in set(kinds)}
 
 
 def layer_kind(config: Any, index: int) -> str:
@@ -107,12 +107,14 @@ def layer_kind(config: Any, index: int) -> str:
     return "sliding_attention" if sliding else "full_attention"
 
 
-def layer_mask(config: Any, layer: Any, steps: int, kind: str) -> Tensor | None:
+def layer_mask(
+    config: Any, layer: Any, steps: int, kind: str, device: torch.device
+) -> Tensor | None:
     """layer 上接着写 steps 个词元时 kind 种注意力的掩码；潜变量层不要。"""
     if not isinstance(layer, KVLayer):
         return None
     window = config.sliding_window if kind == "sliding_attention" else None
-    return hf_config.mask_form(layer.visible(steps, window), config, config.dtype)
+    return hf_config.mask_form(layer.visible(steps, window, device), config, config.dtype)
 
 
 def why_not(model: Any) -> str | None:

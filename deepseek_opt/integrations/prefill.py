@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepseek_opt.cache_rows import CachePoint
+from deepseek_opt.device_memory import out_of_memory
+from deepseek_opt.errors import DeviceMemoryError
 from deepseek_opt.integrations.patch import Patch
 
 # 自动分块时每段的词元数（各行之和）：矩阵乘法在此长度已到峰值，再长只增加内存。
@@ -39,13 +43,33 @@ class PrefillPatch(Patch):
     kind = "prefill"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return self.call_original(*args, **kwargs)
         if args:
             kwargs.update(zip(self.__signature__.parameters, args, strict=False))
-        source = kwargs.get("inputs_embeds")
-        source = kwargs.get("input_ids") if source is None else source
-        if not isinstance(source, Tensor) or source.dim() < 2 or source.shape[1] <= _MIN_ROW:
+        point = CachePoint(kwargs.get("past_key_values"))
+        try:
+            return self._forward(kwargs)
+        except torch.OutOfMemoryError as error:
+            raise self._recovered(error, point, kwargs) from error
+
+    def _recovered(
+        self, error: torch.OutOfMemoryError, point: CachePoint, kwargs: dict[str, Any]
+    ) -> DeviceMemoryError:
+        """各帧里的激活先放掉，缓存退回这次调用之前。"""
+        traceback.clear_frames(error.__traceback__)
+        held = point.nbytes
+        point.restore()
+        source = _source(kwargs)
+        what = (
+            f"{self.name or type(self.module).__name__} 的前向，输入 {list(source.shape)}，"
+            f"缓存 {held} 字节，已退回调用之前"
+        )
+        return out_of_memory(what, source.device, error)
+
+    def _forward(self, kwargs: dict[str, Any]) -> Any:
+        source = _source(kwargs)
+        if torch.is_grad_enabled() or not isinstance(source, Tensor) or source.dim() < 2:
+            return self.call_original(**kwargs)
+        if source.shape[1] <= _MIN_ROW:
             return self.call_original(**kwargs)
         self.runtime.refresh()
         batch, steps = source.shape[:2]
@@ -121,6 +145,11 @@ class PrefillPatch(Patch):
         if not keep:
             out["past_key_values"] = None
         return out
+
+
+def _source(kwargs: dict[str, Any]) -> Any:
+    source = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if source is None else source
 
 
 def _past(cache: Any) -> int:

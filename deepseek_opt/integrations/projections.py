@@ -17,8 +17,8 @@ def is_plain(module: Any) -> bool:
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """x [..., K] -> [..., N]。"""
-    if is_plain(module):
+    """x [..., K] -> [..., N]；x 的设备上没有 linear 的核时也走模块自己。"""
+    if is_plain(module) and ops.missing(x, "linear") is None:
         parameters = module.__dict__["_parameters"]
         return ops.linear(x, parameters["weight"], parameters["bias"])
     return module(x)
@@ -65,7 +65,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def norm(module: nn.Module, x: Tensor, known: bool) -> Tensor:
     """归一化最后一维；known 为 :func:`is_rms_norm` 的结果，有钩子时仍走模块自己。"""
-    if known and not has_hooks(module):
+    if known and not has_hooks(module) and ops.missing(x, "rms_norm") is None:
         return ops.rms_norm(x, module.__dict__["_parameters"]["weight"], norm_eps(module))
     return module(x)
 

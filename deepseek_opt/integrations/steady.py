@@ -19,7 +19,7 @@ from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.projections import effective_weight, is_hooked, is_rms_norm, norm_eps
 from deepseek_opt.integrations.router import RouterPatch, route
-from deepseek_opt.integrations.transformers import FUSED_ROWS, AttentionPatch
+from deepseek_opt.integrations.transformers import FUSED_ROWS, OPS, AttentionPatch
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -95,6 +95,7 @@ def steady_layer(layer: nn.Module) -> SteadyLayer | None:
     if None in norms or mlp is None or not isinstance(attention, AttentionPatch):
         return None
     weight, reason = effective_weight(attention.module._modules[attention.spec.kv_b_proj])
+    reason = reason or ops.missing(weight, *OPS, "swiglu_mlp", "moe_route", "moe_experts")
     if reason is not None or not attention.owns_masks:
         return None
     projections = attention.steady_projections(weight)

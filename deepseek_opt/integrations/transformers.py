@@ -33,6 +33,16 @@ from deepseek_opt.integrations.specs import AttentionSpec
 FUSED_ROWS = 256
 # 长输入按这么多查询（各行之和）分块：矩阵乘在此长度已到峰值，再长只增加内存。
 QUERY_TOKENS = 2048
+# 这一层要用的算子：所在的设备上缺一个（求导时连同反向），就由原实现计算。
+OPS = (
+    "rms_norm",
+    "rope",
+    "rope_",
+    "mla_cache_write",
+    "mla_decode",
+    "mla_prefill",
+    "mla_layer_decode",
+)
 FORWARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,8 +146,9 @@ class AttentionPatch(Patch):
         """这次调用不能由潜变量核计算的原因；可以则为 None。"""
         module = self.module
         state = module.__dict__
-        if not hidden.is_cpu:
-            return f"设备 {hidden.device.type} 上还没有 MLA 核"
+        reason = ops.missing(hidden, *OPS)
+        if reason is not None:
+            return reason
         if hidden.dtype not in FORWARD_DTYPES:
             return f"数据类型 {hidden.dtype} 不受支持"
         if state["training"] and state.get("attention_dropout"):
@@ -177,7 +188,7 @@ class AttentionPatch(Patch):
 
     def steady_projections(self, kv_b: Tensor) -> tuple | None:
         """同上，旋转以外、与输入无关的部分。"""
-        if not self.fusable or torch.is_autocast_enabled("cpu"):
+        if not self.fusable or torch.is_autocast_enabled(kv_b.device.type):
             return None
         modules, spec = self.module._modules, self.spec
         down, joint, out = (modules.get(n) for n in (spec.q_a_proj, spec.kv_a_proj, spec.o_proj))
@@ -324,7 +335,8 @@ class AttentionPatch(Patch):
         """换算掩码、写缓存；返回 (plan, latent, rope, scale)，有 plan.reason 时缓存未动。"""
         batch, steps = latent.shape[:2]
         if cache is None:
-            return self.runtime.masks.plan(mask, batch, steps, steps, steps), latent, rope, None
+            plan = self.runtime.masks.plan(mask, batch, steps, steps, steps, latent.device)
+            return plan, latent, rope, None
         index = getattr(self.module, self.spec.layer_idx)
         tracked = is_tracing_grad(latent, rope)
         layer = bridge.resolve_layer(cache, index, self.runtime, tracked)
@@ -340,7 +352,7 @@ class AttentionPatch(Patch):
         past = layer.length
         total = past + steps
         if tracked:  # LatentCache 是常量存储：旧词元不带梯度，新词元带
-            plan = self.runtime.masks.plan(mask, batch, steps, total, total)
+            plan = self.runtime.masks.plan(mask, batch, steps, total, total, latent.device)
             if past:
                 old = layer.dequantized().to(latent.dtype), layer.rope[:, :past].to(rope.dtype)
                 joined = torch.cat((old[0], latent), 1), torch.cat((old[1], rope), 1)
@@ -358,11 +370,11 @@ class AttentionPatch(Patch):
     def _cached_plan(self, layer: LatentLayer, mask: Any, batch: int, steps: int) -> Any:
         """新词元写入缓冲区之后的可见范围。"""
         if not layer.ragged:
-            total = layer.length + steps
-            return self.runtime.masks.plan(mask, batch, steps, total, layer.capacity)
+            total, device = layer.length + steps, layer.latent.device
+            return self.runtime.masks.plan(mask, batch, steps, total, layer.capacity, device)
         if mask is not None:
             raise InputError("缓存各行长度不同（用过 crop_rows），不能再与 attention_mask 同用")
-        return self.runtime.masks.ragged_plan(layer.offsets, steps, layer.capacity)
+        return self.runtime.masks.ragged_plan(layer, steps)
 
     def _through_update(
         self, cache: Any, index: int, latent: Tensor, rope: Tensor, mask: Any
@@ -373,16 +385,21 @@ class AttentionPatch(Patch):
         layer = layers[index] if index < len(layers) else None
         if getattr(layer, "is_sliding", False):
             raise UnsupportedError(f"{self.name}：滑动窗口缓存不能用于 MLA 全注意力层")
-        past = int(cache.get_seq_length(index))
+        total = _known(cache.get_seq_length(index)) + steps
         fixed = getattr(layer, "max_cache_len", None)
-        slots = fixed if isinstance(fixed, int) else past + steps
-        if past + steps > slots:
-            raise InputError(f"{self.name}：缓存上限 {slots} 个词元，需要 {past + steps} 个")
-        plan = self.runtime.masks.plan(mask, batch, steps, past + steps, slots)
+        slots = fixed if isinstance(fixed, int) else total
+        if isinstance(total, int) and total > slots:
+            raise InputError(f"{self.name}：缓存上限 {slots} 个词元，需要 {total} 个")
+        plan = self.runtime.masks.plan(mask, batch, steps, total, slots, latent.device)
         if plan.reason is None:
             keys, values = cache.update(latent.unsqueeze(1), rope.unsqueeze(1), index)
             latent, rope = keys[:, 0], values[:, 0]
         return plan, latent, rope, None
+
+
+def _known(length: int | Tensor) -> int | Tensor:
+    """缓存的长度；StaticCache 的是张量，在设备上的不读回来（那要等设备，每层一次）。"""
+    return length if isinstance(length, Tensor) and not length.is_cpu else int(length)
 
 
 def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:

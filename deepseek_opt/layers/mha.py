@@ -12,6 +12,10 @@ from deepseek_opt.config import MLAConfig
 from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.layers.masks import attention_kind, hidden_positions
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
+from deepseek_opt.memo import TensorMemo
+from deepseek_opt.ops.spans import row_spans
+
+_visible = TensorMemo()
 
 
 class LatentMultiheadAttention(LatentProjections):
@@ -152,7 +156,10 @@ class LatentMultiheadAttention(LatentProjections):
             return None
         shape = (key.shape[0], key.shape[1])
         mask = checked_mask(key_padding_mask, shape, "key_padding_mask", key.device)
-        return ~hidden_positions(mask, "key_padding_mask")
+        if torch.compiler.is_compiling():
+            return ~hidden_positions(mask, "key_padding_mask")
+        # 各层收到同一个掩码；浮点的要核对内容，在设备上要读回来，只做一次
+        return _visible.get(mask, None, lambda: ~hidden_positions(mask, "key_padding_mask"))
 
     def _attention(
         self, query: Tensor, key: Tensor, visible: Tensor | None, causal: bool
@@ -165,7 +172,10 @@ class LatentMultiheadAttention(LatentProjections):
         queries_at = torch.arange(offset, offset + q_len, device=query.device).unsqueeze(0)
         latent, rope = self._latents(key, self._rotation(keys_at))
         q = self._queries(query, self._rotation(queries_at))
-        spans = ops.make_spans(batch, q_len, kv_len, causal=causal)
+        if query.is_cpu:
+            spans = ops.make_spans(batch, q_len, kv_len, causal=causal)
+        else:
+            spans = row_spans(batch, q_len, kv_len, kv_len, query.device)
         return self._attend(q, latent, rope, None, spans, visible, causal)
 
     def _nested(self, query, key, key_padding_mask, attn_mask, is_causal) -> Tensor:

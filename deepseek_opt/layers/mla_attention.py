@@ -13,14 +13,22 @@ from deepseek_opt.cache_layer import LatentLayer, cache_dtype, token_bytes
 from deepseek_opt.config import MLAConfig
 from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
+from deepseek_opt.memo import TensorMemo
+from deepseek_opt.ops.spans import row_spans
+from deepseek_opt.row_lengths import to_device
 
 
 @dataclass(frozen=True)
 class _Past:
-    """已缓存的词元数：longest 为各行最大值；rows [B] 只在各行不同时给出。"""
+    """已缓存的词元数：longest 为各行最大值；rows [B] 只在各行不同、或不在 CPU 上时给出，与缓存同设备。
+
+    不在 CPU 上时位置与可见范围由 rows 在设备上算：不往设备送东西，也能录进 CUDA graph。
+    held 为缓存的这一层有没有分配过。
+    """
 
     longest: int
     rows: Tensor | None = None
+    held: bool = False
 
 
 class MLAAttention(LatentProjections):
@@ -112,6 +120,7 @@ class MLAAttention(LatentProjections):
         :class:`~deepseek_opt.errors.ConfigError`（建层之后改动了维度）；抛出时缓存不变。
         """
         self._check_call(hidden, need_weights, cu_seqlens, cache, attention_mask, key_padding_mask)
+        packed = None if cu_seqlens is None else _packed_spans(cu_seqlens, hidden)
         batch, steps = hidden.shape[:2]
         past = _Past(0) if cache is None else self._past(cache, hidden)
         kv_mask = self._kv_mask(
@@ -119,17 +128,21 @@ class MLAAttention(LatentProjections):
         )
         rotation = self._rotation(self._positions(position_ids, cu_seqlens, past, hidden))
         latent, rope = self._latents(hidden, rotation)
-        if cu_seqlens is not None:
-            spans = ops.spans_from_cu_seqlens(cu_seqlens)
+        if packed is not None:
             q = self._queries(hidden, rotation)
-            return self._attend(q, latent, rope, None, spans, None, self.causal)
+            return self._attend(q, latent, rope, None, packed, None, self.causal)
         keys = (latent, rope, None)
         if cache is not None:
             keys = self._store(cache, latent, rope, past)
         if kv_mask is not None and keys[0].shape[1] > kv_mask.shape[1]:
             unused = keys[0].shape[1] - kv_mask.shape[1]  # 缓存的容量大于已用的槽位
             kv_mask = nn.functional.pad(kv_mask, (0, unused))
-        return self._in_chunks(hidden, rotation, keys, kv_mask, past)
+        try:
+            return self._in_chunks(hidden, rotation, keys, kv_mask, past)
+        except torch.OutOfMemoryError:
+            if cache is not None:
+                cache.layer(self.layer_idx).unwind(past.longest, past.held)
+            raise
 
     def _store(self, cache: LatentCache, latent: Tensor, rope: Tensor, past: _Past) -> tuple:
         """写入缓存；返回注意力要读的 (latent, rope, scale)。"""
@@ -138,7 +151,7 @@ class MLAAttention(LatentProjections):
             layer.append(latent, rope)
             return layer.latent, layer.rope, layer.scale
         # 缓存不记录梯度：要求导时，新词元用带梯度的原值，旧词元取自缓存。
-        if past.rows is not None:
+        if layer.ragged:
             raise InputError("各行长度不同的缓存不能在求导时使用；请放进 torch.no_grad()")
         layer.append(latent, rope)
         old = slice(0, past.longest)
@@ -157,10 +170,7 @@ class MLAAttention(LatentProjections):
             stop = min(start + chunk, steps)
             piece = None if rotation is None else tuple(t[:, start:stop] for t in rotation)
             seen = stop if self.causal else steps
-            ends = None if past.rows is None else past.rows + seen
-            spans = ops.make_spans(
-                batch, stop - start, past.longest + seen, end=ends, slots=slots, causal=self.causal
-            )
+            spans = self._spans((batch, stop - start, slots), seen, past, hidden.device)
             q = self._queries(hidden[:, start:stop], piece)
             part = self._attend(q, *keys, spans, kv_mask, self.causal)
             if chunk >= steps:
@@ -168,6 +178,18 @@ class MLAAttention(LatentProjections):
             out = part.new_empty(batch, steps, self.hidden_size) if out is None else out
             out[:, start:stop] = part
         return hidden.new_empty(hidden.shape) if out is None else out
+
+    def _spans(
+        self, shape: tuple[int, int, int], seen: int, past: _Past, device: torch.device
+    ) -> Tensor:
+        """shape 为 (行数, 查询数, 槽位数)；每行看得见 seen 个新词元与已缓存的。"""
+        if device.type != "cpu":
+            cached = past.longest if past.rows is None else past.rows
+            return row_spans(*shape, cached + seen, device)
+        batch, steps, slots = shape
+        ends = None if past.rows is None else past.rows + seen
+        total = past.longest + seen
+        return ops.make_spans(batch, steps, total, end=ends, slots=slots, causal=self.causal)
 
     def latent_geometry(self) -> tuple[int, int, int, Tensor]:
         """(layer_idx, r, dr, 给出 dtype 与设备的权重)：``LatentCache.for_model`` 据此建缓存。"""
@@ -187,10 +209,6 @@ class MLAAttention(LatentProjections):
             return
         if cache is not None or any(mask is not None for mask in masks):
             raise InputError("cu_seqlens 不能与 cache、attention_mask、key_padding_mask 同用")
-        self._check_cu_seqlens(cu_seqlens, hidden)
-
-    @staticmethod
-    def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
         whole = not (cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not whole:
             raise InputError(
@@ -198,11 +216,6 @@ class MLAAttention(LatentProjections):
             )
         if hidden.shape[0] != 1:
             raise InputError(f"打包序列要求 B = 1，得到 B = {hidden.shape[0]}")
-        if torch.compiler.is_compiling():  # 编译时看不到数值
-            return
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != hidden.shape[1] or ends != sorted(ends):
-            raise InputError(f"cu_seqlens 应从 0 递增到 T = {hidden.shape[1]}，得到 {ends}")
 
     def _past(self, cache: LatentCache, hidden: Tensor) -> _Past:
         """已缓存的长度；缓存与本层不合、或超出 config 的上限，则说明原因。"""
@@ -214,7 +227,9 @@ class MLAAttention(LatentProjections):
         if layer.latent is None and layer.store_dtype is None:
             layer.store_dtype = cache_dtype(self.config.cache_dtype)
         self._check_limits(len(cache), layer, hidden)
-        return _Past(layer.length, layer.lengths if layer.ragged else None)
+        held = layer.latent is not None
+        moving = held and (layer.ragged or not hidden.is_cpu)  # 写入时 offsets 原地前移
+        return _Past(layer.length, layer.offsets.clone() if moving else None, held)
 
     def _check_limits(self, layers: int, layer: LatentLayer, hidden: Tensor) -> None:
         """config 的 max_cache_length 与 memory_budget_bytes（各层平分）；都在写入之前。"""
@@ -267,9 +282,28 @@ class MLAAttention(LatentProjections):
             return position_ids
         index = torch.arange(steps, device=hidden.device)
         if past.rows is not None:
-            return past.rows.to(hidden.device).unsqueeze(1) + index
+            return past.rows.unsqueeze(1) + index
         index = index + past.longest
         if cu_seqlens is not None:
             starts = cu_seqlens.to(hidden.device, torch.int64)
             index = index - starts[torch.searchsorted(starts, index, right=True) - 1]
         return index.unsqueeze(0)
+
+
+_packed = TensorMemo()
+
+
+def _packed_spans(cu_seqlens: Tensor, hidden: Tensor) -> Tensor:
+    """打包序列的 spans，与 hidden 同设备；各层收到同一个 cu_seqlens，只核对、换算一次。"""
+    steps, device = hidden.shape[1], hidden.device
+    if torch.compiler.is_compiling():  # 编译时看不到数值
+        return ops.spans_from_cu_seqlens(cu_seqlens).to(device)
+
+    def make() -> Tensor:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != steps or ends != sorted(ends):
+            raise InputError(f"cu_seqlens 应从 0 递增到 T = {steps}，得到 {ends}")
+        spans = ops.spans_from_cu_seqlens(torch.tensor(ends))
+        return to_device(spans, device)
+
+    return _packed.get(cu_seqlens, (steps, device), make)

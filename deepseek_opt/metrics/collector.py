@@ -130,7 +130,9 @@ def _find_cache(args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _cached_tokens(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    """缓存里的词元数；在设备上的（StaticCache 写入过之后）不读回来，当作有。"""
+    found = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return 1 if isinstance(found, Tensor) and not found.is_cpu else int(found)
 
 
 def _token_shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:

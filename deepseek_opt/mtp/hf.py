@@ -173,7 +173,7 @@ class HFAdapter(MTPAdapter):
         try:
             out = self.decoder(
                 input_ids=tokens,
-                attention_mask=ragged_masks(self.config, cache, tokens.shape[1]),
+                attention_mask=ragged_masks(self.config, cache, tokens.shape[1], tokens.device),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
@@ -230,7 +230,7 @@ class HFAdapter(MTPAdapter):
             from deepseek_opt.integrations.hf_kv_cache import layer_mask
 
             layer = inputs.cache.layers[inputs.index]
-            return layer_mask(self.config, layer, x.shape[1], self._kind())
+            return layer_mask(self.config, layer, x.shape[1], self._kind(), x.device)
         return self._mask_function()(
             config=self.config,
             inputs_embeds=x,

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from deepseek_opt.errors import mixed_devices
+
 OPS = torch.ops.deepseek_opt
 _NS = "deepseek_opt::"
+
+
+# 张量在设备上时这些参数仍可以在 CPU 上：绑定核对之后再送到设备。
+_ON_HOST = {"mla_cache_write": ("offsets",)}
+_SPANS = ("spans",)
 
 
 def fake(name: str):
@@ -18,17 +25,27 @@ def fake(name: str):
     def register(rule):
         @functools.wraps(rule)
         def checked(*args, **kwargs):
-            flat = tree_leaves((args, kwargs))
-            devices = {a.device.type for a in flat if isinstance(a, Tensor)}
-            if len(devices) > 1 and "meta" in devices:
-                found = "、".join(sorted(devices))
-                raise ValueError(f"deepseek_opt：{name}：全部张量应在同一设备上，实际在 {found}。")
+            _require_one_device(name, args, kwargs)
             return rule(*args, **kwargs)
 
         torch.library.register_fake(_NS + name)(checked)
         return rule
 
     return register
+
+
+def _require_one_device(name: str, args: tuple, kwargs: dict) -> None:
+    names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    loose = _ON_HOST.get(name, _SPANS)
+    found = [
+        (argument, leaf.device)
+        for argument, value in given.items()
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor) and not (argument in loose and leaf.is_cpu)
+    ]
+    if len({device for _, device in found}) > 1:
+        raise ValueError(mixed_devices(name, found))
 
 
 def for_given(ctx, grads):

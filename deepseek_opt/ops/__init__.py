@@ -10,6 +10,7 @@ bfloat16 或 float16，半精度一律以 fp32 累加。潜变量是 kv_a_layern
 
 from __future__ import annotations
 
+from deepseek_opt.ops._run import missing  # noqa: F401
 from deepseek_opt.ops.dense import (
     add_rms_norm,
     linear,

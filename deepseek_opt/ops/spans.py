@@ -50,6 +50,14 @@ def make_spans(
     return torch.stack((*queries, rows * slots + low, rows * slots + high), 1)
 
 
+def row_spans(
+    batch: int, q_len: int, slots: int, ends: Tensor | int, device: torch.device
+) -> Tensor:
+    """每行看见自己的前 ends 个槽位（整数，或 device 上的 [B]）；在 device 上算，不经过主机，也不检查。"""
+    rows = torch.arange(batch, device=device)
+    return torch.stack((rows * q_len, (rows + 1) * q_len, rows * slots, rows * slots + ends), 1)
+
+
 def slice_spans(spans: Tensor, q_len: int, start: int, stop: int, causal: bool = True) -> Tensor:
     """只取每行第 [start, stop) 个查询的 spans，供查询分块：键的张量不变，查询张量换成切片。
 
@@ -59,7 +67,7 @@ def slice_spans(spans: Tensor, q_len: int, start: int, stop: int, causal: bool =
         causal: 与注意力的 causal 一致；True 时每段的键截到该段最后一个查询为止。
 
     Returns:
-        [m, 4] int64，m <= n（不含被切空的）。
+        [m, 4] int64，与 spans 同设备；CPU 上 m <= n（不含被切空的），别的设备上 m = n，被切空的查询范围为空。
 
     Raises:
         ValueError: start、stop 不合法。
@@ -73,12 +81,21 @@ def slice_spans(spans: Tensor, q_len: int, start: int, stop: int, causal: bool =
         raise ValueError(
             f"slice_spans：应满足 0 <= start < stop <= {q_len}，实际是 {start}、{stop}。"
         )
+    part = _sliced(spans, q_len, start, stop, causal)
+    # 去掉空的要知道有几个，得等设备；核会跳过它们
+    return part[part[:, 0] < part[:, 1]] if spans.is_cpu else part
+
+
+def _sliced(spans: Tensor, q_len: int, start: int, stop: int, causal: bool) -> Tensor:
+    """[n, 4]：被切空的，查询范围为空。"""
     rows = spans[:, 0].div(q_len, rounding_mode="floor")
     low = spans[:, 0].maximum(rows * q_len + start)
-    high = spans[:, 1].minimum(rows * q_len + stop)
-    keys = spans[:, 3] - (spans[:, 1] - high) if causal else spans[:, 3]
+    high = spans[:, 1].minimum(rows * q_len + stop).maximum(low)
+    keys = spans[:, 3]
+    if causal:
+        keys = (keys - (spans[:, 1] - high)).maximum(spans[:, 2])
     shift = rows * (stop - start) - rows * q_len - start
-    return torch.stack((low + shift, high + shift, spans[:, 2], keys), 1)[low < high]
+    return torch.stack((low + shift, high + shift, spans[:, 2], keys), 1)
 
 
 def _per_row(value: Tensor | list[int] | None, default: int, batch: int, name: str) -> Tensor:
