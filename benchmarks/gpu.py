@@ -60,7 +60,9 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """一行读数。"""
+        """一行读数；quick 的数字没有意义，不与要求比。"""
+        if self.header["quick"]:
+            row.met = None
         self.rows.append(row)
         print(row.line(), flush=True)
         self.write(complete=False)

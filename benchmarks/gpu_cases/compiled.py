@@ -84,7 +84,7 @@ def serve(device: str, quick: bool, batches: list[int]) -> None:
     for rows in batches:
         torch.compiler.reset()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # 录图时要原地改写缓存，推理张量不行
                 reading = _measure(model, shape, rows, context, timer, options)
         except Exception as error:  # pylint: disable=broad-exception-caught
             reading = {"error": first_line(error)}  # 编译器的错误各式各样

@@ -99,8 +99,9 @@ def _check(
 
 def _widened(env: Env, shape: shapes.Shape, model: nn.Module) -> nn.Module:
     """fp32 的同样模型（权重逐个转换）。"""
-    wide = shapes.build_on_meta(shapes.make_config(shape), torch.float32)
-    wide = shapes.materialize(wide, env.device)
+    config = shapes.make_config(shape)
+    config._experts_implementation = "eager"  # 分组矩阵乘不一定有 fp32 的
+    wide = shapes.materialize(shapes.build_on_meta(config, torch.float32), env.device)
     wide.load_state_dict(model.state_dict())
     return wide
 

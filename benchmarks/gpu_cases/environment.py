@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepseek_opt import __version__, _native
+from deepseek_opt import __version__
 
 _SMI = (
     "driver_version",
@@ -51,9 +51,17 @@ def _cuda() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "library": _native.cuda_loaded(),
+        "clock_mhz": _clock_mhz(),
         "smi": smi(),
     }
+
+
+def _clock_mhz() -> int | None:
+    """此刻的 SM 时钟；torch 要有 pynvml 才读得到。"""
+    try:
+        return torch.cuda.clock_rate()
+    except (ImportError, RuntimeError):
+        return None
 
 
 def smi() -> dict[str, str]:

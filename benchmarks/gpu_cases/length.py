@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.gpu_cases import models
 from benchmarks.gpu_cases.row import Row, Target
-from benchmarks.gpu_cases.runner import Case, Env, free, ratio_row
+from benchmarks.gpu_cases.runner import Case, Env, free, out_of_memory, ratio_row
 
 CAP_BYTES = 16 << 30
 START, LIMIT = 4096, 4
@@ -42,6 +42,8 @@ def run(env: Env) -> Iterator[Row]:
             del model
             free(env.device)
         fast, report = models.optimized(base)
+        _fits(env, fast)(start)
+        models.require_ours(report)
         limit = LIMIT * max(length for length, _ in found.values())
         ours, why = longest(_fits(env, fast), start, max(limit, start), deadline)
     models.require_ours(report)
@@ -98,7 +100,9 @@ def _fits(env: Env, model: nn.Module) -> Callable[[int], bool]:
                 ids = models.random_ids(env, model, 1, length)
                 out = model(ids, past_key_values=models.empty_cache(model), logits_to_keep=1)
                 return bool(torch.isfinite(out.logits).all())
-        except (torch.OutOfMemoryError, MemoryError):  # 本库的 MemoryBudgetError 也是 MemoryError
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             return False
         finally:
             free(env.device)

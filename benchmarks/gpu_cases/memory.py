@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from benchmarks.gpu_cases import models
 from benchmarks.gpu_cases.check import PEER_SLACK, compare
 from benchmarks.gpu_cases.row import SKIPPED, Row, Target
-from benchmarks.gpu_cases.runner import Case, Env, free, ratio_row
+from benchmarks.gpu_cases.runner import Case, Env, free, out_of_memory, ratio_row
 from benchmarks.gpu_cases.timer import first_line
 from deepseek_opt.benchmarks import process_memory
 from deepseek_opt.benchmarks.probe import IMPLEMENTATIONS, cache_bytes
@@ -70,12 +71,12 @@ def cases(_: Env) -> list[Case]:
 def _run(length: int, env: Env) -> Iterator[Row]:
     key = f"memory.s{length}"
     if env.quick:
-        length //= 64
-    ours, expected = _measured(env, _OURS, length)
-    for name, label in IMPLEMENTATIONS.items():
-        if name == _OURS:
-            continue
-        yield _peer_row(env, key, name, label, length, ours, expected)
+        length //= 16
+    with nullcontext() if env.device == "cuda" else process_memory.exact_allocations():
+        ours, expected = _measured(env, _OURS, length)
+        for name, label in IMPLEMENTATIONS.items():
+            if name != _OURS:
+                yield _peer_row(env, key, name, label, length, ours, expected)
 
 
 def _peer_row(
@@ -85,7 +86,9 @@ def _peer_row(
     details = {"peer": label, "ours_bytes": ours.peak, "ours_cache_bytes": ours.cache}
     try:
         peer, expected = _measured(env, name, length)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return Row(f"{key}.{name}", SKIPPED, f"对照放不下：{first_line(error)}", details=details)
     finally:
         free(env.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def work(dims: Dims, env: Env, key: str) -> Work:
         torch.bfloat16,
         lambda: mla_inputs.make(env, dims, spans),
         partial(_ours, dims),
-        peers(dims),
+        peers(dims, env.device),
         partial(_pairs, dims),
         bytes=dims.batch * dims.slots * width * 2,
         flops=2 * dims.batch * dims.heads * dims.slots * (width + dims.rank),
@@ -60,14 +61,19 @@ def work(dims: Dims, env: Env, key: str) -> Work:
     )
 
 
-def peers(dims: Dims) -> dict[str, Callable]:
+def peers(dims: Dims, device: str) -> dict[str, Callable]:
     """torch 的吸收式；装了 triton 时另有 Triton 核。"""
     found = {"torch 吸收式 bmm": partial(absorbed, dims, attend_bmm)}
-    if importlib.util.find_spec("triton") is not None and torch.cuda.is_available():
-        from benchmarks.gpu_cases.triton_mla_decode import attend
-
-        found["Triton"] = partial(absorbed, dims, attend)
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        found["Triton"] = partial(absorbed, dims, attend_triton)
     return found
+
+
+def attend_triton(*args: Any) -> Tensor:
+    """Triton 核；用到时才导入，导入不了也只是没有这个对照。"""
+    from benchmarks.gpu_cases.triton_mla_decode import attend
+
+    return attend(*args)
 
 
 def _ours(dims: Dims, q, latent, rope, weight, spans) -> Tensor:

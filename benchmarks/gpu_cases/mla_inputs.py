@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -50,21 +51,24 @@ def make(env: Env, dims: Dims, spans: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def make_spans(env: Env, dims: Dims, op) -> Tensor:
+def make_spans(env: Env, dims: Dims, op: Callable) -> Tensor:
     """spans 放在设备上（录成 CUDA 图要它），算子只认 CPU 的就放在 CPU 上。"""
     spans = ops.make_spans(dims.batch, dims.steps, dims.slots)
-    return spans.to(env.device) if _spans_on_device(env.device, op) else spans
+    few = replace(dims, batch=1, steps=1, slots=16)
+    return spans.to(env.device) if _spans_on_device(env.device, op, few) else spans
 
 
 @cache
-def _spans_on_device(device: str, op) -> bool:
-    q, latent, rope = (
-        torch.zeros(*s, device=device) for s in ((1, 1, 1, 48), (1, 2, 32), (1, 2, 16))
-    )
-    weight = torch.zeros(64, 32, device=device)
-    spans = ops.make_spans(1, 1, 2).to(device)
+def _spans_on_device(device: str, op: Callable, dims: Dims) -> bool:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, device=device, dtype=torch.bfloat16)
+
+    q = zeros(1, 1, dims.heads, dims.nope + dims.rope)
+    latent, rope = zeros(1, dims.slots, dims.rank), zeros(1, dims.slots, dims.rope)
+    weight = zeros(dims.heads * (dims.nope + dims.value), dims.rank)
+    spans = ops.make_spans(1, 1, dims.slots).to(device)
     try:
-        op(q, latent, rope, None, weight, spans, None, 1.0, 32)
+        op(q, latent, rope, None, weight, spans, None, dims.scale, dims.value)
     except (RuntimeError, ValueError):  # 没有这个核也在内：真正运行时再报
         return False
     return True

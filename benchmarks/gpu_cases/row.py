@@ -35,7 +35,7 @@ class Row:  # pylint: disable=too-many-instance-attributes
     status : ``ok``、``skipped``（没有运行，reason 说明）、``failed``（结果不对或出错，脚本的退出码非零）。
     us、mode : 每次调用的微秒数；``graph`` 为录成 CUDA 图之后的，``eager`` 为逐次调用的。
     roofline : 屋顶线规定的最短时间 / us。
-    value、unit、target、met : 与要求比的量。
+    value、unit、target、met : 与要求比的量；没有要求或不下结论时 met 为 None。
     error : 对参考实现的相对误差。
     """
 
@@ -82,21 +82,20 @@ class Row:  # pylint: disable=too-many-instance-attributes
         if self.roofline is not None:
             parts.append(f"屋顶线 {self.roofline:6.1%}")
         if self.value is not None:
-            wanted = (
-                "" if self.target is None else f"（要求 {self.target:g}，{_verdict(self.met)}）"
-            )
-            parts.append(f"{self.value:.3g} {self.unit}{wanted}")
+            parts.append(f"{self.value:.3g} {self.unit}{self._verdict()}")
         parts += [_peer_text(peer) for peer in self.peers]
         return "  ".join(parts)
 
-
-def _verdict(met: bool | None) -> str:
-    return "达到" if met else "未达到"
+    def _verdict(self) -> str:
+        if self.target is None:
+            return ""
+        judged = {True: "，达到", False: "，未达到", None: ""}[self.met]
+        return f"（要求 {self.target:g}{judged}）"
 
 
 def _peer_text(peer: Peer) -> str:
     if peer.speedup is None:
-        return f"[{peer.name}：{peer.note or '没有读数'}]"
+        return f"[{peer.name}：{peer.note[:60] or '没有读数'}]"
     return f"[{peer.name} 的 {peer.speedup:.2f} 倍]"
 
 

@@ -82,17 +82,23 @@ def run_case(env: Env, case: Case, emit: Callable[[Row], None]) -> None:
     try:
         for row in case.run(env):
             emit(row)
-    except torch.OutOfMemoryError as error:
-        emit(Row(case.key, SKIPPED, f"显存不够：{first_line(error)}"))
     except NotImplementedError as error:  # UnsupportedError 也是
         emit(Row(case.key, SKIPPED, first_line(error)))
     except WrongResult as error:
         emit(Row(case.key, FAILED, str(error)))
     except Exception as error:  # pylint: disable=broad-exception-caught
         # 无人看着的运行：一项的错误不能让其余各项没有读数。
-        emit(Row(case.key, FAILED, first_line(error)))
+        status, why = (SKIPPED, "显存不够：") if out_of_memory(error) else (FAILED, "")
+        emit(Row(case.key, status, why + first_line(error)))
     finally:
         free(env.device)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """是不是放不下：torch 的、本库的 MemoryBudgetError，或核里转述的。"""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 
 
 def free(device: str) -> None:

@@ -107,7 +107,7 @@ def capture(run: Callable[[], Any]) -> tuple[Any, str]:
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         # 录制中途出错时 torch 不会换回原来的流。
         torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
