@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.gpu_cases import models
 from benchmarks.gpu_cases.check import LIMITS, PEER_SLACK, WrongResult, finite
 from benchmarks.gpu_cases.row import Peer, Row, Target
-from benchmarks.gpu_cases.runner import Case, Env, floor_us, ratio_row
+from benchmarks.gpu_cases.runner import Case, Env, fill, ratio_row
 from benchmarks.gpu_cases.timer import Clocked
 from deepseek_opt.benchmarks import counts, shapes
 
@@ -50,9 +50,8 @@ def _run(rows: int, env: Env) -> Iterator[Row]:
     models.require_ours(report)
     cost = counts.model_decode(shape.config, rows, context, 2, touched=touched)
     us, mode = ours[0], sides[0].mode
-    row = Row(f"{key}.bandwidth", dtype="bfloat16", us=us, mode=mode, error=error)
-    row.gbps, row.tflops = cost.read_bytes / us / 1e3, cost.flops / us / 1e6
-    row.roofline = floor_us(env, cost.read_bytes, cost.flops) / us
+    row = Row(f"{key}.bandwidth", dtype="bfloat16", error=error)
+    fill(env, row, us, mode, cost.read_bytes, cost.flops)
     row.peers = [Peer("transformers（sdpa）", peer_us, peer_us / us, sides[-1].mode)]
     row.details = {"touched_experts": touched, "read_bytes": cost.read_bytes, "eager_us": ours[-1]}
     row.details["other_fallbacks"] = models.other_fallbacks(report)

@@ -20,7 +20,7 @@ from benchmarks.gpu_cases import mla_inputs
 from benchmarks.gpu_cases.check import Pairs
 from benchmarks.gpu_cases.mla_inputs import Dims
 from benchmarks.gpu_cases.row import Peer, Row, Target
-from benchmarks.gpu_cases.runner import Case, Env, Work, floor_us, measure
+from benchmarks.gpu_cases.runner import Case, Env, Work, fill, measure
 from deepseek_opt import ops
 
 LENGTH, HEADS = 8192, (16, 128)
@@ -53,8 +53,8 @@ def _run(dims: Dims, env: Env) -> Iterator[Row]:
 def backward_row(env: Env, key: str, forward: Row, both: Row, work_flops: float) -> Row:
     """反向 = 前向加反向 - 前向；各对照同样相减。"""
     us = max(both.us - forward.us, 1e-3)
-    row = Row(key, dtype=both.dtype, us=us, mode="eager", details=both.details)
-    row.tflops, row.roofline = work_flops / us / 1e6, floor_us(env, 0, work_flops) / us
+    row = Row(key, dtype=both.dtype, details=both.details)
+    fill(env, row, us, both.mode, 0, work_flops)
     before = {peer.name: peer.us for peer in forward.peers}
     for peer in both.peers:
         start = before.get(peer.name)

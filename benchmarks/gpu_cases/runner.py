@@ -82,7 +82,8 @@ def run_case(env: Env, case: Case, emit: Callable[[Row], None]) -> None:
     try:
         for row in case.run(env):
             emit(row)
-    except NotImplementedError as error:  # UnsupportedError 也是
+    except (NotImplementedError, ImportError) as error:
+        # 没有这个算子（UnsupportedError 也是 NotImplementedError），或没有装 transformers。
         emit(Row(case.key, SKIPPED, first_line(error)))
     except WrongResult as error:
         emit(Row(case.key, FAILED, str(error)))
@@ -111,7 +112,7 @@ def free(device: str) -> None:
 def measure(env: Env, work: Work) -> Row:
     """先核对，再与各对照交替计时。抛出 WrongResult：我们的结果不对。"""
     inputs = [work.make() for _ in range(env.timer.copies(int(work.bytes)))]
-    row = Row(work.key, dtype=str(work.dtype).removeprefix("torch."), details=work.details)
+    row = Row(work.key, dtype=str(work.dtype).removeprefix("torch."), details=dict(work.details))
     with nullcontext() if work.grad else torch.no_grad():
         row.error = _checked(work, work.ours, inputs[0], 1.0)
         ours = env.timer.prepare(work.ours, inputs, work.graph)
@@ -123,26 +124,27 @@ def measure(env: Env, work: Work) -> Row:
             if side is not None:
                 sides.append(side)
                 timed.append(peer)
+        if ours.mode == "graph":  # 逐次调用的另记一份
+            sides.append(env.timer.prepare(work.ours, inputs))
         readings = env.timer.in_turn(sides)
-    fill(env, row, readings[0], ours, work)
+    if ours.mode == "graph":
+        row.details["eager_us"] = readings.pop()
+    if ours.note:
+        row.details["note"] = ours.note
+    fill(env, row, readings[0], ours.mode, work.bytes, work.flops)
     for peer, us in zip(timed, readings[1:], strict=True):
         peer.us, peer.speedup = us, us / readings[0]
     return row
 
 
-def fill(env: Env, row: Row, us: float, side: Clocked, work: Work) -> None:
-    """填上时间、速率与占屋顶线的比例。"""
-    row.us, row.mode = us, side.mode
-    if side.note:
-        row.details = {**row.details, "note": side.note}
-    row.gbps = work.bytes / us / 1e3 if work.bytes else None
-    row.tflops = work.flops / us / 1e6 if work.flops else None
-    row.roofline = floor_us(env, work.bytes, work.flops) / us
-
-
-def floor_us(env: Env, size: float, flops: float) -> float:
-    """屋顶线规定的最短微秒数：读写 size 字节，或算完 flops，取较久的。"""
-    return max(size / env.copy_gbps / 1e3, flops / env.bf16_tflops / 1e6)
+def fill(  # pylint: disable=too-many-arguments
+    env: Env, row: Row, us: float, mode: str, size: float, flops: float
+) -> None:
+    """填上时间、速率与占屋顶线的比例：读写 size 字节，做 flops 次运算。"""
+    row.us, row.mode = us, mode
+    row.gbps = size / us / 1e3 if size else None
+    row.tflops = flops / us / 1e6 if flops else None
+    row.roofline = max(size / env.copy_gbps / 1e3, flops / env.bf16_tflops / 1e6) / us
 
 
 def _checked(work: Work, call: Callable[..., Any], args: tuple, slack: float) -> float:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import types
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import check, compiled, length, memory, mla_decode, mla_prefill, models
+from benchmarks.gpu_cases import (
+    check,
+    compiled,
+    environment,
+    length,
+    memory,
+    mla_decode,
+    mla_prefill,
+    models,
+)
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Peer, Row, Target
 from benchmarks.gpu_cases.runner import Case, Env, run_case
 from benchmarks.gpu_cases.timer import Timer
@@ -66,7 +77,7 @@ def test_everything_runs(bench, capsys):
         assert rows[f"decode_step.b{batch}.bandwidth"]["target"] == 0.75
         assert rows[f"decode_step.b{batch}.transformers"]["target"] == 5.0
         assert rows[f"decode_step.b{batch}.compiled"]["details"]["compile_s"] > 0
-    assert rows["memory.s16384.standard_eager"]["target"] == 0.4
+    assert sum(key.startswith("memory.") for key in rows) == 4 * 4
     assert rows["length.16gb.standard_sdpa"]["value"] == length.LIMIT
     assert "met" not in str(rows)  # quick 不下结论
     names = {key.split(".")[0] for key in rows}
@@ -259,6 +270,34 @@ def test_flops_and_bytes(env):
     assert mla_prefill.flops(mla_prefill.Dims(1, 64, 64, 16)) == 16 * 64 * 64 * 320
 
 
+def test_memory_rows(env, monkeypatch):
+    """省四成算达到；对照放不下时只记我们的；缓存另记；本库的输出与 transformers 不同算失败。"""
+    outputs = {"optimized": torch.ones(4)}
+    usage = {"optimized": memory.Usage(60, 10), "transformers_eager": memory.Usage(99, 10)}
+
+    def measured(_env, name, _length):
+        if name == "standard_eager":
+            raise RuntimeError("CUDA out of memory")
+        found = usage.get(name, memory.Usage(100, 40))
+        return found, outputs.get(name, torch.ones(4))
+
+    monkeypatch.setattr(memory, "_measured", measured)
+    rows = []
+    run_case(env, memory.cases(env)[0], rows.append)
+    met = {row.key.removeprefix("memory.s2048."): row.met for row in rows}
+    assert met == {
+        "standard_eager": None,
+        "standard_sdpa": True,
+        "transformers_eager": False,
+        "transformers_sdpa": True,
+    }
+    assert rows[0].status == SKIPPED and rows[0].details["ours_bytes"] == 60
+    assert rows[1].details["cache_saving"] == 0.75 and rows[3].details["error"] == 0
+    outputs["optimized"] = torch.zeros(4)
+    run_case(env, memory.cases(env)[0], rows.append)
+    assert rows[-1].status == FAILED and "注意力的输出" in rows[-1].reason
+
+
 def test_meter_counts_from_the_first_start(monkeypatch):
     """分段送入：峰值取各段最大，从第一段开始之前算起。"""
     readings = {"VmRSS": iter([100, 150]), "VmHWM": iter([180, 260])}
@@ -274,6 +313,95 @@ def test_meter_counts_from_the_first_start(monkeypatch):
 def test_compile_that_takes_too_long_is_noted(env):
     found, why = compiled.measured(env, 0.01)
     assert not found and "没有编译完" in why
+
+
+class FakeGraph:
+    """录下一次 run()，replay 时重放；broken 时录不成。"""
+
+    broken = False
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """没有 GPU 时走一遍 CUDA 一侧的计时：事件、流、图都是替身。"""
+    clock = iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at  # 毫秒
+
+    @contextlib.contextmanager
+    def graph(_):
+        yield
+        if FakeGraph.broken:
+            raise RuntimeError("不能录\n第二行")
+
+    streams = []
+    fakes = {"Event": Event, "CUDAGraph": FakeGraph, "graph": graph}
+    fakes |= {"current_stream": lambda: "原来的流", "set_stream": streams.append}
+    fakes |= {"synchronize": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return streams
+
+
+def test_graph_timing(fake_cuda):
+    """录成图的按次数平均；一轮的次数由单次用时定。"""
+    timer, calls = Timer("cuda", False), []
+    side = timer.prepare(calls.append, [(0,), (1,), (2,)], graph=True)
+    assert side.mode == "graph" and side.calls == 20  # 1 毫秒一次，一轮 20 毫秒
+    assert calls[:2] == [0, 1] and calls[-20:] == [i % 3 for i in range(20)]
+    assert timer.in_turn([side, side]) == [50.0, 50.0] and side.run.__self__.replays == 16
+    assert not fake_cuda
+
+
+def test_a_graph_that_cannot_be_captured(fake_cuda, monkeypatch):
+    """换回原来的流，逐次调用，原因记下。"""
+    monkeypatch.setattr(FakeGraph, "broken", True)
+    side = Timer("cuda", False).prepare(lambda: None, [()], graph=True)
+    assert side.mode == "eager" and side.note == "录不成 CUDA 图：RuntimeError：不能录"
+    assert fake_cuda == ["原来的流"]
+
+
+def test_cuda_environment(monkeypatch, tmp_path):
+    """驱动与时钟来自 nvidia-smi；没有它也能写。"""
+    properties = types.SimpleNamespace(
+        name="卡", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = environment.environment("cuda")
+    assert found["device"] == "卡" and found["capability"] == "9.0" and found["smi"] == {}
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 1980 MHz, 3201 MHz, 700.00 W, 40'\n")
+    script.chmod(0o755)
+    smi = environment.smi()
+    assert smi["driver_version"] == "580.1" and smi["clocks.sm"] == "1980 MHz" and len(smi) == 6
+
+
+def test_memory_cap_is_lifted_again(monkeypatch):
+    fractions = []
+    total = types.SimpleNamespace(total_memory=64 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    with pytest.raises(ValueError), length.capped("cuda"):
+        raise ValueError
+    assert fractions == [0.25, 1.0]
 
 
 def test_case_keeps_what_it_yielded(env):
