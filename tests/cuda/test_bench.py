@@ -335,6 +335,7 @@ def fake_cuda(monkeypatch):
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
+            self.at = 0
 
         def record(self):
             self.at = next(clock)
