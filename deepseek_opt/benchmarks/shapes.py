@@ -138,9 +138,11 @@ def make_config(shape: Shape, attention: str = "sdpa") -> Any:
     return config
 
 
-def build_model(shape: Shape, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+def build_model(
+    shape: Shape, dtype: torch.dtype, attention: str = "sdpa", device: str = "cpu"
+) -> nn.Module:
     """随机权重的 DeepseekV3ForCausalLM（eval）。先建在 meta 上再填，省去十几秒的逐个初始化。"""
-    return materialize(build_on_meta(make_config(shape, attention), dtype))
+    return materialize(build_on_meta(make_config(shape, attention), dtype), device)
 
 
 def build_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -151,11 +153,11 @@ def build_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
         return DeepseekV3ForCausalLM(config).to(dtype)
 
 
-def materialize(model: nn.Module) -> nn.Module:
-    """给 meta 上的模型随机权重（eval、不求导）。"""
-    model = model.to_empty(device="cpu")
+def materialize(model: nn.Module, device: str = "cpu") -> nn.Module:
+    """给 meta 上的模型随机权重（eval、不求导），放在 device 上。"""
+    model = model.to_empty(device=device)
     rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(model.config)  # meta 上算出的频率没有数值
+    model.model.rotary_emb = rotary(model.config).to(device)  # meta 上算出的频率没有数值
     fill_random(model)
     return model.eval().requires_grad_(False)
 
@@ -167,6 +169,7 @@ def fill_random(model: nn.Module) -> None:
         if parameter.dim() < 2:
             nn.init.ones_(parameter)
             continue
+        block = block.to(parameter.device)
         for piece in parameter.data.view(-1).split(_FILL):
             piece.copy_(block[: piece.numel()])
     for name, buffer in model.named_buffers():
@@ -235,18 +238,18 @@ def rope_tables(shape: Shape, batch: int, begin: int, count: int, dtype: torch.d
     return rotary(torch.zeros(1, dtype=dtype), positions)
 
 
-def make_cache(shape: Shape, batch: int, length: int, layers: int, dtype: torch.dtype) -> Any:
+def make_cache(
+    shape: Shape, batch: int, length: int, layers: int, dtype: torch.dtype, device: str = "cpu"
+) -> Any:
     """已有 length 个词元的 DynamicCache，内容随机。"""
     from transformers import DynamicCache
 
     config = make_config(shape)
     cache = DynamicCache(config=config)
-    generator = torch.Generator().manual_seed(1)
+    options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
     for index in range(layers):
         sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
-        latent, rope = (
-            torch.randn(batch, 1, length, size, generator=generator).to(dtype) for size in sizes
-        )
+        latent, rope = (torch.randn(batch, 1, length, n, **options).to(dtype) for n in sizes)
         cache.update(latent, rope, index)
     return cache
 

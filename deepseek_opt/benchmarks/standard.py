@@ -76,7 +76,7 @@ class StandardAttention(nn.Module):
     def _eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = torch.matmul(q, k.transpose(2, 3)) * self.head_dim**-0.5
         if mask is None and q.shape[2] > 1:
-            mask = causal_mask(q.shape[2], k.shape[2], q.dtype)
+            mask = causal_mask(q.shape[2], k.shape[2], q.dtype, q.device)
         if mask is not None:
             scores = scores + mask
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
@@ -86,13 +86,15 @@ class StandardAttention(nn.Module):
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.shape[2] in (1, k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-    mask = causal_mask(q.shape[2], k.shape[2], q.dtype)
+    mask = causal_mask(q.shape[2], k.shape[2], q.dtype, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def causal_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(
+    queries: int, keys: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
     """相加式因果掩码 [1, 1, T, S]，右下对齐。"""
-    mask = torch.full((queries, keys), torch.finfo(dtype).min, dtype=dtype)
+    mask = torch.full((queries, keys), torch.finfo(dtype).min, dtype=dtype, device=device)
     return mask.triu_(keys - queries + 1)[None, None]
 
 
@@ -108,8 +110,8 @@ def _rotate(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
 
 def use_standard_attention(model: nn.Module, implementation: str) -> nn.Module:
     """把 DeepSeek 结构的 transformers 模型的每层 MLA 换成 :class:`StandardAttention`（就地）。"""
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
     model.set_attn_implementation(implementation)  # 决定模型生成哪种掩码
     for index, layer in enumerate(model.model.layers):
-        layer.self_attn = StandardAttention(model.config, index, implementation).to(dtype)
+        layer.self_attn = StandardAttention(model.config, index, implementation).to(like)
     return model
