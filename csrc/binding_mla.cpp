@@ -206,12 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
        {softmax_scale, v_head_dim, causal});
   use_spans(op, m, spans);
   const dso_mla_inputs &in = m.in;
-  expect_shape(op, "grad", grad, {in.b, in.t, in.heads, in.v_dim});
-  expect_shape(op, "out", out, {in.b, in.t, in.heads, in.v_dim});
-  expect_shape(op, "lse", lse, {in.b, in.t, in.heads});
-  expect_type(op, "grad", grad, q.scalar_type());
-  expect_type(op, "out", out, q.scalar_type());
-  expect_type(op, "lse", lse, ScalarType::Float);
+  expect_backward(op, in, q, grad, out, lse);
   Tensor g = torch::stable::contiguous(grad), o = torch::stable::contiguous(out),
          l = torch::stable::contiguous(lse);
   Tensor dq = torch::stable::new_zeros(q, {in.b, in.t, in.heads, in.nope_dim + in.rope_dim});

@@ -206,4 +206,15 @@ inline void expect_spans(const char *op, const Tensor &spans) {
   expect_type(op, "spans", spans, ScalarType::Long);
 }
 
+// mla_prefill_backward 另有的三个输入。
+inline void expect_backward(const char *op, const dso_mla_inputs &in, const Tensor &q,
+                            const Tensor &grad, const Tensor &out, const Tensor &lse) {
+  expect_shape(op, "grad", grad, {in.b, in.t, in.heads, in.v_dim});
+  expect_shape(op, "out", out, {in.b, in.t, in.heads, in.v_dim});
+  expect_shape(op, "lse", lse, {in.b, in.t, in.heads});
+  expect_type(op, "grad", grad, q.scalar_type());
+  expect_type(op, "out", out, q.scalar_type());
+  expect_type(op, "lse", lse, ScalarType::Float);
+}
+
 }  // namespace dso

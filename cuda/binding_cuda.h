@@ -40,4 +40,18 @@ inline void bmm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
 }
 
+// out [M, N] = a [M, K] b [K, N]。
+inline void mm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// total + part，类型随 total（稳定 ABI 里没有带 Scalar 的 add）。
+inline Tensor sum_of(const Tensor &total, const Tensor &part) {
+  return torch::stable::subtract(total, part, -1.0);
+}
+
 }  // namespace dso

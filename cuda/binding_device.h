@@ -7,12 +7,16 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "binding.h"
+#include "config.cuh"
 
 #define DSO_DEVICE_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CUDA, m)
 
 namespace dso {
 
 inline bool on_device(const Tensor &t) { return t.is_cuda(); }
+
+// 一组头展开的 K、V 至多多少字节。
+inline int64_t expand_limit() { return EXPAND_BYTES; }
 
 // 切换到 t 的设备并取它的当前流；析构时恢复原来的设备。
 class Launch {

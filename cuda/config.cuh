@@ -18,4 +18,16 @@ constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
 constexpr int COMBINE_THREADS = 128;
 
+// ---- mla_prefill 与其反向 ----
+
+// 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，
+// 99 KiB 的卡上单级，163 KiB 起两级流水。
+constexpr int PREFILL_ROWS = 128;
+constexpr int PREFILL_KEYS = 64;
+// 反向的两个核都以 64 x 64 的得分块计算：dK、dV（或 dQ）的累加器 8 个 warp 每线程至多 128 个。
+constexpr int BACKWARD_TILE = 64;
+// 按头分组展开 K、V：一组的 K、V 不超过这么多字节（至少一个头）。大于 L2 才有足够多的块占满卡，
+// 又不随头数增长。
+constexpr long long EXPAND_BYTES = 64LL << 20;
+
 }  // namespace dso

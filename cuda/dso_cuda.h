@@ -42,6 +42,44 @@ cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, siz
 cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scratch,
                                 cudaStream_t stream);
 
+/* 展开式注意力，一组头。kv [B, S, heads, dn + dv] 是这组头展开的 K（不含旋转部分）与 V，in 的潜变量不读。
+ * dtype 为 fp32 时走通用路径（kv 是 fp32，q、rope 任意），否则 kv、q、rope、out 都是 dtype，而且
+ * dso_cuda_mla_prefill_fits。没有被任何 span 覆盖的查询不写。 */
+typedef struct {
+  dso_mla_inputs in;
+  const void *kv;
+  int64_t first_head, heads; /* 这组头是 [first_head, first_head + heads) */
+  dso_dtype dtype;
+  void *out; /* [B, T, H, dv] 连续 */
+  dso_dtype out_dtype;
+  float *lse; /* [B, T, H] */
+} dso_cuda_mla_prefill_params;
+
+/* 这些形状能不能以 dtype 在当前设备上算（维度、对齐、共享内存）；backward：反向。 */
+int dso_cuda_mla_prefill_fits(const dso_mla_inputs *in, dso_dtype dtype, int backward);
+cudaError_t dso_cuda_mla_prefill(const dso_cuda_mla_prefill_params *p, cudaStream_t stream);
+
+/* 反向，一组头：in 同前向（out、lse 是前向的结果）。dkv [B, S, heads, dn + dv] 与 kv 同类型，全部写出；
+ * drope [B, S, heads, dr] 是各头的旋转部分，全部写出；dq [B, T, H, dn + dr] 与 q 同类型，没有被任何 span
+ * 覆盖的查询不写。delta [B, T, H] 由 dso_cuda_mla_backward_delta 先算好。 */
+typedef struct {
+  dso_cuda_mla_prefill_params in;
+  const void *grad; /* [B, T, H, dv] 连续，与 q 同类型 */
+  float *delta;
+  void *dq, *dkv;
+  float *drope;
+} dso_cuda_mla_prefill_backward_params;
+
+int dso_cuda_mla_prefill_backward_shared(const dso_mla_inputs *in, dso_dtype dtype); /* 字节 */
+cudaError_t dso_cuda_mla_backward_delta(const dso_cuda_mla_prefill_backward_params *p,
+                                        cudaStream_t stream);
+cudaError_t dso_cuda_mla_prefill_backward(const dso_cuda_mla_prefill_backward_params *p,
+                                          cudaStream_t stream);
+
+/* in 的潜变量还原、清理成 [B, S, r]，见 mla_latents.cu；to 由调用者先清零。 */
+cudaError_t dso_cuda_mla_latents(const dso_mla_inputs *in, void *to, dso_dtype dtype,
+                                 cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -38,6 +38,34 @@ __device__ inline int64_t slot_at(const dso_mla_inputs &in, int row, int slot, i
   return page * bs + slot % size * ts;
 }
 
+struct Found {
+  int64_t index, before;  // 哪个 span（没有为 n_spans）；它之前共有多少单位
+};
+
+// 各 span 有 units(i) 个单位，排成一列：满足 wanted(i, 之前的单位数, 它的单位数) 的第一个 span。
+// 整个 warp 一起调用。
+template <class Units, class Wanted>
+__device__ Found find_span_by(const dso_mla_inputs &in, Units units, Wanted wanted) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  int64_t before = 0;
+  for (int64_t base = 0; base < in.n_spans; base += WARP) {
+    int64_t own = base + lane < in.n_spans ? units(base + lane) : 0, upto = own;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+      int64_t left = __shfl_up_sync(ALL_LANES, upto, step);
+      if (lane >= step) upto += left;
+    }
+    bool mine = base + lane < in.n_spans && wanted(base + lane, before + upto - own, own);
+    unsigned hits = __ballot_sync(ALL_LANES, mine);
+    if (hits) {
+      int first = __ffs(static_cast<int>(hits)) - 1;
+      return {base + first, before + __shfl_sync(ALL_LANES, upto - own, first)};
+    }
+    before += __shfl_sync(ALL_LANES, upto, WARP - 1);
+  }
+  return {in.n_spans, before};
+}
+
 __device__ inline const char *element(const void *base, dso_dtype dtype, int64_t i) {
   return static_cast<const char *>(base) + i * (dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2);
 }

@@ -25,45 +25,21 @@ __device__ inline Load load_of(const dso_mla_inputs &in, const Schedule &s, int6
           (at.kv_len + s.keys - 1) / s.keys};
 }
 
-__device__ inline int64_t units_of(const dso_mla_inputs &in, const Schedule &s, int64_t index) {
-  return index < in.n_spans ? load_of(in, s, index).units() : 0;
-}
-
 // 每个 CTA 几个单位；整个 warp 一起调用。
 __device__ inline int64_t units_per_cta(const dso_mla_inputs &in, const Schedule &s) {
   int64_t total = 0;
-  for (int64_t i = threadIdx.x % WARP; i < in.n_spans; i += WARP) total += units_of(in, s, i);
+  for (int64_t i = threadIdx.x % WARP; i < in.n_spans; i += WARP)
+    total += load_of(in, s, i).units();
 #pragma unroll
   for (int step = WARP / 2; step > 0; step /= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
   int64_t each = (total + s.ctas - 1) / s.ctas;
   return each > s.minimum_units ? each : s.minimum_units;
 }
 
-struct Found {
-  int64_t index, before;  // 哪个 span（没有为 n_spans）；它之前共有多少单位
-};
-
 // 满足 wanted(i, 之前的单位数, 它的单位数) 的第一个 span；整个 warp 一起调用。
 template <class Wanted>
 __device__ Found find_span(const dso_mla_inputs &in, const Schedule &s, Wanted wanted) {
-  int lane = static_cast<int>(threadIdx.x) % WARP;
-  int64_t before = 0;
-  for (int64_t base = 0; base < in.n_spans; base += WARP) {
-    int64_t own = units_of(in, s, base + lane), upto = own;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-      int64_t left = __shfl_up_sync(ALL_LANES, upto, step);
-      if (lane >= step) upto += left;
-    }
-    bool mine = base + lane < in.n_spans && wanted(base + lane, before + upto - own, own);
-    unsigned hits = __ballot_sync(ALL_LANES, mine);
-    if (hits) {
-      int first = __ffs(static_cast<int>(hits)) - 1;
-      return {base + first, before + __shfl_sync(ALL_LANES, upto - own, first)};
-    }
-    before += __shfl_sync(ALL_LANES, upto, WARP - 1);
-  }
-  return {in.n_spans, before};
+  return find_span_by(in, [&](int64_t i) { return load_of(in, s, i).units(); }, wanted);
 }
 
 // 一个 CTA 连续处理的一段：一组查询看 [key_begin, key_end)（span 内）。

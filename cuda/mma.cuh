@@ -40,6 +40,14 @@ __device__ inline void load_a(uint32_t (&a)[4], const uint16_t *tile, int stride
   ldmatrix_x4(a, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
 }
 
+// 左操作数，tile 按 [列][行] 存（例如 Pᵀ）：行 [row, row + 16)、列 [column, column + 16)。
+__device__ inline void load_a_trans(uint32_t (&a)[4], const uint16_t *tile, int stride, int row,
+                                    int column) {
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  ldmatrix_x4_trans(a,
+                    tile + (column + lane / 16 * 8 + lane % 8) * stride + row + lane / 8 % 2 * 8);
+}
+
 // 右操作数，tile 按 [n][k] 存：8 个 n、32 个 k；(b[0], b[1]) 是前 16 个 k，(b[2], b[3]) 是后 16 个。
 __device__ inline void load_b_8x32(uint32_t (&b)[4], const uint16_t *tile, int stride, int n,
                                    int k) {
@@ -59,6 +67,14 @@ __device__ inline void load_b_trans(uint32_t (&b)[4], const uint16_t *tile, int 
                                     int n) {
   int lane = static_cast<int>(threadIdx.x) % WARP;
   ldmatrix_x4_trans(b, tile + (k + lane / 8 % 2 * 8 + lane % 8) * stride + n + lane / 16 * 8);
+}
+
+// 一个 warp 拷一行：from 的前 count 个元素，其后到 width 填 0；from 为空时整行填 0。都是 8 的倍数。
+__device__ inline void copy_row_async(uint16_t *to, const uint16_t *from, int count, int width) {
+  for (int c = static_cast<int>(threadIdx.x) % WARP * 8; c < width; c += WARP * 8) {
+    bool inside = from && c < count;
+    cp_async_16(to + c, inside ? from + c : nullptr, inside);
+  }
 }
 
 // 一行的 4 个线程（同一 fragment_row）之间。

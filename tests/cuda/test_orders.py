@@ -69,3 +69,19 @@ def test_rope_and_cache_write(monkeypatch):
 def test_decode(monkeypatch, shape, cache):
     case = attention(*shape, dtype=BF16, cache=cache or BF16, masked=True)
     same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*case.args()),))
+
+
+@pytest.mark.parametrize(
+    "dims", [(64, 16, 32, 64), (32, 64, 128, 128), (33, 6, 9, 5)], ids=["96/64", "192/128", "通用"]
+)
+def test_prefill_and_backward(monkeypatch, dims):
+    case = attention(1, 150, 170, 2, dims, dtype=BF16, masked=True)
+    grad = randn(1, 150, 2, dims[3], dtype=BF16)
+
+    def run():
+        leaves = case.leaves()
+        out, lse = ops.mla_prefill(*case.with_leaves(leaves).args())
+        out.backward(grad)
+        return out.detach(), lse, *(leaf.grad for leaf in leaves)
+
+    same_in_every_order(monkeypatch, run)

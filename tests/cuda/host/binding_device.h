@@ -3,13 +3,22 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+
 #include "binding.h"
+#include "config.cuh"
 
 #define DSO_DEVICE_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(deepseek_opt, CPU, m)
 
 namespace dso {
 
 inline bool on_device(const Tensor &t) { return t.is_cpu(); }
+
+// DSO_HOST_EXPAND 可改：小的形状也分得成几组。
+inline int64_t expand_limit() {
+  const char *bytes = std::getenv("DSO_HOST_EXPAND");
+  return bytes ? std::atoll(bytes) : EXPAND_BYTES;
+}
 
 class Launch {
  public:

@@ -1,0 +1,134 @@
+"""CUDA 核的每条路径：能走矩阵单元的形状、跨过块边的长度、分组展开、共享内存小的卡；对照 fp64。
+
+在 scripts/cuda_host.sh 里（主机模拟）运行；tests/test_mla_*.py 另在同样的模拟上跑一般的形状。
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from deepseek_opt import ops, reference
+from tests.op_cases import assert_no_worse, attention, eager_attention
+from tests.tolerances import tol
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
+)
+HALF = [torch.bfloat16, torch.float16]
+SMALL_CARD = 99 << 10  # sm_86、sm_89 每块的共享内存
+# (r, dr, dn, dv)：反向的四种宽度、没有旋转部分、dv 不是块宽。
+PREFILL_DIMS = [(64, 16, 32, 64), (32, 0, 96, 40), (64, 64, 128, 128), (32, 32, 160, 136)]
+# (T, S)：不满一块、正好一块、多一个、长的缓存接短的查询。
+LENGTHS = [(1, 1), (63, 64), (65, 65), (130, 200), (3, 129)]
+
+
+def close(got, want, dtype):
+    torch.testing.assert_close(got.double(), want, **tol(dtype))
+
+
+def prefill_with_grads(case, function, kind=None):
+    leaves = case.leaves(kind)
+    out = function(*case.with_leaves(leaves).args())
+    out = out[0] if isinstance(out, tuple) else out
+    torch.manual_seed(1)
+    out.backward(torch.randn(*out.shape).to(case.q.dtype).to(out.dtype))
+    return (out.detach(), *(leaf.grad for leaf in leaves))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dims", PREFILL_DIMS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_prefill(dims, lengths, dtype):
+    case = attention(2, *lengths, 2, dims, dtype=dtype, masked=True)
+    out, lse = ops.mla_prefill(*case.args())
+    exact = case.exact()
+    close(out, exact[0], dtype)
+    torch.testing.assert_close(lse.double(), exact[1], **tol(dtype))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dims", PREFILL_DIMS, ids=str)
+def test_prefill_gradients(dims, causal):
+    case = attention(2, 70, 90, 3, dims, dtype=torch.bfloat16, causal=causal)
+    runs = [
+        prefill_with_grads(case, ops.mla_prefill),
+        prefill_with_grads(case, lambda *args: eager_attention(case_of(case, args))),
+        prefill_with_grads(case, reference.mla_prefill, torch.float64),
+    ]
+    for ours, eager, exact in zip(*runs, strict=True):
+        if exact.numel():  # 没有旋转部分时它的梯度是空的
+            assert_no_worse(ours, eager, exact)
+
+
+def case_of(case, args):
+    names = ("q", "latent", "rope", "scale", "kv_b", "spans", "kv_mask")
+    return case.but(**dict(zip(names, args[:7], strict=True)))
+
+
+def test_heads_in_groups(monkeypatch):
+    """K、V 一次展开全部头、逐个头展开：out、lse、dq 逐位相同，跨头求和的梯度只差舍入。"""
+    case = attention(1, 70, 90, 5, (64, 16, 32, 64), dtype=torch.bfloat16)
+    together = prefill_with_grads(case, ops.mla_prefill)
+    exact = prefill_with_grads(case, reference.mla_prefill, torch.float64)
+    monkeypatch.setenv("DSO_HOST_EXPAND", "1")
+    apart = prefill_with_grads(case, ops.mla_prefill)
+    for index, (one, other, want) in enumerate(zip(together, apart, exact, strict=True)):
+        if index in (0, 1, 4):  # out、dq、dkv_b 各头互不相干
+            assert torch.equal(one, other)
+        assert_no_worse(other, one, want, 1.2)
+
+
+@pytest.mark.parametrize("dims", PREFILL_DIMS, ids=str)
+def test_small_shared_memory(monkeypatch, dims):
+    """99 KiB 的卡：单级流水，放不下的形状改走通用路径。"""
+    case = attention(1, 70, 90, 2, dims, dtype=torch.bfloat16, masked=True)
+    wide = prefill_with_grads(case, ops.mla_prefill)
+    decoded = ops.mla_decode(*case.args())
+    monkeypatch.setenv("DSO_HOST_SHARED", str(SMALL_CARD))
+    exact = prefill_with_grads(case, reference.mla_prefill, torch.float64)
+    narrow = prefill_with_grads(case, ops.mla_prefill)
+    for ours, before, want in zip(narrow, wide, exact, strict=True):
+        if want.numel():
+            assert_no_worse(ours, before, want, 1.2)
+    close(ops.mla_decode(*case.args()), decoded.double(), torch.bfloat16)
+
+
+def test_too_wide_for_shared_memory(monkeypatch):
+    """放不进共享内存的维度：先报错，指明是哪些维。"""
+    monkeypatch.setenv("DSO_HOST_SHARED", "4096")
+    case = attention(1, 2, 4, 2, (256, 4, 8, 8))
+    with pytest.raises(ValueError, match="放不进共享内存"):
+        ops.mla_prefill(*case.args())
+    with pytest.raises(RuntimeError, match="mla_decode"):
+        ops.mla_decode(*case.args())
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rank, rope", [(512, 64), (256, 32), (128, 0), (80, 16)])
+@pytest.mark.parametrize("heads", [1, 9, 17, 65])
+def test_decode(heads, rank, rope, dtype, cache):
+    case = attention(2, 2, 70, heads, (rank, rope, 8, 8), dtype=dtype, cache=cache or dtype)
+    got = ops.mla_decode(*case.args())
+    close(got, case.exact()[0], torch.int8 if cache else dtype)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 500])
+def test_decode_lengths(length):
+    """一行的键分给几个 CTA、各行长短悬殊：合并的结果对。"""
+    case = attention(3, 1, 520, 4, (64, 16, 8, 8), dtype=torch.bfloat16)
+    spans = torch.tensor([[0, 1, 0, length], [1, 2, 520, 521], [2, 3, 1040, 1040 + 520]])
+    case = case.but(spans=spans)
+    close(ops.mla_decode(*case.args()), case.exact()[0], torch.bfloat16)
+
+
+def test_device_spans_are_not_read():
+    """spans 在设备上时不检查：这里的“设备”就是 CPU，只能核对空的查询范围也照常。"""
+    case = attention(2, 3, 40, 4, (64, 16, 8, 8), dtype=torch.bfloat16)
+    spans = torch.tensor([[0, 0, 0, 40], [3, 6, 40, 80], [3, 3, 40, 40]])
+    case = case.but(spans=spans)
+    close(ops.mla_decode(*case.args()), case.exact()[0], torch.bfloat16)
+    close(ops.mla_prefill(*case.args())[0], case.exact()[0], torch.bfloat16)
