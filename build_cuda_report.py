@@ -1,7 +1,7 @@
 """CUDA 核用了多少寄存器、共享内存，有没有溢出：读 ptxas -v 的输出，写成记录与表，按名单把关。
 
 溢出（寄存器不够，改放显存）与栈帧（下标编译时不定的数组也在显存里）通常是几倍的慢，又不报错，
-所以没有写进 cuda/spills.txt 的都算编译失败。build_native.py 用它。
+所以没有写进 cuda/spills.txt 的都算编译失败；wgmma 不能重叠、setmaxnreg 没有生效的也是。build_native.py 用它。
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _FRAME = re.compile(
 _USED = re.compile(r"ptxas info\s*: Used (\d+) registers\b")
 _BARRIERS = re.compile(r"used (\d+) barriers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+# wgmma 被排成一条接一条（C7510 等）、setmaxnreg 没有生效（C7508）：ptxas 只当作提示，却是几倍的慢。
+_LOSS = re.compile(r"ptxas info\s*: (\(C75\d\d\) (?:.*function '(\S+)')?.*)")
 _NOISE = re.compile(r"ptxas info\s*: (\d+ bytes gmem\b|Compile time = )")
 
 
@@ -43,6 +45,7 @@ class Usage:
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
+    loss: str = ""  # ptxas 说 wgmma、setmaxnreg 没有照写的那样用上
 
     @property
     def local_bytes(self) -> int:
@@ -97,7 +100,7 @@ class _Parser:
     def line(self, text: str) -> None:
         if match := _ENTRY.match(text):
             self.entry = (match[1], match[2])
-            self._update(self.entry)
+            self._update(self.entry, kernel=True)
         elif match := _PROPERTIES.match(text):
             self.frame_of = (match[1], self.entry[1])
         elif match := _FRAME.match(text):
@@ -112,6 +115,8 @@ class _Parser:
                 barriers=int(barriers[1]) if barriers else 0,
             )
         elif not _NOISE.match(text):
+            if match := _LOSS.match(text):  # 在说编译哪个核之前；有的不说是哪个函数
+                self._update((match[2] or "?", "sm_90a"), loss=match[1])
             self.rest.append(text)
 
 
@@ -203,8 +208,9 @@ def _read_line(found: SpillList, text: str, number: int) -> None:
 
 
 def problems(usages: list[Usage], spills: SpillList) -> list[str]:
-    """不在名单里的溢出与栈帧，以及名单自己的毛病（写错的、已经没有用的行）。"""
+    """不在名单里的溢出与栈帧，没用上的 wgmma，以及名单自己的毛病（写错的、已经没有用的行）。"""
     found = list(spills.problems)
+    found += [f"{u.source}：核 {u.name} 在 {u.arch} 上：{u.loss}" for u in usages if u.loss]
     spilling = [usage for usage in usages if usage.local_bytes]
     for usage in spilling:
         limits = [entry.limit for entry in spills.allowed if entry.covers(usage)]

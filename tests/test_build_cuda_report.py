@@ -35,7 +35,7 @@ ptxas info    : Used 32 registers, used 0 barriers, 512 bytes cumulative stack s
 ptxas info    : Compile time = 19.418 ms
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z5heavyILi64EfEvPKT0_PS0_' for 'sm_90a'
-ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function '_Z5heavyILi64EfEvPKT0_PS0_'
 ptxas info    : Function properties for _Z5heavyILi64EfEvPKT0_PS0_
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers
@@ -141,6 +141,18 @@ def test_spill_is_a_problem():
     text = only(report.problems([usage(stack=16, spill_stores=12)], report.SpillList()))
     assert text.startswith("cuda/x.cu：核 k<8> 在 sm_80 上溢出寄存器：栈帧 16 字节")
     assert "溢出写 12 字节、读 0 字节。" in text
+
+
+def test_serialized_wgmma_is_a_problem():
+    """ptxas 只当作提示的一行：编译失败；说了函数名就记在那个核上。"""
+    found, _ = report.parse(PTXAS, "cuda/x_sm90.cu")
+    slow = [one for one in found if one.loss]
+    assert [(one.arch, one.kernel, one.registers) for one in slow] == [("sm_90a", True, 32)]
+    assert "C7510" in only(report.problems(slow, report.SpillList()))
+    nameless = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored"
+    found, rest = report.parse(nameless, "cuda/x_sm90.cu")
+    assert rest == nameless
+    assert "setmaxnreg" in only(report.problems(found, report.SpillList()))
 
 
 def test_stack_frame_alone_is_a_problem():

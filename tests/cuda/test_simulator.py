@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.cuda import host_library as host
+from tests.cuda.simulation import FAILED, MODES, pointer, simulate
 from tests.op_cases import randn
 
 pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
-FAILED = 719
-MODES = [("forward", "eager"), ("reverse", "lazy"), ("random:1", "lazy"), ("random:2", "eager")]
 
 # 一个 warp：d [16, 8] = a [16, 16] b [8, 16]ᵀ；右操作数按 [n][k] 或 [k][n] 存。
 FRAGMENTS = """
@@ -82,31 +74,6 @@ extern "C" int run(const float *x, float *y, int steps) {
   return launch(kernel, dim3(1), dim3(64), 2 * 64 * 4, nullptr, x, y, steps);
 }
 """
-
-
-@functools.cache
-def simulate(text: str, **defines: int) -> ctypes.CDLL:
-    """编译一个核与模拟器；同样的只编译一次。"""
-    folder = Path(tempfile.gettempdir()) / f"deepseek-opt-simulator-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    lines = [f"#define {key} {value}\n" for key, value in defines.items()]
-    content = "".join(lines) + textwrap.dedent(text)
-    source = folder / f"kernel_{hashlib.sha256(content.encode()).hexdigest()[:12]}.cu"
-    source.write_text(content, encoding="utf-8")
-    library = host.simulator(source, folder)
-    library.dso_host_failure.restype = ctypes.c_char_p
-    library.dso_host_conflicts.restype = ctypes.c_long
-    return library
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _clean():
-    yield
-    shutil.rmtree(Path(tempfile.gettempdir()) / f"deepseek-opt-simulator-{os.getpid()}")
-
-
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @pytest.fixture(params=MODES, ids="-".join)

@@ -9,6 +9,10 @@ namespace dso {
 
 inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
 
+inline uint32_t shared_address(const void *p) {
+  return static_cast<uint32_t>(cuda_host::shared_offset(p));
+}
+
 // ---- 异步拷贝 ----
 
 inline void cp_async_16(void *to, const void *from, bool valid) {

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -79,8 +80,11 @@ void switch_context(Context &from, Context &to) {
 #endif
 }
 
-struct Group {
-  std::vector<std::function<void()>> actions;
+using Actions = std::vector<std::function<void()>>;
+
+struct AsyncQueue {
+  Actions open;
+  std::deque<Actions> committed;
 };
 
 struct Fiber {
@@ -90,8 +94,7 @@ struct Fiber {
   dim3 index;
   int linear = 0;
   std::function<bool()> ready;  // 空的：可以运行
-  std::vector<std::function<void()>> open[QUEUES];
-  std::deque<Group> committed[QUEUES];
+  AsyncQueue copies;
 };
 
 struct Meeting {  // 一个 warp 或 4 个 warp 的集体操作
@@ -106,9 +109,22 @@ struct Barrier {
   unsigned turn = 0;
 };
 
+struct Transaction {  // mbarrier 的一相
+  int count = 0, pending = 0;
+  int64_t bytes = 0;
+  unsigned phase = 0;
+};
+
+struct WarpState {
+  AsyncQueue products;
+  bool fenced = false;
+};
+
 struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;  // 反复使用，各有自己的栈
   std::vector<Meeting> warps, groups;
+  std::vector<WarpState> warp_states;
+  std::map<size_t, Transaction> transactions;  // 键是共享内存里的偏移
   Barrier barriers[NAMED];
   Context scheduler;
   Fiber *current = nullptr;
@@ -228,10 +244,19 @@ void describe_deadlock() {
   state.failed = true;
 }
 
+// 块结束时不许还有没写完的 TMA。
+void check_transactions() {
+  if (!state.pending.empty()) note_failure("块结束时还有 TMA 没有写完");
+  for (const auto &entry : state.transactions)
+    if (entry.second.bytes != 0) note_failure("块结束时 mbarrier 的字节数对不上");
+}
+
 void run_block() {
   int warps = (state.count + LANES - 1) / LANES;
   state.warps.assign(static_cast<size_t>(warps), Meeting{});
   state.groups.assign(static_cast<size_t>((warps + GROUP_WARPS - 1) / GROUP_WARPS), Meeting{});
+  state.warp_states.assign(static_cast<size_t>(warps), WarpState{});
+  state.transactions.clear();
   for (Barrier &barrier : state.barriers) barrier = Barrier{};
   state.alive = state.count;
   state.pending.clear();
@@ -239,7 +264,7 @@ void run_block() {
   for (int i = 0; i < state.count; i++) {
     Fiber &fiber = *state.fibers[static_cast<size_t>(i)];
     fiber.done = false, fiber.ready = nullptr, fiber.linear = i;
-    for (int q = 0; q < QUEUES; q++) fiber.open[q].clear(), fiber.committed[q].clear();
+    fiber.copies = AsyncQueue{};
     auto n = static_cast<unsigned>(i);
     fiber.index = dim3(n % state.block.x, n / state.block.x % state.block.y,
                        n / (state.block.x * state.block.y));
@@ -252,10 +277,12 @@ void run_block() {
       describe_deadlock();
       return;
     }
-    auto action = std::move(state.pending.front());
-    state.pending.pop_front();
+    auto next = state.pending.begin() + ordering(static_cast<int>(state.pending.size()))[0];
+    auto action = std::move(*next);
+    state.pending.erase(next);
     action();
   }
+  check_transactions();
 }
 
 void read_environment() {
@@ -272,6 +299,33 @@ void read_environment() {
 void drop_unfinished() {
   for (auto &fiber : state.fibers)
     if (!fiber->done) fiber = std::make_unique<Fiber>();
+}
+
+WarpState &current_warp() {
+  return state.warp_states[static_cast<size_t>(state.current->linear / LANES)];
+}
+
+AsyncQueue &queue_of(Queue queue) {
+  return queue == COPY_QUEUE ? state.current->copies : current_warp().products;
+}
+
+constexpr uint64_t BARRIER_MARK = 0x6d62617272696572;  // 写在 mbarrier 的 8 个字节里：看得出被覆盖
+
+// 找不到（没有初始化、被覆盖）时返回空。
+Transaction *transaction_of(void *barrier) {
+  auto base = reinterpret_cast<uintptr_t>(state.shared);
+  auto found = state.transactions.find(reinterpret_cast<uintptr_t>(barrier) - base);
+  if (found == state.transactions.end()) return nullptr;
+  return std::memcmp(barrier, &BARRIER_MARK, sizeof BARRIER_MARK) == 0 ? &found->second : nullptr;
+}
+
+const char *const NO_BARRIER = "mbarrier 没有初始化，或者被覆盖了";
+
+void end_phase_if_complete(Transaction &t) {
+  if (t.pending == 0 && t.bytes < 0) note_failure("mbarrier 收到的字节比预告的多");
+  if (t.pending != 0 || t.bytes != 0) return;
+  t.pending = t.count;
+  t.phase++;
 }
 
 void *aligned_shared(size_t bytes) {
@@ -366,27 +420,63 @@ void named_barrier(int id, int threads, bool wait) {
 
 void defer(Queue queue, std::function<void()> action) {
   if (!state.is_lazy) return action();
-  state.current->open[queue].push_back(std::move(action));
+  queue_of(queue).open.push_back(std::move(action));
 }
 
 void commit(Queue queue) {
   if (!state.is_lazy) return;
-  Fiber &fiber = *state.current;
-  fiber.committed[queue].push_back(Group{std::move(fiber.open[queue])});
-  fiber.open[queue].clear();
+  AsyncQueue &mine = queue_of(queue);
+  mine.committed.push_back(std::move(mine.open));
+  mine.open.clear();
 }
 
 void wait_groups(Queue queue, int left) {
-  auto &groups = state.current->committed[queue];
+  auto &groups = queue_of(queue).committed;
   while (groups.size() > static_cast<size_t>(left)) {
-    for (auto &action : groups.front().actions) action();
+    for (auto &action : groups.front()) action();
     groups.pop_front();
   }
+  if (queue == MMA_QUEUE) current_warp().fenced = false;
 }
 
 void defer_global(std::function<void()> action) {
   if (!state.is_lazy) return action();
   state.pending.push_back(std::move(action));
+}
+
+bool wgmma_fenced(bool set) {
+  WarpState &warp = current_warp();
+  warp.fenced = warp.fenced || set;
+  return warp.fenced;
+}
+
+void mbarrier_init(void *barrier, int count) {
+  size_t at = shared_offset(barrier);
+  if (at % 8 != 0 || at + 8 > state.shared_bytes)
+    fail("mbarrier 没有对齐到 8 字节，或越出共享内存");
+  std::memcpy(barrier, &BARRIER_MARK, sizeof BARRIER_MARK);
+  state.transactions[at] = Transaction{count, count, 0, 0};
+}
+
+void mbarrier_arrive(void *barrier, int64_t expected_bytes) {
+  Transaction *t = transaction_of(barrier);
+  if (!t) fail(NO_BARRIER);
+  t->bytes += expected_bytes;
+  t->pending--;
+  end_phase_if_complete(*t);
+}
+
+void mbarrier_complete(void *barrier, int64_t bytes) {
+  Transaction *t = transaction_of(barrier);
+  if (!t) return note_failure(NO_BARRIER);
+  t->bytes -= bytes;
+  end_phase_if_complete(*t);
+}
+
+void mbarrier_wait(void *barrier, int parity) {
+  Transaction *t = transaction_of(barrier);
+  if (!t) fail(NO_BARRIER);
+  wait_until([t, parity] { return t->phase % 2 != static_cast<unsigned>(parity); });
 }
 
 void count_conflicts(const void *const *rows, int count) {

@@ -45,18 +45,28 @@ void collective(const char *name, void *record, int warps, Act act);
 // 具名屏障（0 即 __syncthreads）：threads 个线程都到了才放行；wait 为 false 时只报到。
 void named_barrier(int id, int threads, bool wait);
 
-// 推迟的动作：eager 时立即执行。线程自己的按组提交（cp.async、wgmma），等待时执行。
-enum Queue { COPY_QUEUE, MMA_QUEUE, QUEUES };
+// 推迟的动作：eager 时立即执行。按组提交，等待时执行；cp.async 的属于线程，wgmma 的属于 warp（由集体操作的
+// act 调用，一个 warp 一次）。
+enum Queue { COPY_QUEUE, MMA_QUEUE };
 void defer(Queue queue, std::function<void()> action);
 void commit(Queue queue);
 void wait_groups(Queue queue, int left);  // 至多留下 left 组没完成
-// 不属于任何线程的（TMA）：lazy 时所有线程都停住才执行一个。
+// 不属于任何线程的（TMA）：lazy 时所有线程都停住才执行一个，次序也打乱。
 void defer_global(std::function<void()> action);
+
+// 当前 warp 执行过 wgmma.fence 没有（之后的 wgmma.wait 把它清掉）；set 为真时记下。
+bool wgmma_fenced(bool set);
+
+// mbarrier：count 次到达、预告的字节都写完，一相才结束；字节数对不上是失败或死锁。
+void mbarrier_init(void *barrier, int count);
+void mbarrier_arrive(void *barrier, int64_t expected_bytes);
+void mbarrier_complete(void *barrier, int64_t bytes);  // 由 TMA 调用，不在任何线程里
+void mbarrier_wait(void *barrier, int parity);
 
 // 停到 ready() 为真。
 void wait_until(const std::function<bool()> &ready);
 
-// 各种访存的共享内存库冲突次数（ldmatrix 的每 8 行、cp.async 的每 8 线程），测试用。
+// 各种访存的共享内存库冲突次数（ldmatrix、stmatrix 的每 8 行），测试用。
 void count_conflicts(const void *const *rows, int count);
 long conflicts();
 void reset_conflicts();

@@ -1,0 +1,36 @@
+"""测试模拟器自己时共用：编译一小段 .cu 与模拟器，在各种次序下运行。"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import tempfile
+import textwrap
+from pathlib import Path
+
+import torch
+
+from tests.cuda import host_library as host
+
+FAILED = 719
+MODES = [("forward", "eager"), ("reverse", "lazy"), ("random:1", "lazy"), ("random:2", "eager")]
+_FOLDER = tempfile.TemporaryDirectory(prefix="deepseek-opt-simulator-")
+
+
+@functools.cache
+def simulate(text: str, **defines: int) -> ctypes.CDLL:
+    """编译一个核与模拟器；同样的只编译一次。"""
+    folder = Path(_FOLDER.name)
+    lines = [f"#define {key} {value}\n" for key, value in defines.items()]
+    content = "".join(lines) + textwrap.dedent(text)
+    source = folder / f"kernel_{hashlib.sha256(content.encode()).hexdigest()[:12]}.cu"
+    source.write_text(content, encoding="utf-8")
+    library = host.simulator(source, folder)
+    library.dso_host_failure.restype = ctypes.c_char_p
+    library.dso_host_conflicts.restype = ctypes.c_long
+    return library
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,284 @@
+"""主机模拟的 Hopper 部分：TMA、mbarrier、wgmma 的布局对照矩阵乘；种下的错误都能发现。"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.cuda import host_library as host
+from tests.cuda.simulation import FAILED, MODES, pointer, simulate
+from tests.op_cases import randn
+
+pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
+
+# 4 个 warp：d [64, N] = a b，两个操作数由 TMA 拷进来，各自可以 K 或 M（N）一维连续。swizzle、leading、stride
+# 不是 -1 时换掉描述符的一项，wait 为 0 时不等（种下的错误）。
+PRODUCT = """
+#include <tma.cuh>
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+using namespace dso;
+struct Fault { int swizzle, leading, stride, wait; };
+// 一个操作数的描述符，K 的第 k 个 16；块是 [n][64]，或 n / 64 块 [64][64]。
+static uint64_t operand(unsigned char *tile, bool trans, int k, const Fault &fault) {
+  uint64_t d = trans ? mn_major(tile + k * 16 * BOX_ROW, 64 * BOX_ROW) : k_major(tile + k * 32);
+  auto replace = [&](int value, int bits, int at) {
+    if (value < 0) return;
+    uint64_t mask = (uint64_t{1} << bits) - 1;
+    d = (d & ~(mask << at)) | static_cast<uint64_t>(value) << at;
+  };
+  replace(fault.swizzle, 2, 62);
+  replace(fault.leading, 14, 16);
+  replace(fault.stride, 14, 32);
+  return d;
+}
+template <bool BF16, int N, int TA, int TB, bool REGISTERS>
+static void kernel(const CUtensorMap a, const CUtensorMap b, float *d, Fault fault) {
+  unsigned char *left = dynamic_shared(), *right = left + 64 * BOX_ROW;
+  auto *full = reinterpret_cast<uint64_t *>(right + N * BOX_ROW);
+  int t = threadIdx.x, row = t / 32 * 16 + t % 32 / 4;
+  if (t == 0) mbarrier_init(full, 1), mbarrier_init_fence();
+  __syncthreads();
+  if (t == 0) {
+    mbarrier_expect(full, (64 + N) * BOX_ROW);
+    tma_load(left, &a, full, 0, 0);
+    for (int n = 0; n < N; n += 64)
+      tma_load(right + n * BOX_ROW, &b, full, TB ? n : 0, TB ? 0 : n);
+  }
+  mbarrier_wait(full, 0);
+  float sum[N / 2];
+  wgmma_fence();
+  for (int k = 0; k < 4; k++) {
+    uint64_t y = operand(right, TB, k, fault);
+    if constexpr (REGISTERS) {
+      uint32_t x[4];
+      for (int i = 0; i < 4; i++)
+        x[i] = *reinterpret_cast<uint32_t *>(
+            left + swizzled(row + i % 2 * 8, k * 16 + i / 2 * 8 + t % 4 * 2));
+      wgmma<BF16, TB>(sum, x, y, k > 0);
+    } else {
+      wgmma<BF16, TA, TB>(sum, operand(left, TA, k, fault), y, k > 0);
+    }
+  }
+  wgmma_commit();
+  if (fault.wait) wgmma_wait<0>();
+  wgmma_settle(sum);
+  for (int i = 0; i < N / 2; i++)
+    d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t % 4 * 2 + i % 2] = sum[i];
+}
+template <int N, int TA, int TB, bool REGISTERS = false>
+static int go(const void *a, const void *b, float *d, int bf16, Fault fault) {
+  CUtensorMap left, right;
+  dso_dtype type = bf16 ? DSO_BF16 : DSO_F16;
+  int error = make_tensor_map(&left, {a, type, 2, {64, 64}, {1, 64}, {64, 64}});
+  error |= make_tensor_map(&right, {b, type, 2, {TB ? N : 64, TB ? 64 : N}, {1, TB ? N : 64},
+                                    {64, N < 64 ? N : 64}});
+  if (error) return error;
+  auto *run = bf16 ? kernel<true, N, TA, TB, REGISTERS> : kernel<false, N, TA, TB, REGISTERS>;
+  return launch(run, dim3(1), dim3(128), (64 + N) * BOX_ROW + 8, nullptr, left, right, d, fault);
+}
+extern "C" int run(int way, const void *a, const void *b, float *d, int bf16, Fault fault) {
+  switch (way) {
+    case 0: return go<8, 0, 0>(a, b, d, bf16, fault);
+    case 1: return go<16, 1, 0>(a, b, d, bf16, fault);
+    case 2: return go<32, 0, 0>(a, b, d, bf16, fault);
+    case 3: return go<64, 1, 1>(a, b, d, bf16, fault);
+    case 4: return go<128, 0, 0>(a, b, d, bf16, fault);
+    case 5: return go<256, 0, 1>(a, b, d, bf16, fault);
+    case 6: return go<128, 0, 0, true>(a, b, d, bf16, fault);
+    default: return go<128, 0, 1, true>(a, b, d, bf16, fault);
+  }
+}
+"""
+# (N, a 沿 M 连续, b 沿 N 连续)，次序同上面的 run；最后两种的 a 在寄存器里。
+WAYS = [
+    (8, 0, 0),
+    (16, 1, 0),
+    (32, 0, 0),
+    (64, 1, 1),
+    (128, 0, 0),
+    (256, 0, 1),
+    (128, 0, 0),
+    (128, 0, 1),
+]
+
+# TMA：把 [C, B, A] 的张量里从 (x, y, z) 起的框 [2, 8, 64] 原样写回（坐标可以在界外）。
+BOX = """
+#include <tma.cuh>
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+using namespace dso;
+static void kernel(const CUtensorMap map, uint16_t *out, int x, int y, int z, int rank) {
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + 16 * BOX_ROW);
+  if (threadIdx.x == 0) mbarrier_init(full, 1), mbarrier_init_fence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_expect(full, 16 * BOX_ROW);
+    if (rank == 4) tma_load(tile, &map, full, x, y, z, 0);
+    else tma_load(tile, &map, full, x, y, z);
+  }
+  mbarrier_wait(full, 0);
+  for (int i = threadIdx.x; i < 16 * 64; i += 32)
+    out[i] = *reinterpret_cast<uint16_t *>(tile + swizzled(i / 64, i % 64));
+}
+extern "C" int run(const void *base, uint16_t *out, int64_t a, int64_t b, int64_t c, int64_t row,
+                   int x, int y, int z, int rank) {
+  CUtensorMap map;
+  int error = make_tensor_map(&map, {base, DSO_BF16, rank, {a, b, c, 1}, {1, row, row * b, 8},
+                                     {64, 8, 2, 1}});
+  if (error) return error;
+  return launch(kernel, dim3(1), dim3(32), 16 * BOX_ROW + 8, nullptr, map, out, x, y, z, rank);
+}
+"""
+
+# 生产者一个 warp、消费者一个 warp，STAGES 级的环：y 是 x 每 64 个一组倒过来。bug 选一种错误。
+RING = """
+#include <tma.cuh>
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+using namespace dso;
+constexpr int STAGES = 2;
+static void kernel(const CUtensorMap map, uint16_t *y, int steps, int bug) {
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + STAGES * 1024), *empty = full + STAGES;
+  int t = threadIdx.x;
+  if (t == 0) {
+    for (int s = 0; s < STAGES && bug != 6; s++) mbarrier_init(full + s, 1);
+    for (int s = 0; s < STAGES; s++) mbarrier_init(empty + s, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  for (int step = 0; step < steps; step++) {
+    int s = step % STAGES, parity = step / STAGES & 1;
+    if (t == 0) {
+      if (bug != 2) mbarrier_wait(empty + s, parity ^ 1);
+      mbarrier_expect(full + s, bug == 3 ? 256 : bug == 4 ? 64 : 128);
+      tma_load(tile + s * 1024 + (bug == 5 ? 64 : 0), &map, full + s, 0, step);
+    } else if (t >= 32) {
+      if (bug != 1) mbarrier_wait(full + s, parity);
+      for (int i = t - 32; i < 64; i += 32)
+        y[step * 64 + i] = *reinterpret_cast<uint16_t *>(tile + s * 1024 + swizzled(0, 63 - i));
+      __syncwarp();
+      if (t == 32) mbarrier_arrive(empty + s);
+    }
+  }
+}
+extern "C" int run(const void *x, uint16_t *y, int steps, int bug) {
+  CUtensorMap map;
+  int error = make_tensor_map(&map, {x, DSO_BF16, 2, {64, steps}, {1, 64}, {64, 1}});
+  if (error) return error;
+  return launch(kernel, dim3(1), dim3(64), STAGES * 1024 + 4 * 8, nullptr, map, y, steps, bug);
+}
+"""
+
+
+@pytest.fixture(params=MODES, ids="-".join)
+def mode(request, monkeypatch):
+    monkeypatch.setenv("DSO_HOST_ORDER", request.param[0])
+    monkeypatch.setenv("DSO_HOST_ASYNC", request.param[1])
+
+
+class Fault(ctypes.Structure):
+    """描述符里换掉的项（-1：不换），与是否等 wgmma。"""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("swizzle", "leading", "stride", "wait")]
+
+
+def multiply(way, dtype, **fault):
+    """(返回码, 核的结果, 矩阵乘)。"""
+    width, trans_a, trans_b = WAYS[way]
+    a, b = randn(64, 64, dtype=dtype), randn(width, 64, dtype=dtype)
+    stored = [x.T.contiguous() if trans else x for x, trans in ((a, trans_a), (b, trans_b))]
+    d = torch.zeros(64, width)
+    values = {"swizzle": -1, "leading": -1, "stride": -1, "wait": 1, **fault}
+    code = simulate(PRODUCT).run(
+        way, *map(pointer, (*stored, d)), int(dtype == torch.bfloat16), Fault(**values)
+    )
+    return code, d, a.float() @ b.float().T
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_products(way):
+    """各种宽度、两种类型，操作数沿 K 或沿 M（N）连续，左操作数在共享内存或寄存器里。"""
+    for dtype in (torch.bfloat16, torch.float16):
+        code, got, want = multiply(way, dtype)
+        assert code == 0
+        torch.testing.assert_close(got, want)
+
+
+WRONG = {
+    "不交错": (4, {"swizzle": 0}),
+    "64 字节交错": (4, {"swizzle": 2}),
+    "32 字节交错": (5, {"swizzle": 3}),
+    "K 连续的步距": (4, {"stride": 512 // 16}),
+    "N 连续的步距": (5, {"stride": 512 // 16}),
+    "N 连续的块距": (5, {"leading": 4096 // 16}),
+    "漏等 wgmma": (4, {"wait": 0}),
+}
+
+
+@pytest.mark.parametrize("way, fault", WRONG.values(), ids=WRONG)
+def test_wrong_operand_changes_the_result(monkeypatch, way, fault):
+    monkeypatch.setenv("DSO_HOST_ASYNC", "lazy")
+    code, got, want = multiply(way, torch.bfloat16, **fault)
+    assert code != 0 or not torch.allclose(got, want, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("at", [(0, 0, 0), (64, 3, 1), (-8, 5, 2), (40, -3, -1), (500, 0, 0)])
+def test_boxes(at, rank):
+    """框里在界外的元素是 0；行距可以大于行宽。"""
+    x = randn(3, 10, 88, dtype=torch.bfloat16)
+    inside = x[..., :80]
+    got = torch.zeros(2, 8, 64, dtype=torch.bfloat16)
+    sizes = [ctypes.c_int64(n) for n in (80, 10, 3, 88)]
+    assert simulate(BOX).run(pointer(x), pointer(got), *sizes, *at, rank) == 0
+    padded = torch.zeros(3 + 8, 10 + 32, 80 + 1200, dtype=torch.bfloat16)
+    padded[4:7, 16:26, 600:680] = inside
+    i, j, k = at[2] + 4, at[1] + 16, at[0] + 600
+    assert torch.equal(got, padded[i : i + 2, j : j + 8, k : k + 64])
+
+
+@pytest.mark.parametrize("row", [81, 0])
+def test_maps_that_the_hardware_refuses(row):
+    """行距不是 16 字节的倍数、为 0：编码失败。"""
+    x = randn(3, 10, 88, dtype=torch.bfloat16)
+    sizes = [ctypes.c_int64(n) for n in (80, 10, 3, row)]
+    assert simulate(BOX).run(pointer(x), pointer(x), *sizes, 0, 0, 0, 3) == 1
+
+
+@pytest.mark.usefixtures("mode")
+def test_ring_is_correct_in_every_order():
+    x, y = randn(7, 64, dtype=torch.bfloat16), torch.zeros(7, 64, dtype=torch.bfloat16)
+    assert simulate(RING).run(pointer(x), pointer(y), 7, 0) == 0
+    assert torch.equal(y, x.flip(1))
+
+
+@pytest.mark.parametrize("bug", [1, 2], ids=["漏等 mbarrier", "没读完就覆盖"])
+def test_planted_race_changes_the_result(monkeypatch, bug):
+    x, wrong = randn(7, 64, dtype=torch.bfloat16), 0
+    for order, timing in MODES:
+        monkeypatch.setenv("DSO_HOST_ORDER", order)
+        monkeypatch.setenv("DSO_HOST_ASYNC", timing)
+        y = torch.zeros(7, 64, dtype=torch.bfloat16)
+        code = simulate(RING).run(pointer(x), pointer(y), 7, bug)
+        wrong += code != 0 or not torch.equal(y, x.flip(1))
+    assert wrong > 0
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize(
+    "bug, reason",
+    [(3, "死锁"), (4, "字节"), (5, "128 字节"), (6, "没有初始化")],
+    ids=["字节多报", "字节少报", "没对齐的框", "没初始化的 mbarrier"],
+)
+def test_planted_fault_is_reported(bug, reason):
+    x, y = randn(7, 64, dtype=torch.bfloat16), torch.zeros(7, 64, dtype=torch.bfloat16)
+    library = simulate(RING)
+    assert library.run(pointer(x), pointer(y), 7, bug) == FAILED
+    assert reason in library.dso_host_failure().decode()
