@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdlib>
 
 #include "binding.h"
 
@@ -10,6 +13,9 @@
 namespace dso {
 
 inline bool on_device(const Tensor &t) { return t.is_cpu(); }
+
+// DSO_HOST_RESIDENT=1：spans、offsets 当作在设备上，绑定不读它们的内容。
+inline bool on_host(const Tensor &) { return !std::getenv("DSO_HOST_RESIDENT"); }
 
 class Launch {
  public:
