@@ -1,22 +1,16 @@
 // linear、swiglu_mlp、rms_norm 及其反向的 CPU 绑定。
-#include "binding.h"
+#include "binding_dense.h"
+
 #include "binding_buffers.h"
 
 namespace dso {
 
 Tensor linear(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
-  expect(x.dim() >= 1, "linear：x 至少要有 1 维。");
-  const int64_t k = x.size(x.dim() - 1);
-  expect_shape("linear", "weight", weight, {-1, k});
+  check_linear(x, weight, bias);
+  const int64_t k = weight.size(1), n = weight.size(0);
   const dso_dtype type = float_dtype("linear", "x", x),
                   w_type = float_dtype("linear", "weight", weight);
-  const int64_t n = weight.size(0);
-  Tensor bias_rows;
-  if (bias) {
-    expect_shape("linear", "bias", *bias, {n});
-    expect_type("linear", "bias", *bias, weight.scalar_type());
-    bias_rows = torch::stable::contiguous(*bias);
-  }
+  Tensor bias_rows = bias ? torch::stable::contiguous(*bias) : Tensor();
   Tensor rows = as_rows(x), w = row_major(weight);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, n));
   dso_linear_params p{rows_of(x),
@@ -38,11 +32,8 @@ Tensor none_like(const Tensor &t) { return torch::stable::new_empty(t, {0}); }
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor &grad, const Tensor &x,
                                                    const Tensor &weight, bool need_x,
                                                    bool need_weight, bool need_bias) {
+  check_linear_backward(grad, x, weight);
   const int64_t n = weight.size(0), k = weight.size(1);
-  expect(grad.dim() == x.dim() && grad.size(grad.dim() - 1) == n && x.size(x.dim() - 1) == k &&
-             rows_of(grad) == rows_of(x),
-         "linear_backward：grad 应为 [..., ", n, "]、x 应为 [..., ", k, "]，实际是 ",
-         shape_of(grad), " 与 ", shape_of(x), "。");
   const dso_dtype g_type = float_dtype("linear_backward", "grad", grad),
                   type = float_dtype("linear_backward", "x", x),
                   w_type = float_dtype("linear_backward", "weight", weight);
@@ -69,25 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor &grad, const Ten
   return {dx, dw, db};
 }
 
-// 四个权重的公共检查；返回 [k, inner, n]。
-struct MlpDims {
-  int64_t k, inner, n;
-};
-
-MlpDims mlp_dims(const char *op, const Tensor &x, const Tensor &gate, const Tensor &up,
-                 const Tensor &down) {
-  expect(x.dim() >= 1, op, "：x 至少要有 1 维。");
-  const int64_t k = x.size(x.dim() - 1);
-  expect_shape(op, "gate", gate, {-1, k});
-  const int64_t inner = gate.size(0);
-  expect_shape(op, "up", up, {inner, k});
-  expect_shape(op, "down", down, {-1, inner});
-  float_dtype(op, "gate", gate);
-  expect_type(op, "up", up, gate.scalar_type());
-  expect_type(op, "down", down, gate.scalar_type());
-  return {k, inner, down.size(0)};
-}
-
 Tensor swiglu_mlp(const Tensor &x, const Tensor &gate, const Tensor &up, const Tensor &down) {
   const MlpDims d = mlp_dims("swiglu_mlp", x, gate, up, down);
   const dso_dtype type = float_dtype("swiglu_mlp", "x", x),
@@ -108,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_mlp_backward(const Tensor &gra
                                                                const Tensor &gate, const Tensor &up,
                                                                const Tensor &down) {
   const MlpDims d = mlp_dims("swiglu_mlp_backward", x, gate, up, down);
-  expect(grad.size(grad.dim() - 1) == d.n && rows_of(grad) == rows_of(x),
-         "swiglu_mlp_backward：grad 应为 [..., ", d.n, "]，实际是 ", shape_of(grad), "。");
+  check_mlp_grad("swiglu_mlp_backward", grad, x, d.n);
   const dso_dtype type = float_dtype("swiglu_mlp_backward", "x", x),
                   g_type = float_dtype("swiglu_mlp_backward", "grad", grad),
                   w = float_dtype("swiglu_mlp_backward", "gate", gate);

@@ -28,57 +28,37 @@ void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interlea
 }
 
 // q_a、kv_a 投影、两个归一化与键的旋转：返回 (q 的潜变量，潜变量，旋转键)。
-std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(
-    const char *op, const Tensor &x, const std::optional<Tensor> &q_a,
-    const std::optional<Tensor> &q_bias, const std::optional<Tensor> &q_norm, double q_eps,
-    const Tensor &kv_a, const std::optional<Tensor> &kv_bias, const Tensor &kv_norm, double kv_eps,
-    const Tensor &cos, const Tensor &sin, bool interleaved) {
-  expect_shape(op, "hidden", x, {-1, -1, -1});
-  const int64_t b = x.size(0), t = x.size(1), k = x.size(2), rank = kv_norm.size(0),
-                dr = kv_a.size(0) - rank;
-  expect_shape(op, "kv_a_weight", kv_a, {-1, k});
-  expect(dr >= 0 && dr % 2 == 0, op,
-         "：kv_a_weight 的行数减去 kv_norm_weight 的长度应为非负偶数，实际是 ", dr, "。");
-  expect_shape(op, "cos", cos, {-1, t, dr / 2});
-  expect_shape(op, "sin", sin, {cos.size(0), t, dr / 2});
-  expect(cos.size(0) == b || (cos.size(0) == 1 && (t == 1 || b == 1)), op, "：cos 的第 0 维应为 ",
-         b, "，实际是 ", cos.size(0), "。");
-  expect(q_a.has_value() == q_norm.has_value(), op,
-         "：q_a_weight 与 q_norm_weight 应同时给出或同时为 None。");
-  const int64_t q_rank = q_a ? q_a->size(0) : 0;
+std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(const char *op, const LayerArgs &a,
+                                             const LayerDims &d) {
+  const Tensor &x = a.hidden;
   dso_mla_qkv_a_params p{};
-  Tensor rows = as_rows(x), kv = row_major(kv_a), qw, qb, kb, qn,
-         kn = torch::stable::contiguous(kv_norm);
-  p.m = b * t, p.k = k, p.q_rank = q_rank, p.rank = rank, p.rope_dim = dr;
+  Tensor rows = as_rows(x), kv = row_major(a.kv_a), qw, qb, kb, qn,
+         kn = torch::stable::contiguous(a.kv_norm);
+  p.m = d.b * d.t, p.k = d.k, p.q_rank = d.q_rank, p.rank = d.rank, p.rope_dim = d.rope_dim;
   p.x = mat_of(rows, float_dtype(op, "hidden", x)),
-  p.kv_a = mat_of(kv, float_dtype(op, "kv_a_weight", kv_a));
+  p.kv_a = mat_of(kv, float_dtype(op, "kv_a_weight", a.kv_a));
   p.q_a = p.kv_a;
-  p.norm_dtype = float_dtype(op, "kv_norm_weight", kv_norm);
+  p.norm_dtype = float_dtype(op, "kv_norm_weight", a.kv_norm);
   p.kv_norm = kn.const_data_ptr();
-  if (q_a) {
-    expect_shape(op, "q_a_weight", *q_a, {q_rank, k});
-    expect_shape(op, "q_norm_weight", *q_norm, {q_rank});
-    expect_type(op, "q_norm_weight", *q_norm, kv_norm.scalar_type());
-    qw = row_major(*q_a), qn = torch::stable::contiguous(*q_norm);
-    p.q_a = mat_of(qw, float_dtype(op, "q_a_weight", *q_a)), p.q_norm = qn.const_data_ptr();
-  }
-  auto bias_of = [&](const char *name, const std::optional<Tensor> &bias, int64_t n,
-                     const Tensor &w, Tensor &keep) {
+  auto use_bias = [](const std::optional<Tensor> &bias, Tensor &keep) {
     if (!bias) return static_cast<const void *>(nullptr);
-    expect_shape(op, name, *bias, {n});
-    expect_type(op, name, *bias, w.scalar_type());
     keep = torch::stable::contiguous(*bias);
     return static_cast<const void *>(keep.const_data_ptr());
   };
-  p.q_bias = q_a ? bias_of("q_a_bias", q_bias, q_rank, *q_a, qb) : nullptr;
-  p.kv_bias = bias_of("kv_a_bias", kv_bias, rank + dr, kv_a, kb);
-  p.q_eps = static_cast<float>(q_eps), p.kv_eps = static_cast<float>(kv_eps),
-  p.interleaved = interleaved;
-  Angles a = angles_of(cos, sin);
-  p.cos = a.c, p.sin = a.s, p.cs_rs = cos.size(0) * t == 1 ? 0 : dr / 2;
-  Tensor q = torch::stable::new_empty(x, {b, t, q_rank}),
-         latent = torch::stable::new_empty(x, {b, t, rank});
-  Tensor rope_keys = torch::stable::new_empty(x, {b, t, dr});
+  if (a.q_a) {
+    qw = row_major(*a.q_a), qn = torch::stable::contiguous(*a.q_norm);
+    p.q_a = mat_of(qw, float_dtype(op, "q_a_weight", *a.q_a)), p.q_norm = qn.const_data_ptr();
+    p.q_bias = use_bias(a.q_a_bias, qb);
+  }
+  p.kv_bias = use_bias(a.kv_a_bias, kb);
+  p.q_eps = static_cast<float>(a.q_eps), p.kv_eps = static_cast<float>(a.kv_eps),
+  p.interleaved = a.interleaved;
+  Angles angles = angles_of(a.cos, a.sin);
+  p.cos = angles.c, p.sin = angles.s;
+  p.cs_rs = a.cos.size(0) * d.t == 1 ? 0 : d.rope_dim / 2;
+  Tensor q = torch::stable::new_empty(x, {d.b, d.t, d.q_rank}),
+         latent = torch::stable::new_empty(x, {d.b, d.t, d.rank});
+  Tensor rope_keys = torch::stable::new_empty(x, {d.b, d.t, d.rope_dim});
   p.q_latent = q.mutable_data_ptr(), p.latent = latent.mutable_data_ptr(),
   p.rope = rope_keys.mutable_data_ptr();
   if (p.m > 0) execute(dso_mla_qkv_a, &p);
@@ -128,32 +108,28 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                         const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
                         double softmax_scale, int64_t heads) {
   const char *op = "mla_layer_decode";
-  auto [low, latent, rope_keys] = mla_qkv_a(op, hidden, q_a, q_a_bias, q_norm, q_eps, kv_a,
-                                            kv_a_bias, kv_norm, kv_eps, cos, sin, interleaved);
-  const int64_t b = hidden.size(0), t = hidden.size(1), dr = rope_keys.size(2);
-  expect(heads > 0 && q_weight.size(0) % heads == 0 && kv_b.size(0) % heads == 0, op,
-         "：q_weight 的行数 ", q_weight.size(0), " 与 kv_b_weight 的行数 ", kv_b.size(0),
-         " 应是头数 ", heads, " 的倍数。");
-  const int64_t head_dim = q_weight.size(0) / heads, v_dim = kv_b.size(0) / heads - (head_dim - dr);
-  expect_shape(op, "o_weight", o_weight, {-1, heads * v_dim});
+  const LayerArgs a{hidden,   q_a,    q_a_bias,  q_norm,  q_eps,      q_weight,
+                    q_bias,   kv_a,   kv_a_bias, kv_norm, kv_eps,     kv_b,
+                    o_weight, o_bias, cos,       sin,     interleaved};
+  const LayerDims d = layer_dims(op, a, heads);
+  auto [low, latent, rope_keys] = mla_qkv_a(op, a, d);
+  const int64_t b = d.b, t = d.t, dr = d.rope_dim;
   Tensor q =
-      torch::stable::view(linear(q_a ? low : hidden, q_weight, q_bias), {b, t, heads, head_dim});
+      torch::stable::view(linear(q_a ? low : hidden, q_weight, q_bias), {b, t, heads, d.head_dim});
   MlaInputs m;
   fill(op, m, q, latent_cache, rope_cache, scale_cache, kv_b, kv_mask,
-       {softmax_scale, v_dim, true});
-  expect(offsets.is_contiguous(), op, "：offsets 应是连续的。");
-  expect_shape(op, "offsets", offsets, {b});
-  expect_type(op, "offsets", offsets, ScalarType::Long);
+       {softmax_scale, d.v_dim, true});
+  expect_layer_offsets(op, offsets, b);
   check_offsets(op, offsets, t, m.in.s);
   auto *starts = static_cast<int64_t *>(offsets.mutable_data_ptr());
   if (spans)
     use_spans(op, m, *spans);
   else
     use_whole_rows(m, starts);
-  Tensor turned = torch::stable::narrow(q, 3, head_dim - dr, dr);
+  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - dr, dr);
   if (dr > 0) rotate(op, turned, turned, cos, sin, interleaved, false);
   mla_cache_write(latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
-  Tensor out = torch::stable::new_empty(q, {b, t, heads * v_dim});
+  Tensor out = torch::stable::new_empty(q, {b, t, heads * d.v_dim});
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
   if (b * t > 0) execute(dso_mla_decode, &p);
   for (int64_t i = 0; i < b; i++) starts[i] += t;

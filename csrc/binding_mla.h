@@ -217,4 +217,73 @@ inline void expect_backward(const char *op, const dso_mla_inputs &in, const Tens
   expect_type(op, "lse", lse, ScalarType::Float);
 }
 
+// ---- mla_layer_decode ----
+
+// 投影的参数，次序同算子的模式。
+struct LayerArgs {
+  const Tensor &hidden;
+  const std::optional<Tensor> &q_a, &q_a_bias, &q_norm;
+  double q_eps;
+  const Tensor &q_weight;
+  const std::optional<Tensor> &q_bias;
+  const Tensor &kv_a;
+  const std::optional<Tensor> &kv_a_bias;
+  const Tensor &kv_norm;
+  double kv_eps;
+  const Tensor &kv_b, &o_weight;
+  const std::optional<Tensor> &o_bias;
+  const Tensor &cos, &sin;
+  bool interleaved;
+};
+
+struct LayerDims {
+  int64_t b, t, k, q_rank, rank, rope_dim, head_dim, v_dim;
+};
+
+inline void check_bias(const char *op, const char *name, const std::optional<Tensor> &bias,
+                       const Tensor &weight) {
+  if (!bias) return;
+  expect_shape(op, name, *bias, {weight.size(0)});
+  expect_type(op, name, *bias, weight.scalar_type());
+}
+
+inline LayerDims layer_dims(const char *op, const LayerArgs &a, int64_t heads) {
+  expect_shape(op, "hidden", a.hidden, {-1, -1, -1});
+  const int64_t b = a.hidden.size(0), t = a.hidden.size(1), k = a.hidden.size(2);
+  expect_shape(op, "kv_a_weight", a.kv_a, {-1, k});
+  expect_shape(op, "kv_norm_weight", a.kv_norm, {-1});
+  const int64_t rank = a.kv_norm.size(0), dr = a.kv_a.size(0) - rank;
+  expect(dr >= 0 && dr % 2 == 0, op,
+         "：kv_a_weight 的行数减去 kv_norm_weight 的长度应为非负偶数，实际是 ", dr, "。");
+  expect_shape(op, "cos", a.cos, {-1, t, dr / 2});
+  expect_shape(op, "sin", a.sin, {a.cos.size(0), t, dr / 2});
+  expect(a.cos.size(0) == b || (a.cos.size(0) == 1 && (t == 1 || b == 1)), op,
+         "：cos 的第 0 维应为 ", b, "，实际是 ", a.cos.size(0), "。");
+  expect(a.q_a.has_value() == a.q_norm.has_value(), op,
+         "：q_a_weight 与 q_norm_weight 应同时给出或同时为 None。");
+  if (a.q_a) {
+    expect_shape(op, "q_a_weight", *a.q_a, {-1, k});
+    expect_shape(op, "q_norm_weight", *a.q_norm, {a.q_a->size(0)});
+    expect_type(op, "q_norm_weight", *a.q_norm, a.kv_norm.scalar_type());
+    check_bias(op, "q_a_bias", a.q_a_bias, *a.q_a);
+  }
+  check_bias(op, "kv_a_bias", a.kv_a_bias, a.kv_a);
+  expect(heads > 0 && a.q_weight.size(0) % heads == 0 && a.kv_b.size(0) % heads == 0, op,
+         "：q_weight 的行数 ", a.q_weight.size(0), " 与 kv_b_weight 的行数 ", a.kv_b.size(0),
+         " 应是头数 ", heads, " 的倍数。");
+  const int64_t head_dim = a.q_weight.size(0) / heads;
+  const int64_t v_dim = a.kv_b.size(0) / heads - (head_dim - dr);
+  expect_shape(op, "o_weight", a.o_weight, {-1, heads * v_dim});
+  float_dtype(op, "o_weight", a.o_weight);
+  check_bias(op, "o_bias", a.o_bias, a.o_weight);
+  return {b, t, k, a.q_a ? a.q_a->size(0) : 0, rank, dr, head_dim, v_dim};
+}
+
+// offsets 要原地前移。
+inline void expect_layer_offsets(const char *op, const Tensor &offsets, int64_t b) {
+  expect(offsets.is_contiguous(), op, "：offsets 应是连续的。");
+  expect_shape(op, "offsets", offsets, {b});
+  expect_type(op, "offsets", offsets, ScalarType::Long);
+}
+
 }  // namespace dso

@@ -31,27 +31,61 @@ inline Tensor to_type(const Tensor &t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// out [H, M, N] = a [H, M, K] b [H, K, N]；各张量步长任意，最后两维之一的步长为 1 就不复制。
-inline void bmm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
+// 各张量共同的类型；不同则 fp32。
+inline ScalarType common_type(const Tensor &a, const Tensor &b) {
+  return a.scalar_type() == b.scalar_type() ? a.scalar_type() : ScalarType::Float;
 }
 
-// out [M, N] = a [M, K] b [K, N]。
-inline void mm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
+// 绑定里调用 torch 的算子时不记录求导：我们的反向另有算子。
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  NoGrad(const NoGrad &) = delete;
+  NoGrad &operator=(const NoGrad &) = delete;
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+
+ private:
+  bool before_;
+};
+
+// 以下交给 torch（cuBLAS）；都是写进 out 的那一种：autocast 不管它们，类型就是我们给的。
+template <size_t N>
+void call_out(const char *name, const char *overload, std::array<StableIValue, N> stack) {
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
 }
 
 // total + part，类型随 total（稳定 ABI 里没有带 Scalar 的 add）。
 inline Tensor sum_of(const Tensor &total, const Tensor &part) {
   return torch::stable::subtract(total, part, -1.0);
 }
+
+// out [H, M, N] = a [H, M, K] b [H, K, N]；各张量步长任意，最后两维之一的步长为 1 就不复制。
+inline void bmm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
+  using torch::stable::detail::from;
+  call_out<3>("aten::bmm", "out", {from(a), from(b), from(out)});
+}
+
+// out [M, N] = a [M, K] b [K, N]
+inline void mm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
+  using torch::stable::detail::from;
+  call_out<3>("aten::mm", "out", {from(a), from(b), from(out)});
+}
+
+// out [M, N] = x [M, K] weightᵀ + bias
+inline void linear_into(const Tensor &out, const Tensor &x, const Tensor &weight,
+                        const std::optional<Tensor> &bias) {
+  using torch::stable::detail::from;
+  call_out<4>("aten::linear", "out", {from(x), from(weight), from(bias), from(out)});
+}
+
+// [..., K] 看成 [M, K]。
+inline Tensor flat_rows(const Tensor &t) {
+  return torch::stable::view(as_rows(t), {rows_of(t), t.size(t.dim() - 1)});
+}
+
+// 算子本身：别的算子的绑定也用它（linear 在 binding.h 里声明）。
+Tensor rms_norm(const Tensor &x, const Tensor &weight, double eps);
 
 }  // namespace dso

@@ -24,6 +24,8 @@ std::vector<int64_t> sizes_of(const char *op, const Tensor &x) {
   return sizes_with_last(x, x.size(x.dim() - 1));
 }
 
+}  // namespace
+
 Tensor rms_norm(const Tensor &x, const Tensor &weight, double eps) {
   const auto sizes = sizes_of("rms_norm", x);
   Tensor rows = as_rows(x), w = torch::stable::contiguous(weight);
@@ -32,6 +34,8 @@ Tensor rms_norm(const Tensor &x, const Tensor &weight, double eps) {
   check("rms_norm", dso_cuda_rms_norm(&p, Launch(x).stream()));
   return y;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor &x, const Tensor &residual,
                                         const Tensor &weight, double eps) {

@@ -1,34 +1,22 @@
-// MLA 各算子的 CUDA 绑定：检查参数（与 csrc/binding_mla.cpp 同样的消息），分配输出，在当前流上启动。
-//
-// spans、offsets 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
-#include <tuple>
-
+// rope、mla_cache_write、mla_decode 的 CUDA 绑定：检查参数（与 csrc/binding_mla.cpp 同样的消息），分配输出，
+// 在当前流上启动。
 #include "binding_cuda_mla.h"
 
 namespace dso {
 namespace {
 
-void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
-            bool interleaved, bool inverse) {
-  expect_device(op, "cos", cos, x);
-  expect_device(op, "sin", sin, x);
-  const Angles angles = angles_of(cos, sin);
-  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
-  check(op, dso_cuda_rope(&p, Launch(x).stream()));
-}
-
 Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse) {
   expect_shape("rope", "x", x, {-1, -1, -1, -1});
   Tensor rows = row_major(x),
          y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  rotate("rope", rows, y, cos, sin, interleaved, inverse);
+  rotate("rope", rows, y, cos, sin, angles_of(cos, sin), interleaved, inverse);
   return y;
 }
 
 void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved) {
   expect_shape("rope_", "x", x, {-1, -1, -1, -1});
   expect(x.size(3) <= 1 || x.stride(3) == 1, "rope_：x 的最后一维步长应为 1。");
-  rotate("rope_", x, x, cos, sin, interleaved, false);
+  rotate("rope_", x, x, cos, sin, angles_of(cos, sin), interleaved, false);
 }
 
 void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tensor> scale_cache,
@@ -41,13 +29,7 @@ void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tenso
   if (scale_cache) expect_device(op, "scale_cache", *scale_cache, latent_cache);
   CacheWrite w =
       cache_write_of(op, latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
-  Tensor starts = torch::stable::contiguous(offsets);
-  if (starts.is_cpu()) {
-    check_offsets(op, starts, w.p.t, latent_cache.size(1));
-    starts = torch::stable::to(starts, latent_cache.device());
-  } else {
-    expect_device(op, "offsets", starts, latent_cache);
-  }
+  Tensor starts = device_offsets(op, offsets, w.p.t, latent_cache);
   w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
   check(op, dso_cuda_mla_cache_write(&w.p, latent_cache.size(1), Launch(latent_cache).stream()));
 }
@@ -61,10 +43,11 @@ Tensor weight_part(const Tensor &kv_b, const dso_mla_inputs &in, int64_t begin, 
 }
 
 // 各头的非旋转部分吸收 W_UK：[B*T, H, r]。
-Tensor absorb(MlaInputs &m, ScalarType type) {
+Tensor absorb(const MlaInputs &m, ScalarType type) {
   const dso_mla_inputs &in = m.in;
   const int64_t tokens = in.b * in.t;
-  Tensor rows = torch::stable::reshape(torch::stable::narrow(m.q, 3, 0, in.nope_dim),
+  Tensor q = m.q;  // narrow 要可改写的引用
+  Tensor rows = torch::stable::reshape(torch::stable::narrow(q, 3, 0, in.nope_dim),
                                        {tokens, in.heads, in.nope_dim});
   Tensor out = torch::stable::new_empty(m.q, {tokens, in.heads, in.rank}, type);
   bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(to_type(rows, type), 0, 1),
@@ -82,15 +65,18 @@ Tensor project_out(const MlaInputs &m, const Tensor &o, ScalarType type) {
   return torch::stable::view(to_type(out, m.q.scalar_type()), {in.b, in.t, in.heads, in.v_dim});
 }
 
-Tensor decode(const char *op, MlaInputs &m, int64_t longest) {
+}  // namespace
+
+Tensor decode(const char *op, const DeviceInputs &m) {
   const dso_mla_inputs &in = m.in;
   if (in.b * in.t == 0) return torch::stable::new_empty(m.q, {in.b, in.t, in.heads, in.v_dim});
+  const NoGrad off;
   const ScalarType type = compute_type(in);
   Tensor q_abs = absorb(m, type);
   Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
-  if (!all_covered(m)) torch::stable::zero_(o);
+  if (!m.covered) torch::stable::zero_(o);
   dso_cuda_mla_decode_params p{in, q_abs.const_data_ptr(), o.mutable_data_ptr(),
-                               float_dtype(op, "q", q_abs), longest * in.heads};
+                               float_dtype(op, "q", q_abs), m.longest * in.heads};
   const Launch launch(m.q);
   size_t bytes = 0;
   check(op, dso_cuda_mla_decode_scratch(&p, &bytes));
@@ -99,14 +85,18 @@ Tensor decode(const char *op, MlaInputs &m, int64_t longest) {
   return project_out(m, o, type);
 }
 
+namespace {
+
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
                   const std::optional<Tensor> &scale, const Tensor &kv_b, const Tensor &spans,
                   const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
                   bool causal) {
-  MlaInputs m;
-  const int64_t longest = fill_device("mla_decode", m, q, latent, rope_keys, scale, kv_b, spans,
-                                      kv_mask, {softmax_scale, v_head_dim, causal});
-  return decode("mla_decode", m, longest);
+  const char *op = "mla_decode";
+  DeviceInputs m;
+  fill_device(op, m, q, latent, rope_keys, scale, kv_b, kv_mask,
+              {softmax_scale, v_head_dim, causal});
+  use_device_spans(op, m, spans);
+  return decode(op, m);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-// 注意力各算子的 CUDA 绑定共用：检查参数、spans 送到设备、计算用的类型。
+// MLA 各算子的 CUDA 绑定共用：填写参数与 spans；吸收、核、W_UV 三步的解码。
+//
+// spans、offsets 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
 #pragma once
 
 #include "binding_cuda.h"
@@ -6,45 +8,72 @@
 
 namespace dso {
 
-// 填写参数与 spans；返回一个 span 至多多少个查询。
-inline int64_t fill_device(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
-                           const Tensor &rope_keys, const std::optional<Tensor> &scale,
-                           const Tensor &kv_b, const Tensor &spans,
-                           const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
+struct DeviceInputs : MlaInputs {
+  int64_t longest = 0;   // 一个 span 至多多少个查询
+  bool covered = false;  // 全部查询都在 span 里，而且有键可看；不知道的当作没有
+};
+
+// 检查并填写 spans 以外的参数。
+inline void fill_device(const char *op, DeviceInputs &m, const Tensor &q, const Tensor &latent,
+                        const Tensor &rope_keys, const std::optional<Tensor> &scale,
+                        const Tensor &kv_b, const std::optional<Tensor> &kv_mask,
+                        const MlaOptions &options) {
   fill(op, m, q, latent, rope_keys, scale, kv_b, kv_mask, options);
-  expect_spans(op, spans);
   expect_device(op, "latent", latent, q);
   expect_device(op, "rope", rope_keys, q);
   expect_device(op, "kv_b_weight", kv_b, q);
   if (scale) expect_device(op, "scale", *scale, q);
   if (kv_mask) expect_device(op, "kv_mask", *kv_mask, q);
-  dso_mla_inputs &in = m.in;
+  const dso_mla_inputs &in = m.in;
   expect(in.b * in.t * in.heads <= INT32_MAX && in.s <= INT32_MAX, op,
          "：B * T * H 与 S 都应小于 2^31，实际是 ", in.b * in.t * in.heads, " 与 ", in.s, "。");
-  m.spans = torch::stable::contiguous(spans);
-  in.n_spans = spans.size(0);
-  int64_t longest = in.t;
-  if (m.spans.is_cpu()) {
-    const auto *list = static_cast<const dso_span *>(m.spans.const_data_ptr());
-    check_spans(op, in, list, in.n_spans);
-    longest = 0;
-    for (int64_t i = 0; i < in.n_spans; i++)
-      longest = std::max(longest, list[i].q_end - list[i].q_begin);
-    m.list.assign(list, list + in.n_spans);
-    m.spans = torch::stable::to(m.spans, q.device());
-  } else {
-    expect_device(op, "spans", m.spans, q);
-  }
-  in.spans = static_cast<const dso_span *>(m.spans.const_data_ptr());
-  return longest;
 }
 
-// spans 是否盖住全部查询而且都有键可看；在设备上的不知道，当作没有。
-inline bool all_covered(const MlaInputs &m) {
-  int64_t covered = 0;
-  for (const dso_span &s : m.list)
-    if (s.kv_begin < s.kv_end) covered += s.q_end - s.q_begin;
-  return covered == m.in.b * m.in.t;
+inline void set_spans(DeviceInputs &m) {
+  m.in.n_spans = m.spans.size(0);
+  m.in.spans = static_cast<const dso_span *>(m.spans.const_data_ptr());
+}
+
+inline void use_device_spans(const char *op, DeviceInputs &m, const Tensor &spans) {
+  expect_spans(op, spans);
+  m.spans = torch::stable::contiguous(spans);
+  m.longest = m.in.t;
+  if (on_host(m.spans)) {
+    const auto *list = static_cast<const dso_span *>(m.spans.const_data_ptr());
+    check_spans(op, m.in, list, spans.size(0));
+    int64_t covered = 0;
+    m.longest = 0;
+    for (int64_t i = 0; i < spans.size(0); i++) {
+      const int64_t count = list[i].q_end - list[i].q_begin;
+      m.longest = std::max(m.longest, count);
+      if (list[i].kv_begin < list[i].kv_end) covered += count;
+    }
+    m.covered = covered == m.in.b * m.in.t;
+    m.spans = torch::stable::to(m.spans, m.q.device());
+  } else {
+    expect_device(op, "spans", m.spans, m.q);
+  }
+  set_spans(m);
+}
+
+// offsets [B]：在 CPU 上就检查；返回设备上的。
+inline Tensor device_offsets(const char *op, const Tensor &offsets, int64_t t,
+                             const Tensor &latent_cache) {
+  Tensor starts = torch::stable::contiguous(offsets);
+  if (!on_host(starts)) {
+    expect_device(op, "offsets", starts, latent_cache);
+    return starts;
+  }
+  check_offsets(op, starts, t, latent_cache.size(1));
+  return torch::stable::to(starts, latent_cache.device());
+}
+
+inline void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
+                   const Angles &angles, bool interleaved, bool inverse) {
+  expect_device(op, "cos", cos, x);
+  expect_device(op, "sin", sin, x);
+  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
+  check(op, dso_cuda_rope(&p, Launch(x).stream()));
 }
 
 // 计算用的类型：全是同一种 16 位就用它（潜变量可以是 int8），否则 fp32。
@@ -56,5 +85,8 @@ inline ScalarType compute_type(const dso_mla_inputs &in) {
          : in.q_dtype == DSO_F16 ? ScalarType::Half
                                  : ScalarType::Float;
 }
+
+// 返回 [B, T, H, dv]，与 q 同类型。
+Tensor decode(const char *op, const DeviceInputs &m);
 
 }  // namespace dso

@@ -29,7 +29,7 @@ ScalarType prefill_type(const char *op, const dso_mla_inputs &in, bool backward)
 }
 
 // [B * S, r]：可以直接用就是原来的张量；clean 时没人看的槽位为 0。
-Tensor latent_rows(const char *op, MlaInputs &m, ScalarType type, bool clean,
+Tensor latent_rows(const char *op, DeviceInputs &m, ScalarType type, bool clean,
                    const Launch &launch) {
   const dso_mla_inputs &in = m.in;
   if (m.latent.scalar_type() == type && !clean)
@@ -41,7 +41,7 @@ Tensor latent_rows(const char *op, MlaInputs &m, ScalarType type, bool clean,
 }
 
 // 从第 first 个头起 heads 个头的上投影权重 [heads * (dn + dv), r]。
-Tensor group_weight(const MlaInputs &m, ScalarType type, int64_t first, int64_t heads) {
+Tensor group_weight(const DeviceInputs &m, ScalarType type, int64_t first, int64_t heads) {
   const int64_t width = m.in.nope_dim + m.in.v_dim;
   Tensor part = m.kv_b;
   part = torch::stable::narrow(part, 0, first * width, heads * width);
@@ -54,13 +54,14 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
                                        const std::optional<Tensor> &kv_mask, double softmax_scale,
                                        int64_t v_head_dim, bool causal) {
   const char *op = "mla_prefill";
-  MlaInputs m;
-  fill_device(op, m, q, latent, rope_keys, scale, kv_b, spans, kv_mask,
+  DeviceInputs m;
+  fill_device(op, m, q, latent, rope_keys, scale, kv_b, kv_mask,
               {softmax_scale, v_head_dim, causal});
+  use_device_spans(op, m, spans);
   const dso_mla_inputs &in = m.in;
   Tensor out = torch::stable::new_empty(q, {in.b, in.t, in.heads, in.v_dim});
   Tensor lse = torch::stable::new_empty(q, {in.b, in.t, in.heads}, ScalarType::Float);
-  if (!all_covered(m)) {
+  if (!m.covered) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -INFINITY);
   }
@@ -94,7 +95,7 @@ struct Gradients {
 };
 
 // 一组头的反向：dq 直接写好；dlatent、drope 累加（fp32）；dkv_b 是这组头的那些行。
-void backward_group(const char *op, MlaInputs &m, dso_cuda_mla_prefill_backward_params &p,
+void backward_group(const char *op, DeviceInputs &m, dso_cuda_mla_prefill_backward_params &p,
                     const Tensor &rows, ScalarType type, Gradients &grads, const Launch &launch) {
   const dso_mla_inputs &in = m.in;
   const int64_t width = in.nope_dim + in.v_dim, heads = p.in.heads, slots = in.b * in.s;
@@ -120,9 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
     const Tensor &kv_b, const Tensor &spans, const std::optional<Tensor> &kv_mask,
     const Tensor &out, const Tensor &lse, double softmax_scale, int64_t v_head_dim, bool causal) {
   const char *op = "mla_prefill_backward";
-  MlaInputs m;
-  fill_device(op, m, q, latent, rope_keys, std::nullopt, kv_b, spans, kv_mask,
+  DeviceInputs m;
+  fill_device(op, m, q, latent, rope_keys, std::nullopt, kv_b, kv_mask,
               {softmax_scale, v_head_dim, causal});
+  use_device_spans(op, m, spans);
   const dso_mla_inputs &in = m.in;
   expect_backward(op, in, q, grad, out, lse);
   for (auto [name, t] : {std::pair{"grad", &grad}, {"out", &out}, {"lse", &lse}})
@@ -135,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
                   torch::stable::new_zeros(q, {slots, in.rank}, ScalarType::Float),
                   torch::stable::new_zeros(q, {slots, in.rope_dim}, ScalarType::Float),
                   torch::stable::new_zeros(q, {kv_b.size(0), in.rank}, type)};
-  if (!all_covered(m)) torch::stable::zero_(grads.dq);
+  if (!m.covered) torch::stable::zero_(grads.dq);
   if (in.b * in.t > 0 && in.s > 0 && in.n_spans > 0) {
     const Launch launch(q);
     Tensor delta = torch::stable::new_empty(q, {in.b * in.t * in.heads}, ScalarType::Float);

@@ -18,6 +18,9 @@ inline bool on_device(const Tensor &t) { return t.is_cuda(); }
 // 一组头展开的 K、V 至多多少字节。
 inline int64_t expand_limit() { return EXPAND_BYTES; }
 
+// 内容可以在主机上直接读（设备上的要等 GPU，不读）。
+inline bool on_host(const Tensor &t) { return t.is_cpu(); }
+
 // 切换到 t 的设备并取它的当前流；析构时恢复原来的设备。
 class Launch {
  public:

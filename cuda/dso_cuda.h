@@ -27,6 +27,34 @@ cudaError_t dso_cuda_rope(const dso_rope_params *p, cudaStream_t stream);
 cudaError_t dso_cuda_mla_cache_write(const dso_mla_cache_write_params *p, int64_t capacity,
                                      cudaStream_t stream);
 
+/* 解码的一步写缓存：write.latent、write.rope 是 kv_a 投影的输出，这里先归一化、先旋转（各舍入到输入的类型）。
+ * write.offsets 在设备上。spans 非 NULL 时写出各行看见自己整个缓存的 span [B]；advance 非 NULL（就是 offsets）时
+ * 随后加上 T：一步里不必再有别的核。 */
+typedef struct {
+  dso_mla_cache_write_params write;
+  int64_t capacity; /* 缓存的槽位数 C */
+  const void *norm; /* [r] */
+  dso_dtype norm_dtype;
+  float eps;
+  const float *cos, *sin; /* [1 或 B, T, dr/2]，批步长 0 表示共用 */
+  int64_t cs_bs, cs_ts;
+  int interleaved;
+  dso_span *spans;
+  int64_t *advance;
+} dso_cuda_mla_kv_write_params;
+
+cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStream_t stream);
+
+/* swiglu_mlp 的激活，三个都是连续的 count 个：grad 为 NULL 时 gate = silu(gate) * up；否则 grad 是对 h 的
+ * 梯度，gate、up、grad 依次换成 dgate、dup、h。 */
+typedef struct {
+  int64_t count;
+  dso_dtype dtype;
+  void *gate, *up, *grad;
+} dso_cuda_silu_params;
+
+cudaError_t dso_cuda_silu(const dso_cuda_silu_params *p, cudaStream_t stream);
+
 /* 解码的中间一步：潜变量空间里的注意力。吸收（q_nope · W_UK）与输出（· W_UV）是普通的矩阵乘，由调用者做。
  * 指针（含 in.spans、in.pages）都在设备上；in.kv_b、in.v_dim 不用。没有被任何 span 覆盖、或键范围为空的
  * 查询不写，由调用者先清零 o。 */

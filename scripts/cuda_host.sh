@@ -8,8 +8,10 @@ cxx=${CXX:-g++}
 libraries=("$("$cxx" -print-file-name=libasan.so)" "$("$cxx" -print-file-name=libubsan.so)")
 tests=("$@")
 if [ "${#tests[@]}" = 0 ]; then
-    tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths}.py)
-    for op in rms_norm rope mla_cache_write mla_decode mla_prefill; do tests+=("tests/test_$op.py"); done
+    tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer}.py)
+    for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
+        tests+=("tests/test_$op.py")
+    done
 fi
 # 泄漏不查：Python 自己就有；链接次序也不查：libasan 由 LD_PRELOAD 装上。
 export DSO_HOST=1 DSO_HOST_SANITIZE=1

@@ -21,7 +21,7 @@ from deepseek_opt import (
 from deepseek_opt.errors import UnsupportedError
 from deepseek_opt.integrations.patch import Patch
 from deepseek_opt.optimize import find_state
-from tests.fake_cuda import CUDA, fake_cuda, move
+from tests.fake_cuda import CUDA, Watch, fake_cuda, move
 from tests.tiny_models import make_model
 
 DENSE = DenseConfig(ffn=True, lm_head=True, projections=True, norms=True)
@@ -70,19 +70,14 @@ def test_whole_model_runs_without_kernels(monkeypatch):
     assert reasons(model) == {ABSENT}
 
 
-def test_linear_may_be_missing_alone(monkeypatch):
-    """投影没有核时走 nn.Linear 自己，注意力照样用本库的。"""
+def test_projections_on_a_gpu_are_the_modules_own(monkeypatch):
+    """投影走 nn.Linear 自己，注意力照样用本库的。"""
     model = make_model("youtu")
     optimize(model, OptimizationProfile(mla=MLAConfig()))
-
-    def missing(_device, names, _grad=False):
-        return "没有" if "linear" in names else None
-
-    with fake_cuda(monkeypatch):
-        monkeypatch.setattr(_native, "missing", missing)
+    with fake_cuda(monkeypatch), Watch() as watch:
         ids = torch.empty(2, 9, dtype=torch.int64, device=CUDA)
         move(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
-    assert not reasons(model)
+    assert not reasons(model) and "linear" not in watch.ops and "mla_decode" in watch.ops
 
 
 class _Recorder:

@@ -10,6 +10,7 @@ import torch
 from deepseek_opt import ops
 from tests.cuda import host_library
 from tests.op_cases import attention, randn
+from tests.test_mla_layer_decode import arguments, fresh
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
@@ -85,3 +86,21 @@ def test_prefill_and_backward(monkeypatch, dims):
         return out.detach(), lse, *(leaf.grad for leaf in leaves)
 
     same_in_every_order(monkeypatch, run)
+
+
+def test_layer(monkeypatch):
+    args = arguments(2, 3, 33, 7, 64, 16, BF16, int8=True)
+
+    def run():
+        mine = fresh(args)
+        return ops.mla_layer_decode(*mine), *mine[17:20]
+
+    same_in_every_order(monkeypatch, run)
+
+
+def test_swiglu(monkeypatch):
+    tensors = randn(3, 16), randn(24, 16), randn(24, 16), randn(8, 24)
+    backward = torch.ops.deepseek_opt.swiglu_mlp_backward
+    same_in_every_order(
+        monkeypatch, lambda: (ops.swiglu_mlp(*tensors), *backward(randn(3, 8) * 0 + 1, *tensors))
+    )

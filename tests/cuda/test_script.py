@@ -40,7 +40,7 @@ def test_all_steps_pass(script):
     assert code == 0 and len(calls) == 5
     summary = out.split("总结")[1]
     assert all(f"{name}：通过" in summary for name in STEPS)
-    assert "--kernel-name kns=dso_" in calls[3] and "--kernel-name" not in calls[2]
+    assert "--kernel-name kns=dso" in calls[3] and "--kernel-name" not in calls[2]
     assert "--output out.json --budget-s 240" in calls[4]
 
 

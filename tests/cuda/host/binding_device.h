@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdlib>
 
 #include <cstdlib>
 
@@ -19,6 +22,9 @@ inline int64_t expand_limit() {
   const char *bytes = std::getenv("DSO_HOST_EXPAND");
   return bytes ? std::atoll(bytes) : EXPAND_BYTES;
 }
+
+// DSO_HOST_RESIDENT=1：spans、offsets 当作在设备上，绑定不读它们的内容。
+inline bool on_host(const Tensor &) { return !std::getenv("DSO_HOST_RESIDENT"); }
 
 class Launch {
  public:

@@ -1,0 +1,89 @@
+// 解码时的整个注意力层（mla_layer_decode）的 CUDA 绑定。投影交给 torch（cuBLAS），其余直接启动核，不经过分派器。
+//
+// offsets 在设备上时不读，由写缓存的核原地前移；没有给出 spans 时也由它写出。于是一步里没有等待，也没有主机到
+// 设备的复制，可以录进 CUDA graph。
+#include "binding_cuda_mla.h"
+
+namespace dso {
+namespace {
+
+void expect_devices(const char *op, const LayerArgs &a) {
+  const std::pair<const char *, const Tensor *> given[] = {
+      {"q_weight", &a.q_weight}, {"kv_a_weight", &a.kv_a}, {"kv_norm_weight", &a.kv_norm},
+      {"o_weight", &a.o_weight}, {"cos", &a.cos},          {"sin", &a.sin}};
+  for (const auto &[name, tensor] : given) expect_device(op, name, *tensor, a.hidden);
+  const std::pair<const char *, const std::optional<Tensor> *> optional[] = {
+      {"q_a_weight", &a.q_a}, {"q_a_bias", &a.q_a_bias},   {"q_norm_weight", &a.q_norm},
+      {"q_bias", &a.q_bias},  {"kv_a_bias", &a.kv_a_bias}, {"o_bias", &a.o_bias}};
+  for (const auto &[name, tensor] : optional)
+    if (*tensor) expect_device(op, name, **tensor, a.hidden);
+}
+
+Tensor queries(const LayerArgs &a, const LayerDims &d, int64_t heads) {
+  Tensor q = a.q_a ? linear(rms_norm(linear(a.hidden, *a.q_a, a.q_a_bias), *a.q_norm, a.q_eps),
+                            a.q_weight, a.q_bias)
+                   : linear(a.hidden, a.q_weight, a.q_bias);
+  return torch::stable::view(q, {d.b, d.t, heads, d.head_dim});
+}
+
+Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
+                        const std::optional<Tensor> &q_a_bias, const std::optional<Tensor> &q_norm,
+                        double q_eps, const Tensor &q_weight, const std::optional<Tensor> &q_bias,
+                        const Tensor &kv_a, const std::optional<Tensor> &kv_a_bias,
+                        const Tensor &kv_norm, double kv_eps, const Tensor &kv_b,
+                        const Tensor &o_weight, const std::optional<Tensor> &o_bias,
+                        const Tensor &cos, const Tensor &sin, bool interleaved, Tensor latent_cache,
+                        Tensor rope_cache, std::optional<Tensor> scale_cache, Tensor offsets,
+                        const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
+                        double softmax_scale, int64_t heads) {
+  const char *op = "mla_layer_decode";
+  const LayerArgs a{hidden,   q_a,    q_a_bias,  q_norm,  q_eps,      q_weight,
+                    q_bias,   kv_a,   kv_a_bias, kv_norm, kv_eps,     kv_b,
+                    o_weight, o_bias, cos,       sin,     interleaved};
+  const LayerDims d = layer_dims(op, a, heads);
+  expect_devices(op, a);
+  const NoGrad off;
+  Tensor q = queries(a, d, heads);
+  DeviceInputs m;
+  fill_device(op, m, q, latent_cache, rope_cache, scale_cache, kv_b, kv_mask,
+              {softmax_scale, d.v_dim, true});
+  expect_layer_offsets(op, offsets, d.b);
+  Tensor starts = device_offsets(op, offsets, d.t, latent_cache);
+  if (spans) {
+    use_device_spans(op, m, *spans);
+  } else {
+    m.spans = torch::stable::new_empty(q, {d.b, 4}, ScalarType::Long);
+    m.longest = d.t, m.covered = true;
+    set_spans(m);
+  }
+  Tensor joint = torch::stable::view(linear(hidden, kv_a, kv_a_bias), {d.b, d.t, kv_a.size(0)});
+  CacheWrite w = cache_write_of(op, latent_cache, rope_cache, scale_cache,
+                                torch::stable::narrow(joint, 2, 0, d.rank),
+                                torch::stable::narrow(joint, 2, d.rank, d.rope_dim), offsets);
+  w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
+  const Angles angles = angles_of(cos, sin);
+  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
+  if (d.rope_dim > 0) rotate(op, turned, turned, cos, sin, angles, interleaved, false);
+  Tensor norm = torch::stable::contiguous(kv_norm);
+  dso_cuda_mla_kv_write_params p{};
+  p.write = w.p, p.capacity = m.in.s;
+  p.norm = norm.const_data_ptr(), p.norm_dtype = float_dtype(op, "kv_norm_weight", norm);
+  p.eps = static_cast<float>(kv_eps);
+  p.cos = angles.c, p.sin = angles.s, p.cs_ts = d.rope_dim / 2;
+  p.cs_bs = cos.size(0) == 1 ? 0 : d.t * p.cs_ts, p.interleaved = interleaved;
+  if (!spans) p.spans = static_cast<dso_span *>(m.spans.mutable_data_ptr());
+  if (!on_host(offsets)) p.advance = static_cast<int64_t *>(offsets.mutable_data_ptr());
+  check(op, dso_cuda_mla_kv_write(&p, Launch(hidden).stream()));
+  Tensor out = torch::stable::view(decode(op, m), {d.b, d.t, heads * d.v_dim});
+  Tensor y = linear(out, o_weight, o_bias);
+  if (on_host(offsets)) {
+    auto *host = static_cast<int64_t *>(offsets.mutable_data_ptr());
+    for (int64_t i = 0; i < d.b; i++) host[i] += d.t;
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace dso
+
+DSO_DEVICE_LIBRARY(m) { m.impl("mla_layer_decode", TORCH_BOX(&dso::mla_layer_decode)); }

@@ -1,0 +1,84 @@
+"""mla_layer_decode 在 CUDA 上：与分开的算子逐位相同；spans、offsets 在设备上时不读，在那里写出、前移。"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from deepseek_opt import ops
+from tests.op_cases import FLOATS, attention
+from tests.test_mla_layer_decode import HEADS, SLOTS, arguments, fresh
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
+)
+RANK, ROPE = 64, 16
+
+
+def separate(args):
+    """同样的一步，逐个算子；缓存原地写。"""
+    hidden, q_a, _, q_norm, q_eps, q_weight, _, kv_a, _, kv_norm, kv_eps, kv_b, out = args[:13]
+    cos, sin, pairs, *cache, offsets, _, _, softmax_scale, _ = args[14:]
+    low = ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
+    q = ops.linear(low, q_weight).unflatten(-1, (HEADS, -1))
+    ops.rope_(q[..., -ROPE:], cos, sin, pairs)
+    joint = ops.linear(hidden, kv_a)
+    latent = ops.rms_norm(joint[..., :RANK], kv_norm, kv_eps)
+    keys = ops.rope(joint[..., None, RANK:], cos, sin, pairs).squeeze(2)
+    ops.mla_cache_write(*cache, latent, keys, offsets)
+    batch, steps = hidden.shape[:2]
+    ends = [int(end) + steps for end in offsets]
+    spans = ops.make_spans(batch, steps, SLOTS, end=ends)
+    value = kv_b.shape[0] // HEADS - (q.shape[-1] - ROPE)
+    heads = ops.mla_decode(q, *cache, kv_b, spans, None, softmax_scale, value)
+    return ops.linear(heads.flatten(2), out)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_same_bits_as_separate_ops(dtype, int8, steps):
+    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype, int8=int8)
+    mine, apart = fresh(args), fresh(args)
+    got, want = ops.mla_layer_decode(*mine), separate(apart)
+    assert torch.equal(got, want)
+    for ours, theirs in zip(mine[17:20], apart[17:20], strict=True):
+        assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["自己写 spans", "给出 spans"])
+def test_resident_positions(monkeypatch, given):
+    """位置在设备上：结果、缓存、前移之后的位置都与在主机上时相同。"""
+    args = list(arguments(3, 2, 48, 24, RANK, ROPE, torch.bfloat16))
+    if given:
+        ends = [int(end) + 2 for end in args[20]]
+        args[21] = ops.make_spans(3, 2, SLOTS, end=ends)
+    host, device = fresh(args), fresh(args)
+    want = ops.mla_layer_decode(*host)
+    monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
+    got = ops.mla_layer_decode(*device)
+    for ours, theirs in ((got, want), *zip(device[17:21], host[17:21], strict=True)):
+        assert ours is None or torch.equal(ours, theirs)
+    assert torch.equal(device[20], args[20] + 2)
+
+
+def test_resident_spans_and_offsets_of_the_parts(monkeypatch):
+    case = attention(2, 3, 40, 4, (RANK, ROPE, 8, 8), dtype=torch.bfloat16, begin=[0, 7])
+    want = ops.mla_decode(*case.args())
+    monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
+    torch.testing.assert_close(ops.mla_decode(*case.args()), want)
+    store, keys = torch.zeros(2, 5, RANK), torch.zeros(2, 5, ROPE)
+    new = case.latent[:, :3].float(), case.rope[:, :3].float()
+    ops.mla_cache_write(store, keys, None, *new, torch.tensor([0, 2]))
+    assert torch.equal(store[1, 2:], new[0][1]) and not store[1, :2].any()
+
+
+def test_weights_that_require_grad():
+    """绑定里调用的 torch 算子不记录求导（写进现成张量的算子遇到要求导的参数会报错）。"""
+    args = arguments(2, 1, 48, 24, RANK, ROPE, torch.float32)
+    want = ops.mla_layer_decode(*fresh(args))
+    wanted = [a.requires_grad_() if i in (5, 7, 11, 12) else a for i, a in enumerate(fresh(args))]
+    assert torch.equal(ops.mla_layer_decode(*wanted).detach(), want)
+    assert torch.is_grad_enabled()
