@@ -8,7 +8,7 @@ cxx=${CXX:-g++}
 libraries=("$("$cxx" -print-file-name=libasan.so)" "$("$cxx" -print-file-name=libubsan.so)")
 tests=("$@")
 if [ "${#tests[@]}" = 0 ]; then
-    tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer}.py)
+    tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
     for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
         tests+=("tests/test_$op.py")
     done
