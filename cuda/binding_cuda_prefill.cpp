@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
   const Launch launch(q);
   const ScalarType type = prefill_type(op, in, false);
   const int64_t group = heads_per_group(in, type), width = in.nope_dim + in.v_dim;
-  Tensor rows = latent_rows(op, m, type, false, launch);
+  // 被遮住的槽位可能是没有初始化的 NaN：展开之前清零，核就不必逐个避开。
+  Tensor rows = latent_rows(op, m, type, in.kv_mask != nullptr, launch);
   Tensor kv = torch::stable::new_empty(q, {in.b * in.s * group * width}, type);
   for (int64_t first = 0; first < in.heads; first += group) {
     const int64_t heads = std::min(group, in.heads - first);

@@ -24,6 +24,10 @@ constexpr int COMBINE_THREADS = 128;
 // 99 KiB 的卡上单级，163 KiB 起两级流水。
 constexpr int PREFILL_ROWS = 128;
 constexpr int PREFILL_KEYS = 64;
+// Hopper 的前向一次 128 个键：Q 48 KiB，两级 K、V 160 KiB。消费者每线程 64 个 O、64 个得分、32 个 P；
+// 三组共 504 个寄存器（上限 512）。
+constexpr int PREFILL_KEYS_SM90 = 128;
+constexpr int PREFILL_PRODUCER_REGISTERS = 40, PREFILL_CONSUMER_REGISTERS = 232;
 // 反向的两个核都以 64 x 64 的得分块计算：dK、dV（或 dQ）的累加器 8 个 warp 每线程至多 128 个。
 constexpr int BACKWARD_TILE = 64;
 // 按头分组展开 K、V：一组的 K、V 不超过这么多字节（至少一个头）。大于 L2 才有足够多的块占满卡，

@@ -375,6 +375,10 @@ cudaError_t dso_cuda_mla_prefill(const dso_cuda_mla_prefill_params *p, cudaStrea
   if (!mma)
     return launch(mla_prefill_general, grid, dim3(GENERAL_THREADS),
                   static_cast<size_t>(GeneralLayout(in).bytes), stream, *p);
+  Device device;
+  cudaError_t error = device_of(&device);
+  if (error != cudaSuccess) return error;
+  if (prefill_sm90_fits(in, device)) return run_prefill_sm90(p, grid, stream);
   return p->dtype == DSO_BF16 ? pick_v<Bf16>(p, grid, nullptr, stream)
                               : pick_v<F16>(p, grid, nullptr, stream);
 }

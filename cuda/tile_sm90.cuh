@@ -28,4 +28,9 @@ __device__ inline uint64_t mn_major(const void *start, int box) {
   return descriptor(start, box, 8 * BOX_ROW);
 }
 
+// 起点前进 bytes 字节的描述符（共享内存不到 256 KiB，起点的位数够用，不会进到别的字段）。
+__device__ inline uint64_t advance(uint64_t d, int bytes) {
+  return d + static_cast<uint64_t>(bytes >> 4);
+}
+
 }  // namespace dso
