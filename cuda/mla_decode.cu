@@ -229,7 +229,7 @@ struct Attend {
         for (int i = 0; i < 4; i++) o[t][n][i] *= keep[i >> 1];
     }
     const uint16_t *values = tile(block);
-#pragma unroll
+#pragma unroll S::UNROLL / 2
     for (int k = 0; k < S::KEYS; k += 16) {
       uint32_t a[ROWS / 16][4];
 #pragma unroll
@@ -321,14 +321,13 @@ struct Attend {
 template <class E, int RANK, int ROWS>
 __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
                              1) void mla_decode_kernel(DecodeArgs args) {
-  int64_t each = units_per_cta(args.in, args.schedule);
   int cta = static_cast<int>(blockIdx.x);
-  int64_t unit = cta * each, end = unit + each;
+  Share share = share_of(args.in, args.schedule, cta);
   Attend<E, RANK, ROWS> attend(args);
   Piece piece;
-  while (unit < end && next_piece(args.in, args.schedule, cta, unit, end, &piece)) {
+  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
     attend.run(piece);
-    unit += piece.units;
+    share.begin += piece.units;
   }
 }
 
@@ -453,15 +452,14 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
-  int64_t each = units_per_cta(args.in, args.schedule);
   int cta = static_cast<int>(blockIdx.x);
-  int64_t unit = cta * each, end = unit + each;
+  Share share = share_of(args.in, args.schedule, cta);
   GeneralLayout at(args.in, args.schedule.keys);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
   Piece piece;
-  while (unit < end && next_piece(args.in, args.schedule, cta, unit, end, &piece)) {
+  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
     general_piece(args, piece, shared, at);
-    unit += piece.units;
+    share.begin += piece.units;
   }
 }
 
@@ -471,17 +469,23 @@ __global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs
   const dso_mla_inputs &in = args.in;
   const Schedule &s = args.schedule;
   int64_t flat = blockIdx.x, token = flat / in.heads;
-  int64_t each = units_per_cta(in, s);
-  Found found = find_span(in, s, [&](int64_t i, int64_t, int64_t) {
+  auto covers = [&](int64_t i, int64_t, int64_t) {
     return in.spans[i].q_begin <= token && token < in.spans[i].q_end;
-  });
-  if (found.index >= in.n_spans) return;
-  Load load = load_of(in, s, found.index);
-  int64_t inside = flat - in.spans[found.index].q_begin * in.heads;
-  int64_t begin = found.before + inside / s.rows * load.blocks, row = inside % s.rows;
-  int64_t first = begin / each, last = (begin + load.blocks - 1) / each;
+  };
+  int64_t index = find_span(in, s, 0, covers).index;
+  if (index >= in.n_spans) return;
+  int64_t inside = flat - in.spans[index].q_begin * in.heads;
+  int64_t group = inside / s.rows, row = inside % s.rows;
+  int lane = lane_of(s, index, group);
+  int64_t each = units_per_cta(in, s, lane);
+  int64_t before = find_span(in, s, lane, covers).before;
+  Load load = load_of(in, s, lane, index);
+  int64_t begin = before + group / s.lanes * load.blocks;
+  int64_t first = begin / each, last = (begin + load.blocks - 1) / each;  // 这一路上的第几个 CTA
   if (load.blocks == 0 || first == last) return;  // 什么都看不见，或已经写出
-  auto slot = [&](int64_t c) { return (c == first ? 2 * c + 1 : 2 * c) * s.rows + row; };
+  auto slot = [&](int64_t c) {
+    return (2 * (c * s.lanes + lane) + (c == first ? 1 : 0)) * s.rows + row;
+  };
   float top = -INFINITY, sum = 0.0f;
   for (int64_t c = first; c <= last; c++) top = fmaxf(top, args.part_m[slot(c)]);
   float base = finite_max(top);
@@ -552,39 +556,61 @@ cudaError_t run_mma(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
                                 : pick_rank<F16>(args, bytes, stream);
 }
 
+enum Path { GENERAL, MMA, WGMMA };
+
 struct Plan {
   DecodeArgs args;
-  bool mma;
+  Path path;
   size_t scratch;
 };
 
-int shared_bytes(const DecodeArgs &args, bool mma) {
+int shared_bytes(const Plan &plan) {
   int bytes = 0;
-  if (mma)
-    run_mma(args, &bytes, nullptr);
+  if (plan.path == WGMMA)
+    run_decode_sm90(plan.args, &bytes, nullptr);
+  else if (plan.path == MMA)
+    run_mma(plan.args, &bytes, nullptr);
   else
-    bytes = GeneralLayout(args.in, args.schedule.keys).bytes;
+    bytes = GeneralLayout(plan.args.in, plan.args.schedule.keys).bytes;
   return bytes;
+}
+
+// TMA 一次拷贝 64 个连续的槽位：不分页，各维的步长是正数。
+bool tma_ok(const dso_cuda_mla_decode_params *p, const Device &device) {
+  const dso_mla_inputs &in = p->in;
+  auto strides_ok = [&](int64_t bs, int64_t ts) {
+    return (bs > 0 || in.b == 1) && (ts > 0 || in.s == 1);
+  };
+  return device.major == 9 && device.shared_limit >= SHARED_SM90 && in.latent_dtype == p->dtype &&
+         !in.pages && in.s > 0 && in.rank % 8 == 0 && in.rope_dim <= 64 &&
+         strides_ok(in.latent_bs, in.latent_ts) &&
+         (in.rope_dim == 0 || strides_ok(in.rope_bs, in.rope_ts));
 }
 
 // 行数：能一组就一组；几组时分得匀一些，再取够用的最小一档，共享内存放不下就降一档。
 void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan *plan) {
   Schedule &s = plan->args.schedule;
-  if (!plan->mma) {
+  int64_t most = p->most_rows < 1 ? 1 : p->most_rows, wanted = ceil_div(most, ceil_div(most, 64));
+  if (plan->path == GENERAL) {
     s.rows = GENERAL_ROWS, s.keys = GENERAL_KEYS;
-    while (s.keys > 1 && shared_bytes(plan->args, false) > device.shared_limit) s.keys /= 2;
+    while (s.keys > 1 && shared_bytes(*plan) > device.shared_limit) s.keys /= 2;
+    return;
+  }
+  if (plan->path == WGMMA) {
+    s.keys = DECODE_KEYS_SM90;
+    for (int rows : DECODE_ROWS_SM90)
+      if (s.rows < wanted) s.rows = rows;
     return;
   }
   s.keys = DECODE_KEYS;
-  int64_t most = p->most_rows < 1 ? 1 : p->most_rows, groups = ceil_div(most, 64);
   for (int rows : DECODE_ROWS) {
     int old = s.rows;
     s.rows = rows;
-    if (old && shared_bytes(plan->args, true) > device.shared_limit) {
+    if (old && shared_bytes(*plan) > device.shared_limit) {
       s.rows = old;
       return;
     }
-    if (rows >= ceil_div(most, groups)) return;
+    if (rows >= wanted) return;
   }
 }
 
@@ -595,9 +621,9 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   *plan = {};
   plan->args.in = p->in, plan->args.q_abs = p->q_abs, plan->args.o = p->o;
   plan->args.dtype = p->dtype;
-  plan->mma = mma_ok(p);
+  plan->path = !mma_ok(p) ? GENERAL : tma_ok(p, device) ? WGMMA : MMA;
   choose_tile(p, device, plan);
-  int bytes = shared_bytes(plan->args, plan->mma);
+  int bytes = shared_bytes(*plan);
   if (bytes > device.shared_limit) return cudaErrorInvalidValue;
   Schedule &s = plan->args.schedule;
   s.minimum_units = DECODE_MIN_UNITS;
@@ -608,6 +634,11 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   int64_t most = ceil_div(units, s.minimum_units);
   s.ctas = device.sms * (resident < 1 ? 1 : resident);
   if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
+  s.lanes = 1;
+  while (s.lanes < DECODE_LANES && 2 * s.lanes * s.rows <= p->most_rows + s.rows - 1 &&
+         2 * s.lanes <= s.ctas)
+    s.lanes *= 2;
+  s.ctas -= s.ctas % s.lanes;
   plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows) * static_cast<size_t>(p->in.rank + 2) *
                   sizeof(float);
   return cudaSuccess;
@@ -634,10 +665,12 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
   args.part = static_cast<float *>(scratch);
   args.part_m = args.part + 2 * s.ctas * s.rows * args.in.rank;
   args.part_l = args.part_m + 2 * s.ctas * s.rows;
-  if (plan.mma) {
+  if (plan.path == WGMMA) {
+    error = run_decode_sm90(args, nullptr, stream);
+  } else if (plan.path == MMA) {
     error = run_mma(args, nullptr, stream);
   } else {
-    size_t bytes = static_cast<size_t>(shared_bytes(args, false));
+    size_t bytes = static_cast<size_t>(shared_bytes(plan));
     error = launch(mla_decode_general, dim3(static_cast<unsigned>(s.ctas)), dim3(GENERAL_THREADS),
                    bytes, stream, args);
   }

@@ -54,4 +54,7 @@ __device__ inline void write_pair(const DecodeArgs &args, const Piece &piece, in
   if (second) store_one(args.o, args.dtype, at * args.in.rank + column + 1, b * inverse);
 }
 
+// mla_decode_sm90.cu：bytes 不为空时只算共享内存的大小，不启动。
+cudaError_t run_decode_sm90(const DecodeArgs &args, int *bytes, cudaStream_t stream);
+
 }  // namespace dso

@@ -6,14 +6,19 @@ cd "$(dirname "$0")/.."
 source scripts/common.sh
 cxx=${CXX:-g++}
 libraries=("$("$cxx" -print-file-name=libasan.so)" "$("$cxx" -print-file-name=libubsan.so)")
-tests=("$@")
-if [ "${#tests[@]}" = 0 ]; then
-    tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
-    for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
-        tests+=("tests/test_$op.py")
-    done
-fi
 # 泄漏不查：Python 自己就有；链接次序也不查：libasan 由 LD_PRELOAD 装上。
 export DSO_HOST=1 DSO_HOST_SANITIZE=1
 export ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0
-LD_PRELOAD="${libraries[*]}" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+run() { LD_PRELOAD="${libraries[*]}" "$python" -m pytest -q -p no:cacheprovider "$@"; }
+if [ "$#" -gt 0 ]; then
+    run "$@"
+    exit
+fi
+tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
+for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
+    tests+=("tests/test_$op.py")
+done
+run "${tests[@]}"
+# 再当作 Hopper 跑一遍：形状合适的走 *_sm90.cu。
+export DSO_HOST_MAJOR=9
+run tests/cuda/test_{orders,gpu,mla_decode_sm90,mla_prefill_sm90}.py
