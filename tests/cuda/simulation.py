@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import shutil
 import tempfile
 import textwrap
 from pathlib import Path
@@ -15,18 +17,18 @@ from tests.cuda import host_library as host
 
 FAILED = 719
 MODES = [("forward", "eager"), ("reverse", "lazy"), ("random:1", "lazy"), ("random:2", "eager")]
-_FOLDER = tempfile.TemporaryDirectory(prefix="deepseek-opt-simulator-")
+_FOLDER = Path(tempfile.mkdtemp(prefix="deepseek-opt-simulator-"))
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
 
 @functools.cache
 def simulate(text: str, **defines: int) -> ctypes.CDLL:
     """编译一个核与模拟器；同样的只编译一次。"""
-    folder = Path(_FOLDER.name)
     lines = [f"#define {key} {value}\n" for key, value in defines.items()]
     content = "".join(lines) + textwrap.dedent(text)
-    source = folder / f"kernel_{hashlib.sha256(content.encode()).hexdigest()[:12]}.cu"
+    source = _FOLDER / f"kernel_{hashlib.sha256(content.encode()).hexdigest()[:12]}.cu"
     source.write_text(content, encoding="utf-8")
-    library = host.simulator(source, folder)
+    library = host.simulator(source, _FOLDER)
     library.dso_host_failure.restype = ctypes.c_char_p
     library.dso_host_conflicts.restype = ctypes.c_long
     return library
