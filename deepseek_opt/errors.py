@@ -19,7 +19,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+try:
+    from torch import OutOfMemoryError
+except ImportError:  # 没有 torch 时 doctor 也要能说明缺什么
+    OutOfMemoryError = RuntimeError
 
 _MISSING = object()
 _MAX_REPR = 80
@@ -150,7 +153,7 @@ class MemoryBudgetError(DeepSeekOptError, MemoryError):
         return type(self), (str(self),), dict(self.__dict__)
 
 
-class DeviceMemoryError(DeepSeekOptError, torch.OutOfMemoryError):
+class DeviceMemoryError(DeepSeekOptError, OutOfMemoryError):
     """设备的内存不够；抛出时缓存已退回调用之前，模型可以接着用。
 
     属性（单位：字节；不知道的为 None）：
