@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "binding_cuda.h"
 #include "binding_cuda_mla.h"
 
 namespace dso {
@@ -19,9 +18,7 @@ int64_t heads_per_group(const dso_mla_inputs &in, ScalarType type) {
 // 计算用的类型：矩阵单元做不了的形状按 fp32；fp32 也放不进共享内存的（维度上千）报错。
 ScalarType prefill_type(const char *op, const dso_mla_inputs &in, bool backward) {
   const ScalarType type = compute_type(in);
-  const dso_dtype code = type == ScalarType::BFloat16 ? DSO_BF16
-                         : type == ScalarType::Half   ? DSO_F16
-                                                      : DSO_F32;
+  const dso_dtype code = type == ScalarType::Float ? DSO_F32 : in.q_dtype;
   if (dso_cuda_mla_prefill_fits(&in, code, backward)) return type;
   expect(dso_cuda_mla_prefill_fits(&in, DSO_F32, backward), op, "：维度太大，放不进共享内存：dn ",
          in.nope_dim, "、dr ", in.rope_dim, "、dv ", in.v_dim, "。");
@@ -132,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
     expect_device(op, name, *t, q);
   Tensor g = torch::stable::contiguous(grad), o = torch::stable::contiguous(out),
          l = torch::stable::contiguous(lse);
+  const Launch launch(q);  // 共享内存的上限要看 q 所在的设备
   const ScalarType type = prefill_type(op, in, true);
   const int64_t slots = in.b * in.s;
   Gradients grads{torch::stable::new_empty(q, {in.b, in.t, in.heads, in.nope_dim + in.rope_dim}),
@@ -140,7 +138,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
                   torch::stable::new_zeros(q, {kv_b.size(0), in.rank}, type)};
   if (!m.covered) torch::stable::zero_(grads.dq);
   if (in.b * in.t > 0 && in.s > 0 && in.n_spans > 0) {
-    const Launch launch(q);
     Tensor delta = torch::stable::new_empty(q, {in.b * in.t * in.heads}, ScalarType::Float);
     dso_cuda_mla_prefill_backward_params p{};
     p.in.in = in, p.in.out = o.mutable_data_ptr(), p.in.out_dtype = in.q_dtype;
