@@ -6,6 +6,11 @@
 
 namespace dso {
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// 得分以 2 为底：exp2(x * score_scale - m)。
+__device__ inline float score_scale(const dso_mla_inputs &in) { return in.softmax_scale * LOG2_E; }
+
 // span 的键所在的行与槽位。词元数、槽位数都小于 2^31（绑定检查），只有乘上步长之后才需要 int64。
 struct Place {
   int q_begin, q_len, row, slot, kv_len;
@@ -24,9 +29,13 @@ __device__ inline int visible_keys(const dso_mla_inputs &in, const Place &at, in
   return in.causal ? at.kv_len - at.q_len + i + 1 : at.kv_len;
 }
 
-// 槽位 slot 是否没有被 kv_mask 遮住。
+// 第 row 行的槽位 slot 是否没有被 kv_mask 遮住。
+__device__ inline bool slot_seen(const dso_mla_inputs &in, int row, int slot) {
+  return !in.kv_mask || in.kv_mask[row * in.kv_mask_bs + slot];
+}
+
 __device__ inline bool slot_seen(const dso_mla_inputs &in, const Place &at, int slot) {
-  return !in.kv_mask || in.kv_mask[at.row * in.kv_mask_bs + slot];
+  return slot_seen(in, at.row, slot);
 }
 
 // 第 row 行槽位 slot 的起点（元素）；bs、ts 是这个张量的步长。
@@ -67,7 +76,7 @@ __device__ Found find_span_by(const dso_mla_inputs &in, Units units, Wanted want
 }
 
 __device__ inline const char *element(const void *base, dso_dtype dtype, int64_t i) {
-  return static_cast<const char *>(base) + i * (dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2);
+  return static_cast<const char *>(base) + i * bytes_of(dtype);
 }
 
 // 查询 token（展平）的头 head：[dn + dr]。

@@ -16,11 +16,6 @@ struct DecodeArgs {
   Schedule schedule;
 };
 
-// 得分以 2 为底：exp2(x * score_scale - m)。
-__device__ inline float score_scale(const dso_mla_inputs &in) {
-  return in.softmax_scale * 1.4426950408889634f;
-}
-
 // 组内第 row 行可见的键的末尾（span 内），不超过 key_end；超出这组的行什么都看不见。
 __device__ inline int row_limit(const DecodeArgs &args, const Piece &piece, int row) {
   int heads = static_cast<int>(args.in.heads), flat = piece.group * args.schedule.rows + row;

@@ -126,7 +126,7 @@ struct Attend {
   }
 
   __device__ void softmax(float (&s)[PREFILL_KEYS / 8][4]) {
-    float scale = in.softmax_scale * LOG2_E;
+    float scale = score_scale(in);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       float top = s[0][2 * i];
@@ -288,7 +288,7 @@ __global__ __launch_bounds__(GENERAL_THREADS,
       const float *k = shared + to.k + lane * to.k_stride;
       float sum = 0.0f;
       for (int c = 0; c < to.qk; c++) sum += q[c] * k[c];
-      s = sum * in.softmax_scale * LOG2_E;
+      s = sum * score_scale(in);
     }
     float top = s;
 #pragma unroll

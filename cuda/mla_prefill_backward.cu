@@ -87,7 +87,7 @@ struct Backward {
     for (int i = warp; i < TILE; i += WARPS) {
       int slot = first + i;
       const uint16_t *from = nullptr, *r = nullptr, *value = nullptr;
-      if (slot >= begin && slot < end && (!in.kv_mask || in.kv_mask[row * in.kv_mask_bs + slot])) {
+      if (slot >= begin && slot < end && slot_seen(in, row, slot)) {
         from = static_cast<const uint16_t *>(p.in.kv) + expanded_at(p.in, row, slot, head);
         value = from + nope;
         r = static_cast<const uint16_t *>(in.rope) + slot_at(in, row, slot, in.rope_bs, in.rope_ts);
@@ -121,7 +121,7 @@ struct Backward {
     float s[S_TILES][4] = {}, dp[S_TILES][4] = {};
     product<QK>(q, k, L::stride, s);
     product<DV>(g, v, L::v_stride, dp);
-    float scale = in.softmax_scale * LOG2_E;
+    float scale = score_scale(in);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int row = warp_m * 16 + fragment_row() + 8 * i;
@@ -406,7 +406,7 @@ __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_backward_dkv_general(P
   float *k = shared + to.own_qk + own * to.qk, *v = shared + to.own_dv + own * to.dv;
   float *prob = shared + to.p + own * GENERAL_KEYS, *ds = shared + to.d + own * GENERAL_KEYS;
   float *dk = shared + to.out_qk + own * to.qk, *dv = shared + to.out_dv + own * to.dv;
-  bool usable = slot < in.s && (!in.kv_mask || in.kv_mask[row * in.kv_mask_bs + slot]);
+  bool usable = slot < in.s && slot_seen(in, row, slot);
   for (int c = lane; c < to.qk; c += WARP) dk[c] = 0.0f;
   for (int c = lane; c < to.dv; c += WARP) dv[c] = 0.0f;
   int width = to.qk + to.dv;

@@ -179,7 +179,7 @@ struct Consumer {
   // 得分就地换成概率；keep 是旧结果的缩放。
   __device__ void softmax(int block) {
     hide(block);
-    float scale = in.softmax_scale * LOG2_E;
+    float scale = score_scale(in);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float top = s[2 * h];

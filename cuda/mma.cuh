@@ -11,7 +11,6 @@
 namespace dso {
 
 constexpr int TILE_PAD = 8;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Bf16 {
   static constexpr dso_dtype dtype = DSO_BF16;

@@ -148,7 +148,9 @@ __device__ inline float warp_max(float x) {
 }
 
 // 主机侧：dim、步长与地址能否用 V = 8 的宽访存。
-inline int64_t bytes_of(dso_dtype dtype) { return dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2; }
+__host__ __device__ inline int64_t bytes_of(dso_dtype dtype) {
+  return dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2;
+}
 
 inline bool wide_ok(const void *data, dso_dtype dtype, int64_t stride, int width = 8) {
   int64_t bytes = bytes_of(dtype) * width;
