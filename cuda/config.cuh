@@ -44,4 +44,9 @@ constexpr int BACKWARD_TILE = 64;
 // 又不随头数增长。
 constexpr long long EXPAND_BYTES = 64LL << 20;
 
+// ---- MoE ----
+
+// 排序：一个 CTA 一段 4096 个 slot（8 个 warp 各 512 个）；解码时只有一段，一个核做完。
+constexpr int MOE_SORT_SLOTS = 4096;
+
 }  // namespace dso

@@ -39,6 +39,11 @@ inline const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_host::last_failure();
 }
 
+inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+
 inline void __syncthreads() { cuda_host::named_barrier(0, 0, true); }
 
 inline void __syncwarp(unsigned = ~0u) {
@@ -101,8 +106,34 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return record.result;
 }
 
+// 与本线程的值相同的线程。
+inline unsigned __match_any_sync(unsigned, int value) {
+  struct Match {
+    int value;
+    unsigned result;
+  } record{value, 0};
+  cuda_host::collective("match_any", &record, 1, [](void **records, int count) {
+    for (int i = 0; i < count; i++) {
+      auto *mine = static_cast<Match *>(records[i]);
+      for (int j = 0; j < count; j++)
+        mine->result |=
+            static_cast<unsigned>(static_cast<Match *>(records[j])->value == mine->value) << j;
+    }
+  });
+  return record.result;
+}
+
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// 线程块逐个运行，纤程不会在中间切换。
+template <class T>
+T atomicAdd(T *p, T value) {
+  T before = *p;
+  *p += value;
+  return before;
+}
 
 inline float __uint_as_float(unsigned bits) {
   float value;
