@@ -46,7 +46,15 @@ constexpr long long EXPAND_BYTES = 64LL << 20;
 
 // ---- MoE ----
 
+// 路由：一个 warp 一个词元，一块 8 个。
+constexpr int MOE_ROUTE_WARPS = 8;
+// 词元不多于这么多时 logits 用自己的核（受限于读权重），再多交给 cuBLAS。
+constexpr int MOE_LOGITS_TOKENS = 32;
+
 // 排序：一个 CTA 一段 4096 个 slot（8 个 warp 各 512 个）；解码时只有一段，一个核做完。
 constexpr int MOE_SORT_SLOTS = 4096;
+// 通用路径（fp32、奇数维度、混合类型）：64 x 64 的块，256 个线程各 4 x 4；每 16 个 k 另起一个部分和，误差不随 K 增长。
+constexpr int MOE_GENERAL_ROWS = 64;
+constexpr int MOE_GENERAL_DEPTH = 16;
 
 }  // namespace dso

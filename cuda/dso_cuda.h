@@ -139,11 +139,12 @@ int64_t dso_cuda_moe_most_experts(void);
 cudaError_t dso_cuda_moe_sort(const dso_cuda_moe_routing *r, cudaStream_t stream);
 
 /* 成叠的权重：专家 e 的各指针是 first 的再加 e 份间隔（字节）。list 不为 NULL 时改看设备上的 list[e]，
- * first 只用来知道类型。shared 是共享专家的（不转置、不交错），中间宽可以不同。 */
+ * first 只用来知道类型。shared 是共享专家的（不转置、不交错），中间宽可以不同。
+ * paired 时 up 是 gate 的下一个元素，列的间隔是 2，偏置同样。 */
 typedef struct {
   dso_expert first;
-  int64_t gate_step, down_step, bias_step, down_bias_step;        /* up 同 gate */
-  int64_t scale_step, zero_step, down_scale_step, down_zero_step; /* 量化的 */
+  int64_t gate_step, down_step, gate_bias_step, down_bias_step; /* up 同 gate */
+  int64_t gate_scale_step, gate_zero_step, down_scale_step, down_zero_step;
   const dso_expert *list;
   dso_expert shared;
   const float *shared_scale; /* 共享专家的逐词元系数 [tokens]；NULL 为 1 */

@@ -1,0 +1,36 @@
+// 激活：公式同 csrc/isa/scalar.c 的 activate。
+#pragma once
+
+#include "vec.cuh"
+
+namespace dso {
+
+__device__ inline float sigmoid_of(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// 没有截断的激活。
+__device__ inline float plain_act(dso_act_kind kind, float x) {
+  switch (kind) {
+    case DSO_GELU:
+      return x * 0.5f * erfcf(-x * 0.70710678f);
+    case DSO_GELU_TANH:
+      return x * sigmoid_of(1.5957691f * x * (1.0f + 0.044715f * x * x));
+    case DSO_RELU:
+      return x < 0.0f ? 0.0f : x;  // NaN 留下
+    case DSO_RELU2:
+      return x < 0.0f ? 0.0f : x * x;
+    default:
+      return x * sigmoid_of(x);
+  }
+}
+
+// h；没有门时不看 up。
+__device__ inline float activate(const dso_act &act, bool gated, float gate, float up) {
+  if (act.kind != DSO_CLIPPED && act.kind != DSO_CLIPPED_SILU)
+    return plain_act(act.kind, gate) * (gated ? up : 1.0f);
+  bool shifted = act.kind == DSO_CLIPPED;
+  float g = gate > act.limit ? act.limit : gate;
+  float u = up < -act.limit ? -act.limit : up > act.limit ? act.limit : up;
+  return g * sigmoid_of((shifted ? act.alpha : 1.0f) * g) * (u + (shifted ? 1.0f : 0.0f));
+}
+
+}  // namespace dso
