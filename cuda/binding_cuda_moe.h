@@ -97,7 +97,8 @@ inline void finish_params(const char *op, DeviceExperts &m, const dso_act &act,
     p.widest = std::max(p.widest, m.list[static_cast<size_t>(e)].inner);
   if (p.routing.shared) p.w.shared = m.list.back(), p.w.shared_scale = shared_scale;
   p.h_rs = (p.widest + 7) / 8 * 8;
-  p.dtype = dso_cuda_moe_fits(&p, p.x.dtype) ? p.x.dtype : DSO_F32;
+  const auto count = static_cast<int64_t>(m.list.size());
+  p.dtype = dso_cuda_moe_fits(&p, m.list.data(), count, p.x.dtype) ? p.x.dtype : DSO_F32;
 }
 
 // 分配 h、o、y，排序，计算。

@@ -168,7 +168,10 @@ typedef struct {
   void *y; /* [tokens, N] 连续，与 x 同 dtype */
 } dso_cuda_moe_experts_params;
 
-int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, dso_dtype dtype);
+/* x 与主机上的 expert [count]（连同共享专家）的类型、对齐能不能以 16 位的 dtype 计算：x 与没有量化的权重都是它，
+ * 各行按 16 字节读。 */
+int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
+                      dso_dtype dtype);
 /* 前向的各核一块多少行：dtype、各形状已填好。 */
 int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
 /* 从排好的行到 y。 */

@@ -23,18 +23,19 @@ __device__ inline int last_not_above(const int *at, int count, int value) {
   return low;
 }
 
-__device__ inline const void *after(const void *p, int64_t bytes) {
+__device__ __forceinline__ const void *after(const void *p, int64_t bytes) {
   return p ? static_cast<const char *>(p) + bytes : nullptr;
 }
 
-__device__ inline dso_quant quant_after(dso_quant q, int64_t scale, int64_t zero) {
+__device__ __forceinline__ dso_quant quant_after(dso_quant q, int64_t scale, int64_t zero) {
   q.scale = static_cast<const float *>(after(q.scale, scale));
   q.zero = static_cast<const uint8_t *>(after(q.zero, zero));
   return q;
 }
 
 // 专家 e 的权重；e 等于路由专家数时是共享专家。
-__device__ inline dso_expert expert_at(const dso_cuda_moe_weights &w, int64_t experts, int64_t e) {
+__device__ __forceinline__ dso_expert expert_at(const dso_cuda_moe_weights &w, int64_t experts,
+                                                int64_t e) {
   if (e >= experts) return w.shared;
   if (w.list) return w.list[e];
   dso_expert x = w.first;

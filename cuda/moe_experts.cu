@@ -39,8 +39,16 @@ cudaError_t combine(const dso_cuda_moe_experts_params &p, cudaStream_t stream) {
   return launch(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
 }
 
+// 一行 k 个权重（或转置的）能按 16 字节读。量化的行不转置：int8 一行 k 字节，int4 一行是 16 的倍数。
+bool rows_fit(const dso_mat &w, dso_dtype dtype, int64_t k) {
+  if (reinterpret_cast<uintptr_t>(w.data) % 16 != 0) return false;
+  if (w.dtype == DSO_I8) return w.rs % 16 == 0 && k % 16 == 0;
+  if (w.dtype == DSO_I4) return w.rs % 16 == 0;
+  return w.dtype == dtype && w.rs % 8 == 0;
+}
+
 // 一次带过去的专家数：核的参数 CUDA 12.1 起至多 32764 字节（torch 2.10 要的更新）。
-constexpr int TABLE = 128;
+constexpr int TABLE = 96;
 
 struct Table {
   dso_expert expert[TABLE];
@@ -53,17 +61,29 @@ __global__ void moe_table_kernel(Table table, int count, dso_expert *to) {
 
 }  // namespace
 
-int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, dso_dtype dtype) {
-  return dtype == DSO_F32 ? p != nullptr : 0;
+int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
+                      dso_dtype dtype) {
+  if (dtype == DSO_F32 || p->x.dtype != dtype || p->k % 8 != 0 || p->n % 8 != 0) return 0;
+  if (!wide_ok(p->x.data, dtype, p->x.rs)) return 0;
+  for (int64_t i = 0; i < count; i++) {
+    const dso_expert &e = expert[i];
+    bool up_apart = p->w.gated && !p->w.paired;
+    if (e.inner % 8 != 0 || !rows_fit(e.gate, dtype, p->k) || !rows_fit(e.down, dtype, e.inner) ||
+        (up_apart && !rows_fit(e.up, dtype, p->k)))
+      return 0;
+  }
+  return 1;
 }
 
-int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *) { return MOE_GENERAL_ROWS; }
+int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
+  return p->dtype == DSO_F32 ? MOE_GENERAL_ROWS : MOE_ROWS;
+}
 
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
   cudaError_t error = cudaSuccess;
   for (int step = 0; step < 2 && error == cudaSuccess; step++)
-    error = moe_general(*p, step == 0, stream);
+    error = (p->dtype == DSO_F32 ? moe_general : moe_mma)(*p, step == 0, stream);
   return error == cudaSuccess ? combine(*p, stream) : error;
 }
 

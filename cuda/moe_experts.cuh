@@ -8,4 +8,7 @@ namespace dso {
 // 任意类型、任意维度，fp32 计算。
 cudaError_t moe_general(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
 
+// dso_cuda_moe_fits 的形状，sm_80 起。
+cudaError_t moe_mma(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
+
 }  // namespace dso

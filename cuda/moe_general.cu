@@ -93,7 +93,8 @@ struct Tile {
           int64_t bias = n * expert.bias_step;
           float gate = g[i][j] + bias_at(expert.gate_bias, expert.bias_dtype, bias),
                 up = u[i][j] + bias_at(expert.up_bias, expert.bias_dtype, bias);
-          static_cast<float *>(p.h)[hidden_at(p, at) + n] = activate(p.act, p.w.gated, gate, up);
+          static_cast<float *>(p.h)[hidden_at(p, at) + n] =
+              activate<false>(p.act, p.w.gated, gate, up);
         } else {
           static_cast<float *>(p.o)[at * p.n + n] =
               g[i][j] + bias_at(expert.down_bias, expert.bias_dtype, n);

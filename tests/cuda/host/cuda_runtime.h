@@ -135,6 +135,8 @@ T atomicAdd(T *p, T value) {
   return before;
 }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
