@@ -57,6 +57,9 @@ constexpr int MOE_SORT_SLOTS = 4096;
 constexpr int MOE_ROWS = 128, MOE_DEPTH = 32, MOE_STAGES = 4;
 // 相邻 16 块行（每个专家约 2048 行时就是一个专家）一起做：它们的 x 与这个专家的权重都放得进 L2。
 constexpr int MOE_GROUP = 16;
+// 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
+// 不多于 64 个词元，或平均一个专家不到 16 行时用它。
+constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
 // 通用路径（fp32、奇数维度、混合类型）：64 x 64 的块，256 个线程各 4 x 4；每 16 个 k 另起一个部分和，误差不随 K 增长。
 constexpr int MOE_GENERAL_ROWS = 64;
 constexpr int MOE_GENERAL_DEPTH = 16;

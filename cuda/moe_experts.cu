@@ -75,15 +75,38 @@ int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *ex
   return 1;
 }
 
+namespace {
+
+enum Path { GENERAL, SMALL, MMA };
+
+Path path_of(const dso_cuda_moe_experts_params &p) {
+  if (p.dtype == DSO_F32) return GENERAL;
+  if (p.w.transposed) return MMA;
+  int64_t slots = p.routing.tokens * p.routing.top_k;
+  int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
+  bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
+  return few ? SMALL : MMA;
+}
+
+}  // namespace
+
 int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
-  return p->dtype == DSO_F32 ? MOE_GENERAL_ROWS : MOE_ROWS;
+  switch (path_of(*p)) {
+    case GENERAL:
+      return MOE_GENERAL_ROWS;
+    case SMALL:
+      return p->routing.tokens <= 8 ? 8 : MOE_SMALL_ROWS;
+    default:
+      return MOE_ROWS;
+  }
 }
 
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
-  cudaError_t error = cudaSuccess;
-  for (int step = 0; step < 2 && error == cudaSuccess; step++)
-    error = (p->dtype == DSO_F32 ? moe_general : moe_mma)(*p, step == 0, stream);
+  Path path = path_of(*p);
+  auto product = path == GENERAL ? moe_general : path == SMALL ? moe_small : moe_mma;
+  cudaError_t error = product(*p, true, stream);
+  if (error == cudaSuccess) error = product(*p, false, stream);
   return error == cudaSuccess ? combine(*p, stream) : error;
 }
 

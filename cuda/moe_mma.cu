@@ -317,9 +317,6 @@ struct Gemm {
   }
 };
 
-// 一次启动做哪些块：共享专家的权重与路由的存法不同时分两次。
-enum Part { ALL, ROUTED, SHARED };
-
 // 相邻的 MOE_GROUP 块行与全部的列块一起做：权重与 x 都在 L2 里。
 template <class E, Weights W>
 __global__ __launch_bounds__(THREADS, 2) void moe_mma_kernel(dso_cuda_moe_experts_params p,
@@ -329,8 +326,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_mma_kernel(dso_cuda_moe_expert
   int64_t group = id / each, inside = id % each, left = p.routing.most_tiles - group * MOE_GROUP;
   int tiles = static_cast<int>(left < MOE_GROUP ? left : MOE_GROUP);
   dso_cuda_moe_tile at = p.routing.tiles[group * MOE_GROUP + inside % tiles];
-  bool shared = at.expert >= p.routing.experts;
-  if (at.rows == 0 || (part != ALL && shared != (part == SHARED))) return;
+  if (skips(p, at, part)) return;
   Gemm<E, W> gemm(p, at, hidden, static_cast<int>(inside / tiles));
   if (gemm.first < gemm.columns) gemm.run();
 }

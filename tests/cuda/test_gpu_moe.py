@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 
 import pytest
 import torch
 
-from deepseek_opt import ops, reference
+from deepseek_opt import reference
+from deepseek_opt.quantize import quantize_experts
+from tests import test_moe_quantized as quantized
 from tests.cuda.device import DEVICE, ON_GPU, marks
-from tests.moe_cases import Experts, Layout, choose, close, experts
+from tests.moe_cases import Experts, Layout, close, experts
 
 pytestmark = marks
 HALF = [torch.bfloat16, torch.float16]
@@ -104,3 +106,88 @@ def test_many_slots():
     for tokens, count in ((700, 7), (3000, 200)) if ON_GPU else ((700, 7),):
         check(experts((tokens, 8, 8, 8), count, 6, dtype=torch.bfloat16))
         check(experts((tokens, 3, 5, 7), count, 6))
+
+
+# ---- 量化的权重 ----
+
+SIZES = [(9, 64, 96, 40), (140, 160, 32, 72), (70, 48, 80, 16)]
+
+
+def quantized_on_device(case):
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(DEVICE)
+        if type(value) is tuple:
+            return tuple(move(v) for v in value)
+        if isinstance(value, tuple):  # QuantizedExperts
+            return value._replace(**{k: move(v) for k, v in value._asdict().items()})
+        return value
+
+    return case.but(**{f.name: move(getattr(case, f.name)) for f in dataclasses.fields(case)})
+
+
+def check_quantized(case, dtype):
+    want = case.exact()
+    got = quantized_on_device(case).run()
+    assert got.dtype == case.x.dtype and got.is_contiguous()
+    close(got.cpu(), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+def test_quantized(form, dtype):
+    for sizes in SIZES:
+        index = skewed(sizes[0], 5)
+        case = quantized.make(sizes, form, count=5, dtype=dtype, indices=index)
+        check_quantized(case, dtype)
+        check_quantized(quantized.with_bias(case), dtype)
+    case = quantized.make(SIZES[0], form, dtype=dtype, gated=False, activation="relu2")
+    check_quantized(case, dtype)
+
+
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
+@pytest.mark.parametrize("tokens", [3, 150])
+def test_quantized_with_shared(tokens, form):
+    """共享专家没有量化、同样量化、int8 的共享配 int4 的路由。"""
+    dtype = torch.bfloat16
+    case = quantized.make((tokens, 64, 96, 48), form, dtype=dtype)
+    shared = experts((tokens, 64, 31, 48), 1, 1, dtype=dtype, shared=4).shared
+    check_quantized(case.but(shared=shared), dtype)
+    stacks = [
+        quantize_experts(torch.randn(1, *size) / 8, 8) for size in ((32, 64), (32, 64), (48, 32))
+    ]
+    packed = {"shared": tuple(q.packed[0] for q in stacks)}
+    packed["shared_scale"] = tuple(q.scale[0] for q in stacks)
+    check_quantized(case.but(**packed), dtype)
+
+
+# ---- 词元少的路径 ----
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 20, 33, 64])
+def test_few_tokens(tokens, dtype):
+    """1、2、4 份 8 个词元的块，多于一块的专家；K 不满一步、不满一段。"""
+    for way in (Layout(), Layout("gelu", interleaved=True), Layout("relu2", gated=False)):
+        case = experts((tokens, 136, 40, 48), 6, dtype=dtype, layout=way, bias=True)
+        check(case)
+        check(case.but(indices=torch.zeros_like(case.indices)))
+    check(experts((tokens, 8, 2048 if tokens == 1 else 8, 8), 2, dtype=dtype))
+    check(experts((tokens, 520, 31, 24), 3, dtype=dtype, shared=4))
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 12, 40])
+def test_few_tokens_quantized(tokens, form):
+    for depth in (48, 144, 400):
+        case = quantized.make((tokens, depth, depth, 24), form, dtype=torch.bfloat16)
+        check_quantized(quantized.with_bias(case), torch.bfloat16)
+    case = quantized.make((tokens, 64, 32, 72), form, dtype=torch.float16, gated=False)
+    check_quantized(case, torch.float16)
+
+
+def test_large_zero_points():
+    """零点可以是任意的 8 位数：减法仍精确。"""
+    case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)
+    up, down = (q._replace(zero=torch.randint_like(q.zero, 256)) for q in (case.up, case.down))
+    check_quantized(case.but(up=up, down=down), torch.bfloat16)
