@@ -57,6 +57,23 @@ inline int64_t experts_of(const dso_cuda_moe_routing &r) { return r.experts + (r
 inline int64_t gate_up_columns(const dso_cuda_moe_experts_params &p) {
   return hidden_columns(p) * (p.w.gated ? 2 : 1);
 }
+// 按行的一步有几列。
+inline int64_t row_step_columns(const dso_cuda_moe_experts_params &p, BackwardStep step) {
+  return step == GATE_UP ? gate_up_columns(p) : step == HIDDEN_GRAD ? hidden_columns(p) : p.k;
+}
+// 这一步的权重按 [k][列] 存：nn.Linear 的权重乘 x 时是 [列][k]，另两步反过来。转置的没有共享专家，所以都相同。
+inline bool is_wide(const dso_cuda_moe_experts_params &p, BackwardStep step) {
+  return (step == GATE_UP) == static_cast<bool>(p.w.transposed);
+}
+// 权重的梯度至多几行几列，如存放的那样。
+struct WeightShape {
+  int64_t rows, columns;
+};
+inline WeightShape weight_shape(const dso_cuda_moe_experts_params &p, WeightStep step) {
+  WeightShape s = {gate_up_columns(p), p.k};
+  if (step == DOWN_WEIGHT) s = {p.n, hidden_columns(p)};
+  return p.w.transposed ? WeightShape{s.columns, s.rows} : s;
+}
 
 cudaError_t moe_backward_rows_general(const BackwardParams &p, BackwardStep step,
                                       cudaStream_t stream);
@@ -65,5 +82,11 @@ cudaError_t moe_backward_weights_general(const BackwardParams &p, WeightStep ste
 // 16 位，sm_80 起。
 cudaError_t moe_backward_rows_mma(const BackwardParams &p, BackwardStep step, cudaStream_t stream);
 cudaError_t moe_backward_weights_mma(const BackwardParams &p, WeightStep step, cudaStream_t stream);
+
+// 同上，Hopper 上。
+bool moe_backward_sm90_fits(const dso_cuda_moe_experts_params &p);
+cudaError_t moe_backward_rows_sm90(const BackwardParams &p, BackwardStep step, cudaStream_t stream);
+cudaError_t moe_backward_weights_sm90(const BackwardParams &p, WeightStep step,
+                                      cudaStream_t stream);
 
 }  // namespace dso

@@ -237,12 +237,8 @@ __global__ __launch_bounds__(THREADS, 2) void moe_weights_general(BackwardParams
 
 cudaError_t dso::moe_backward_rows_general(const BackwardParams &p, BackwardStep step,
                                            cudaStream_t stream) {
-  const dso_cuda_moe_experts_params &in = p.in;
-  int64_t columns = step == GATE_UP       ? gate_up_columns(in)
-                    : step == HIDDEN_GRAD ? hidden_columns(in)
-                                          : in.k;
-  dim3 grid(static_cast<unsigned>(in.routing.most_tiles),
-            static_cast<unsigned>(ceil_div(columns, COLUMNS)));
+  dim3 grid(static_cast<unsigned>(p.in.routing.most_tiles),
+            static_cast<unsigned>(ceil_div(row_step_columns(p.in, step), COLUMNS)));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   return launch(moe_rows_general, grid, dim3(THREADS), 0, stream, p, step);
 }

@@ -94,9 +94,20 @@ cudaError_t input_grads(const BackwardParams &p, cudaStream_t stream) {
   return moe_combine(sum, stream);
 }
 
-// 一个分组矩阵乘的列块有多宽。
-int block_columns(const dso_cuda_moe_experts_params &in) {
-  return in.dtype == DSO_F32 ? MOE_GENERAL_ROWS : MOE_ROWS;
+// 一条路径：按行的三步、权重的梯度、一块至多几行、dw 的部分和各管几列。
+struct Path {
+  decltype(&moe_backward_rows_mma) rows;
+  decltype(&moe_backward_weights_mma) weights;
+  int tile_rows, part_columns;
+};
+
+Path path_of(const dso_cuda_moe_experts_params &p) {
+  if (p.dtype == DSO_F32)
+    return {moe_backward_rows_general, moe_backward_weights_general, MOE_GENERAL_ROWS,
+            MOE_GENERAL_ROWS};
+  if (moe_backward_sm90_fits(p))
+    return {moe_backward_rows_sm90, moe_backward_weights_sm90, MOE_ROWS, 64};
+  return {moe_backward_rows_mma, moe_backward_weights_mma, MOE_ROWS, MOE_ROWS};
 }
 
 bool is_aligned(const dso_mat &m) {
@@ -118,26 +129,24 @@ int dso_cuda_moe_backward_fits(const dso_cuda_moe_experts_backward_params *p,
 }
 
 int64_t dso_cuda_moe_backward_tile_rows(const dso_cuda_moe_experts_backward_params *p) {
-  return p->in.dtype == DSO_F32 ? MOE_GENERAL_ROWS : MOE_ROWS;
+  return path_of(p->in).tile_rows;
 }
 
 int64_t dso_cuda_moe_backward_blocks(const dso_cuda_moe_experts_backward_params *p) {
-  return ceil_div(hidden_columns(p->in), block_columns(p->in));
+  return ceil_div(hidden_columns(p->in), path_of(p->in).part_columns);
 }
 
 cudaError_t dso_cuda_moe_experts_backward(const dso_cuda_moe_experts_backward_params *p,
                                           cudaStream_t stream) {
-  bool plain = p->in.dtype == DSO_F32;
-  auto rows = plain ? moe_backward_rows_general : moe_backward_rows_mma;
-  auto weights = plain ? moe_backward_weights_general : moe_backward_weights_mma;
-  cudaError_t error = rows(*p, GATE_UP, stream);
-  if (error == cudaSuccess) error = rows(*p, HIDDEN_GRAD, stream);
-  if (error == cudaSuccess) error = mix_grads(*p, block_columns(p->in), stream);
-  if (error == cudaSuccess) error = weights(*p, DOWN_WEIGHT, stream);
-  if (error == cudaSuccess) error = weights(*p, GATE_UP_WEIGHT, stream);
+  Path path = path_of(p->in);
+  cudaError_t error = path.rows(*p, GATE_UP, stream);
+  if (error == cudaSuccess) error = path.rows(*p, HIDDEN_GRAD, stream);
+  if (error == cudaSuccess) error = mix_grads(*p, path.part_columns, stream);
+  if (error == cudaSuccess) error = path.weights(*p, DOWN_WEIGHT, stream);
+  if (error == cudaSuccess) error = path.weights(*p, GATE_UP_WEIGHT, stream);
   if (error == cudaSuccess) error = bias_grads(*p, false, stream);
   if (error == cudaSuccess) error = bias_grads(*p, true, stream);
   if (error != cudaSuccess || !p->in.y) return error;
-  error = rows(*p, INPUT_GRAD, stream);
+  error = path.rows(*p, INPUT_GRAD, stream);
   return error == cudaSuccess ? input_grads(*p, stream) : error;
 }
