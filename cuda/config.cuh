@@ -18,7 +18,7 @@ constexpr int DECODE_KEYS_SM90 = 64;
 constexpr int DECODE_STAGES_SM90 = 4;
 constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 // 64 行时每个调度器上两个消费者 warp、一个生产者 warp，共 512 个寄存器。
-constexpr int DECODE_PRODUCER_REGISTERS = 48, DECODE_CONSUMER_REGISTERS = 232;
+constexpr int DECODE_PRODUCER_REGISTERS = 40, DECODE_CONSUMER_REGISTERS = 232;
 constexpr int SHARED_SM90 = 227 << 10;
 // 一个 span 有几组查询时，几路 CTA 同时读同一段键（后读的在 L2 里）；2 的幂，4 路已把显存的读降到四分之一。
 constexpr int DECODE_TRACKS = 4;
