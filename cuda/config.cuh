@@ -21,12 +21,14 @@ constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 constexpr int DECODE_PRODUCER_REGISTERS = 40, DECODE_CONSUMER_REGISTERS = 232;
 constexpr int SHARED_SM90 = 227 << 10;
 // 一个 span 有几组查询时，几路 CTA 同时读同一段键（后读的在 L2 里）；2 的幂，4 路已把显存的读降到四分之一。
-constexpr int DECODE_LANES = 4;
+constexpr int DECODE_TRACKS = 4;
 // 通用路径（fp32、奇数维度）：一次 8 行，累加在寄存器里；键数由共享内存决定，至多 32（一个 warp 一行得分）。
 constexpr int GENERAL_ROWS = 8;
 constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
-constexpr int COMBINE_THREADS = 128;
+// 合并：一个 warp 一行的 4 * 32 列；只有几行而分成上百段时也有足够的 warp 同时读。
+constexpr int COMBINE_THREADS = 256;
+constexpr int COMBINE_EACH = 4;
 
 // ---- mla_prefill 与其反向 ----
 
@@ -64,6 +66,10 @@ constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16
 // 所以它的寄存器比只发 TMA 的多；三组共 504 个（上限 504）。
 constexpr int MOE_BACKWARD_COLUMNS_SM90 = 256, MOE_BACKWARD_STAGES_SM90 = 4;
 constexpr int MOE_BACKWARD_PRODUCER_REGISTERS = 56, MOE_BACKWARD_CONSUMER_REGISTERS = 224;
+// Hopper 的分组矩阵乘：128 行 x 256 列权重、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB 共 224 KiB。一级算 1024 个
+// 周期，每周期读 48 字节：列再少就受限于 L2。两个消费者组各 128 个累加器；三组共 504 个寄存器（上限 504）。
+constexpr int MOE_COLUMNS_SM90 = 256, MOE_STAGES_SM90 = 4;
+constexpr int MOE_PRODUCER_REGISTERS = 40, MOE_CONSUMER_REGISTERS = 232;
 // 通用路径（fp32、奇数维度、混合类型）：64 x 64 的块，256 个线程各 4 x 4；每 16 个 k 另起一个部分和，误差不随 K 增长。
 constexpr int MOE_GENERAL_ROWS = 64;
 constexpr int MOE_GENERAL_DEPTH = 16;
