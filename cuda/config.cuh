@@ -60,6 +60,8 @@ constexpr int MOE_GROUP = 16;
 // 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
 // 不多于 64 个词元，或平均一个专家不到 16 行时用它。
 constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
+// 至多 4 个词元时不排序，每个 slot 自己一块：选中同一个专家的少，重复的读也在 L2 里，省下排序与求和两个核。
+constexpr int MOE_DIRECT_TOKENS = 4;
 // 通用路径（fp32、奇数维度、混合类型）：64 x 64 的块，256 个线程各 4 x 4；每 16 个 k 另起一个部分和，误差不随 K 增长。
 constexpr int MOE_GENERAL_ROWS = 64;
 constexpr int MOE_GENERAL_DEPTH = 16;

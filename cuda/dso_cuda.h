@@ -172,7 +172,7 @@ typedef struct {
  * 各行按 16 字节读。 */
 int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
                       dso_dtype dtype);
-/* 前向的各核一块多少行：dtype、各形状已填好。 */
+/* 前向的各核一块多少行：dtype、各形状已填好。0：不必排序（词元极少），routing 只用到 index，o 也不用。 */
 int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
 /* 从排好的行到 y。 */
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream);

@@ -77,13 +77,14 @@ int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *ex
 
 namespace {
 
-enum Path { GENERAL, SMALL, MMA };
+enum Path { GENERAL, DIRECT, SMALL, MMA };
 
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
   if (p.w.transposed) return MMA;
   int64_t slots = p.routing.tokens * p.routing.top_k;
   int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
+  if (moe_direct_fits(p)) return DIRECT;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
   return few ? SMALL : MMA;
 }
@@ -94,6 +95,8 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
   switch (path_of(*p)) {
     case GENERAL:
       return MOE_GENERAL_ROWS;
+    case DIRECT:
+      return 0;
     case SMALL:
       return p->routing.tokens <= 8 ? 8 : MOE_SMALL_ROWS;
     default:
@@ -104,10 +107,10 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
   Path path = path_of(*p);
-  auto product = path == GENERAL ? moe_general : path == SMALL ? moe_small : moe_mma;
+  auto product = path == GENERAL ? moe_general : path == MMA ? moe_mma : moe_small;
   cudaError_t error = product(*p, true, stream);
   if (error == cudaSuccess) error = product(*p, false, stream);
-  return error == cudaSuccess ? combine(*p, stream) : error;
+  return error == cudaSuccess && path != DIRECT ? combine(*p, stream) : error;
 }
 
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,

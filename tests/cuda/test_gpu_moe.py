@@ -191,3 +191,15 @@ def test_large_zero_points():
     case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)
     up, down = (q._replace(zero=torch.randint_like(q.zero, 256)) for q in (case.up, case.down))
     check_quantized(case.but(up=up, down=down), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shared", [0, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+def test_direct(tokens, shared):
+    """不排序的路径（至多 4 个词元）：哨兵、重复的选择、共享专家、偏置；列数不是 16 的倍数。"""
+    index = torch.tensor([[0, 5, 2, 2], [6, 9, 7, 2**40], [3, 3, 3, 3], [1, 2, 3, 4], [0, 0, 6, 8]])
+    sizes = (tokens, 136, 79, 40)  # 共享专家的中间宽是 80
+    for dtype in HALF:
+        case = experts(sizes, 7, dtype=dtype, bias=True, shared=shared, indices=index[:tokens])
+        up, down = case.gate_up[:, :144].contiguous(), case.down[..., :72].contiguous()
+        check(case.but(gate_up=up, gate_up_bias=case.gate_up_bias[:, :144], down=down))
