@@ -51,7 +51,28 @@ inline dso_rope_params rope_params(const char *op, const Tensor &x, Tensor &y, c
 }
 
 inline dso_dtype latent_dtype(const char *op, const char *name, const Tensor &t) {
-  return t.scalar_type() == ScalarType::Char ? DSO_I8 : float_dtype(op, name, t);
+  switch (t.scalar_type()) {
+    case ScalarType::Char:
+      return DSO_I8;
+    case ScalarType::Float8_e4m3fn:
+      return DSO_F8;
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return float_dtype(op, name, t);
+    default:
+      expect(false, op, "：", name,
+             " 的类型应为 float32、bfloat16、float16、int8 或 float8_e4m3fn，实际是 ",
+             dtype_name(t.scalar_type()), "。");
+      return DSO_F32;
+  }
+}
+
+// 量化的（int8、float8_e4m3fn）带着每词元的尺度，其余没有。
+inline void expect_scale(const char *op, const char *latent, const char *scale, dso_dtype dtype,
+                         bool given) {
+  expect((dso_quantized_latent(dtype) != 0) == given, op, "：", latent,
+         " 为 int8 或 float8_e4m3fn 时必须给出 ", scale, "，否则不能给。");
 }
 
 // offsets [B] int64、连续、在 CPU 上：每行要写的 t 个槽位都应在缓存之内。
@@ -83,10 +104,8 @@ inline CacheWrite cache_write_of(const char *op, Tensor &latent_cache, Tensor &r
   CacheWrite w{row_major(latent), row_major(rope_keys), {}};
   dso_mla_cache_write_params &p = w.p;
   p.latent_cache_dtype = latent_dtype(op, "latent_cache", latent_cache);
-  const bool quantized = p.latent_cache_dtype == DSO_I8;
-  expect(quantized == scale_cache.has_value(), op,
-         "：latent_cache 为 int8 时必须给出 scale_cache，否则不能给。");
-  if (quantized) {
+  expect_scale(op, "latent_cache", "scale_cache", p.latent_cache_dtype, scale_cache.has_value());
+  if (scale_cache) {
     expect_shape(op, "scale_cache", *scale_cache, {b, slots});
     expect_type(op, "scale_cache", *scale_cache, ScalarType::Float);
     expect(scale_cache->stride(1) == 1 || slots <= 1, op, "：scale_cache 的最后一维步长应为 1。");
@@ -155,8 +174,7 @@ inline void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const
   in.rope = m.rope.const_data_ptr(), in.rope_bs = m.rope.stride(0), in.rope_ts = m.rope.stride(1);
   in.latent_dtype = latent_dtype(op, "latent", latent);
   in.rope_dtype = float_dtype(op, "rope", rope_keys);
-  expect((in.latent_dtype == DSO_I8) == scale.has_value(), op,
-         "：latent 为 int8 时必须给出 scale，否则不能给。");
+  expect_scale(op, "latent", "scale", in.latent_dtype, scale.has_value());
   if (scale) {
     expect_shape(op, "scale", *scale, {latent.size(0), latent.size(1)});
     expect_type(op, "scale", *scale, ScalarType::Float);

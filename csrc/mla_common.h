@@ -25,9 +25,9 @@ static inline int64_t dso_mla_visible(const dso_mla_inputs *in, const dso_mla_pl
   return in->causal ? at->kv_len - at->q_len + i + 1 : at->kv_len;
 }
 
-/* int8 潜变量反量化后按 bf16 参与计算：它自身的误差已大于 bf16 的舍入。 */
+/* 量化的潜变量还原后按 bf16 参与计算：它自身的误差已大于 bf16 的舍入。 */
 static inline dso_dtype dso_mla_format(const dso_isa *isa, const dso_mla_inputs *in) {
-  int latent = in->latent_dtype == DSO_BF16 || in->latent_dtype == DSO_I8;
+  int latent = in->latent_dtype == DSO_BF16 || dso_quantized_latent(in->latent_dtype);
   return dso_compute_format(isa, latent && in->q_dtype == DSO_BF16 && in->rope_dtype == DSO_BF16 &&
                                      in->kv_b.dtype == DSO_BF16);
 }
@@ -84,7 +84,7 @@ static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_i
     const void *from = dso_at(latent, in->latent_dtype, i * in->latent_ts);
     void *dst = dso_at_mut(to, fmt, i * rank);
     if (in->scale) {
-      isa->to_f32(scratch, from, DSO_I8, in->rank);
+      isa->to_f32(scratch, from, in->latent_dtype, in->rank);
       isa->vscale(scratch, in->scale[row * in->scale_bs + slot + i], in->rank);
       dso_mla_copy(isa, dst, fmt, rank, scratch, DSO_F32, 0, 1, in->rank, scratch);
     } else {

@@ -16,7 +16,7 @@ _RATIO_TOLERANCE = 0.01
 _RANK_MULTIPLE = 8
 _DIMS = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
 class MLAConfig(ConfigBase):

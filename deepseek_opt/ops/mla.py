@@ -64,8 +64,8 @@ def mla_cache_write(
     """把新词元的潜变量与旋转键原地写进缓存：行 b 写到槽位 offsets[b] 起的 T 个。
 
     Args:
-        latent_cache: [B, C, r]，浮点或 int8；rope_cache: [B, C, dr]，浮点。
-        scale_cache: latent_cache 为 int8 时的每词元尺度 [B, C] fp32，否则 None。
+        latent_cache: [B, C, r]，浮点，或量化的 int8、float8_e4m3fn；rope_cache: [B, C, dr]，浮点。
+        scale_cache: latent_cache 量化时的每词元尺度 [B, C] fp32，否则 None。
         latent: [B, T, r]；rope: [B, T, dr]。
         offsets: [B] int64。
 
@@ -103,8 +103,8 @@ def mla_decode(
 
     Args:
         q: [B, T, H, dn + dr]，后 dr 维已旋转。
-        latent: [B, S, r]，浮点或 int8；rope: [B, S, dr]。
-        scale: int8 潜变量的每词元尺度 [B, S] fp32，否则 None。
+        latent: [B, S, r]，浮点，或量化的 int8、float8_e4m3fn；rope: [B, S, dr]。
+        scale: 量化的潜变量的每词元尺度 [B, S] fp32，否则 None。
         kv_b_weight: [H * (dn + dv), r]，每头先 dn 行 W_UK、后 dv 行 W_UV（nn.Linear 的布局）。
         spans: [n, 4] int64（CPU），每行 (q_begin, q_end, kv_begin, kv_end)，展平到 B*T、B*S 的下标；
             见 :func:`make_spans` 与 :func:`spans_from_cu_seqlens`。
@@ -153,7 +153,7 @@ def mla_prefill(
         （反向重算，不保存中间量）；lse 不可求导。
 
     Raises:
-        ValueError: 同 :func:`mla_decode`；或 int8 潜变量却需要梯度。
+        ValueError: 同 :func:`mla_decode`；或量化的潜变量却需要梯度。
 
     Example:
         >>> import torch

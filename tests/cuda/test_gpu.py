@@ -10,7 +10,7 @@ import torch
 
 from deepseek_opt import _native, ops, reference
 from tests.cuda.cases import CACHE_SHAPES, DTYPES, NORM_SHAPES, ROPE_SHAPES, randn
-from tests.op_cases import attention
+from tests.op_cases import QUANTIZED, attention, bits
 from tests.tolerances import tol
 
 # 没有 GPU 时在主机模拟上跑（scripts/cuda_host.sh）：同样的测试，只有流、图、多卡要真卡。
@@ -121,19 +121,18 @@ def test_rope_strided_heads():
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("target", [*DTYPES, *QUANTIZED], ids=str)
 @pytest.mark.parametrize("where", sorted({"cpu", DEVICE}))
 @pytest.mark.parametrize("shape", CACHE_SHAPES)
 def test_mla_cache_write(shape, where, target, source):
     batch, steps, capacity, rank, rope_dim = shape
-    keys = source if target == torch.int8 else target
+    keys = source if target in QUANTIZED else target
     latent = randn(batch, steps, rank, dtype=source).to(DEVICE)
     rope = randn(batch, steps, rope_dim, dtype=source, seed=1).to(DEVICE)
     offsets = torch.arange(batch, device=where) % (capacity - steps + 1)
 
     def caches():
-        quantized = target == torch.int8
-        scale = torch.full((batch, capacity), 9.0, device=DEVICE) if quantized else None
+        scale = torch.full((batch, capacity), 9.0, device=DEVICE) if target in QUANTIZED else None
         full = torch.full((batch, capacity, rank), 7, device=DEVICE).to(target)
         return full, torch.full((batch, capacity, rope_dim), 7, device=DEVICE).to(keys), scale
 
@@ -142,8 +141,8 @@ def test_mla_cache_write(shape, where, target, source):
     reference.mla_cache_write(*expected, latent, rope, offsets)
     for ours, theirs in zip(mine, expected, strict=True):
         if ours is not None:
-            limit = 1 if ours.dtype == torch.int8 else 0
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=limit)
+            limit = 1 if ours.dtype in QUANTIZED else 0  # 量化的差至多一个码
+            torch.testing.assert_close(bits(ours), bits(theirs), rtol=1e-6, atol=limit)
 
 
 def test_mla_cache_write_out_of_range():
@@ -220,8 +219,9 @@ def test_mla_decode(shape, dtype, resident):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_mla_decode_int8(dtype):
-    case = attention(2, 1, 150, 16, (512, 64, 16, 16), dtype=dtype, cache=torch.int8, masked=True)
+@pytest.mark.parametrize("cache", QUANTIZED, ids=str)
+def test_mla_decode_quantized(cache, dtype):
+    case = attention(2, 1, 150, 16, (512, 64, 16, 16), dtype=dtype, cache=cache, masked=True)
     got = ops.mla_decode(*on_device(case).args())
     torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.int8))
 
