@@ -76,10 +76,10 @@ inline void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos
   check(op, dso_cuda_rope(&p, Launch(x).stream()));
 }
 
-// 计算用的类型：全是同一种 16 位就用它（潜变量可以是 int8），否则 fp32。
+// 计算用的类型：全是同一种 16 位就用它（潜变量可以是量化的），否则 fp32。
 inline ScalarType compute_type(const dso_mla_inputs &in) {
   const bool same = in.q_dtype == in.rope_dtype && in.q_dtype == in.kv_b.dtype &&
-                    (in.latent_dtype == in.q_dtype || in.latent_dtype == DSO_I8);
+                    (in.latent_dtype == in.q_dtype || dso_quantized_latent(in.latent_dtype));
   if (!same) return ScalarType::Float;
   return in.q_dtype == DSO_BF16  ? ScalarType::BFloat16
          : in.q_dtype == DSO_F16 ? ScalarType::Half
