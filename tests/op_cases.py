@@ -125,6 +125,31 @@ def attention(
     )
 
 
+def paged(case: Attention, page_size: int, spare: int = 2) -> tuple:
+    """mla_decode 的参数：case 的缓存换成次序打乱的页，另有 spare 页没有用到；没有用到的页全是 NaN。
+
+    槽位数是 page_size 的倍数；没有 span 看的页，页号也是乱的。
+    """
+    batch, slots = case.latent.shape[:2]
+    per_row = slots // page_size
+    table = torch.randperm(batch * per_row + spare)[: batch * per_row].view(batch, per_row)
+
+    def stored(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        shape = (batch * per_row + spare, page_size, *part.shape[2:])
+        store = torch.full(shape, torch.nan if part.is_floating_point() else 99).to(part.dtype)
+        bits(store)[table] = bits(part).reshape(batch, per_row, page_size, *part.shape[2:])
+        return store
+
+    seen = torch.zeros(batch, slots, dtype=torch.bool)
+    for q_begin, q_end, kv_begin, kv_end in case.spans.tolist():
+        seen.view(-1)[kv_begin:kv_end] |= q_begin < q_end
+    used = seen.view(batch, per_row, page_size).any(-1)
+    parts = {name: stored(getattr(case, name)) for name in ("latent", "rope", "scale")}
+    return (*case.but(**parts).args(), torch.where(used, table, -7).to(torch.int32))
+
+
 def eager_attention(case: Attention) -> Tensor:
     """transformers 的 eager 写法（各步在输入的 dtype 里，softmax 在 fp32 里），整行、因果或不因果。"""
     q, latent, rope, kv_b = case.q, case.latent, case.rope, case.kv_b

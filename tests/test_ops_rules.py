@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_opt import ops
 from tests.moe_cases import Layout, experts
 from tests.moe_list_cases import Lists
-from tests.op_cases import FLOATS, QUANTIZED, attention, randn
+from tests.op_cases import FLOATS, QUANTIZED, attention, paged, randn
 
 OPS = torch.ops.deepseek_opt
 OPCHECKS = (
@@ -121,6 +121,7 @@ CASES = {
     "mla_decode": attention_inputs,
     "mla_decode int8": lambda: attention_inputs(cache=torch.int8, masked=True),
     "mla_decode fp8": lambda: attention_inputs(cache=torch.float8_e4m3fn, masked=True),
+    "mla_decode 分页": lambda: paged(attention(2, 3, 9, 2, (6, 2, 3, 4)), 3),
     "mla_prefill": lambda: attention_inputs(grad=True),
     "mla_prefill 遮盖": lambda: attention_inputs(grad=True, masked=True, causal=False),
     "mla_prefill_backward": backward_inputs,
@@ -163,11 +164,13 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", ["linear", "swiglu_mlp", "mla_decode", "mla_prefill"])
+@pytest.mark.parametrize(
+    "name", ["linear", "swiglu_mlp", "mla_decode", "mla_decode 分页", "mla_prefill"]
+)
 def test_autocast(name, dtype):
     """矩阵类算子在 autocast 里按它的 dtype 计算；其余不变。"""
     args = detached(CASES[name]())
-    op = getattr(ops, name)
+    op = getattr(ops, name.split()[0])
     lower = tuple(
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
     )

@@ -47,7 +47,19 @@ def _(latent_cache, rope_cache, scale_cache, latent, rope, offsets):
 
 
 @fake("mla_decode")
-def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
+def _(
+    q,
+    latent,
+    rope,
+    scale,
+    kv_b,
+    spans,
+    kv_mask,
+    softmax_scale,
+    v_head_dim,
+    causal=True,
+    block_table=None,
+):
     return q.new_empty((*q.shape[:3], v_head_dim))
 
 

@@ -15,7 +15,7 @@ _NS = "deepseek_opt::"
 
 
 # 张量在设备上时这些参数仍可以在 CPU 上：绑定核对之后再送到设备。
-_ON_HOST = {"mla_cache_write": ("offsets",)}
+_ON_HOST = {"mla_cache_write": ("offsets",), "mla_decode": ("spans", "block_table")}
 _SPANS = ("spans",)
 
 

@@ -129,10 +129,23 @@ def mla_decode(
     softmax_scale: float,
     v_head_dim: int,
     causal: bool = True,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。"""
+    """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。
+
+    给了 block_table [B, 每行的页数] 时 latent、rope、scale 是 [页数, 每页的槽位数, ...]。
+    """
+    if block_table is not None:
+        latent, rope, scale = (gather_pages(part, block_table) for part in (latent, rope, scale))
     args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
     return mla_prefill(*args)[0]
+
+
+def gather_pages(part: Tensor | None, block_table: Tensor) -> Tensor | None:
+    """各行的页拼成 [B, S, ...]；用不到的页号可以是任何数，读哪一页都行。"""
+    if part is None:
+        return None
+    return part[block_table.long().clamp(0, part.shape[0] - 1)].flatten(1, 2)
 
 
 def mla_layer_decode(

@@ -227,6 +227,40 @@ static void backward(const char *label, const dso_isa *isa, const shape *d, prob
   check_close(label, &dw, a->dw, tol, largest(a->dw, dw.n));
 }
 
+/* 缓存的一部分（每个槽位 width 个元素）按 table 拆成页；没有用到的页保持 0xff。 */
+static buf paged_part(const buf *part, const shape *d, int64_t size, int64_t width, int64_t pages,
+                      const int32_t *table) {
+  buf to = new_buf(part->dtype, pages * size * width);
+  for (int64_t i = 0; i < d->b * d->s;
+       i++) /* 展平的槽位 i 在第 table[i / size] 页：行由整数个页组成 */
+    for (int64_t j = 0; j < width; j++)
+      put(&to, (table[i / size] * size + i % size) * width + j, get(part, i * width + j));
+  return to;
+}
+
+/* 每页 size 个槽位（整除一行的槽位数）、次序打乱的页：与连续的缓存逐位相同。 */
+static void paged_case(const char *label, const dso_isa *isa, const shape *d, const problem *p,
+                       int64_t size, const buf *want) {
+  int64_t used = d->b * d->s / size, pages = used + 2;
+  int32_t *table = new_buf(DSO_F32, pages).data; /* 同样是 4 字节一个 */
+  for (int64_t i = 0; i < pages; i++) {
+    int64_t j = random_below(i + 1);
+    table[i] = table[j], table[j] = (int32_t)i;
+  }
+  buf latent = paged_part(&p->latent, d, size, d->r, pages, table);
+  buf rope = paged_part(&p->rope, d, size, d->dr, pages, table);
+  buf scale = paged_part(&p->scale, d, size, 1, pages, table);
+  buf out = new_buf(d->q, want->n), *outs[] = {&out};
+  dso_mla_params params = {p->in, out.data, NULL};
+  dso_mla_inputs *in = &params.in;
+  in->latent = latent.data, in->latent_bs = size * d->r, in->rope = rope.data;
+  in->rope_bs = size * d->dr, in->scale = in->scale ? scale.data : NULL, in->scale_bs = size;
+  in->pages = table, in->pages_bs = d->s / size, in->page_size = size;
+  execute(label, &dso_mla_decode, &params, isa, outs, 1);
+  check(memcmp(out.data, want->data, (size_t)(out.n * dso_size_of(out.dtype))) == 0,
+        "%s：每页 %lld 个槽位与连续的不同", label, (long long)size);
+}
+
 static void mla_case(const dso_isa *isa, shape d) {
   char label[128];
   snprintf(label, sizeof label,
@@ -245,6 +279,9 @@ static void mla_case(const dso_isa *isa, shape d) {
   dso_mla_params params = {p.in, out.data, NULL};
   execute(label, &dso_mla_decode, &params, isa, outs, 1);
   check_close(label, &out, a.out, tol, 1.0);
+  static const int64_t sizes[] = {1, 2, 3, 5, 50, 67};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    if (d.s % sizes[i] == 0) paged_case(label, isa, &d, &p, sizes[i], &out);
 
   buf full = new_zeros(d.q, queries * d.dv), lse = new_buf(DSO_F32, queries),
       *both[] = {&full, &lse};

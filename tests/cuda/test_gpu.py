@@ -10,7 +10,7 @@ import torch
 
 from deepseek_opt import _native, ops, reference
 from tests.cuda.cases import CACHE_SHAPES, DTYPES, NORM_SHAPES, ROPE_SHAPES, randn
-from tests.op_cases import QUANTIZED, attention, bits
+from tests.op_cases import QUANTIZED, attention, bits, paged
 from tests.tolerances import tol
 
 # 没有 GPU 时在主机模拟上跑（scripts/cuda_host.sh）：同样的测试，只有流、图、多卡要真卡。
@@ -224,6 +224,20 @@ def test_mla_decode_quantized(cache, dtype):
     case = attention(2, 1, 150, 16, (512, 64, 16, 16), dtype=dtype, cache=cache, masked=True)
     got = ops.mla_decode(*on_device(case).args())
     torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.int8))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("where", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("page_size", [1, 25, 64])
+@pytest.mark.parametrize("cache", [torch.bfloat16, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("dims", [(512, 64, 16, 16), (33, 6, 9, 5)], ids=str)
+def test_mla_decode_paged(dims, cache, page_size, where):
+    slots = page_size * -(-150 // page_size)
+    case = attention(2, 2, slots, 9, dims, dtype=torch.bfloat16, cache=cache, masked=True)
+    *args, table = (a.to(DEVICE) if torch.is_tensor(a) else a for a in paged(case, page_size))
+    args[5] = args[5].to(where)
+    got = ops.mla_decode(*args, table.to(where))
+    torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.bfloat16))
 
 
 @pytest.mark.sanitize

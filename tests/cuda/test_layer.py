@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_opt import ops
-from tests.op_cases import FLOATS, QUANTIZED, attention, bits
+from tests.op_cases import FLOATS, QUANTIZED, attention, bits, paged
 from tests.test_mla_layer_decode import HEADS, SLOTS, arguments, fresh
 
 pytestmark = pytest.mark.skipif(
@@ -69,6 +69,7 @@ def test_resident_spans_and_offsets_of_the_parts(monkeypatch):
     want = ops.mla_decode(*case.args())
     monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
     torch.testing.assert_close(ops.mla_decode(*case.args()), want)
+    torch.testing.assert_close(ops.mla_decode(*paged(case, 8)), want)
     store, keys = torch.zeros(2, 5, RANK), torch.zeros(2, 5, ROPE)
     new = case.latent[:, :3].float(), case.rope[:, :3].float()
     ops.mla_cache_write(store, keys, None, *new, torch.tensor([0, 2]))

@@ -9,7 +9,7 @@ import torch
 
 from deepseek_opt import ops
 from tests.cuda import host_library
-from tests.op_cases import QUANTIZED, attention, bits, randn
+from tests.op_cases import QUANTIZED, attention, bits, paged, randn
 from tests.test_mla_layer_decode import arguments, fresh
 
 pytestmark = pytest.mark.skipif(
@@ -71,6 +71,8 @@ def test_rope_and_cache_write(monkeypatch, kind):
 def test_decode(monkeypatch, shape, cache):
     case = attention(*shape, dtype=BF16, cache=cache or BF16, masked=True)
     same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*case.args()),))
+    args = paged(case, 10)
+    same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*args),))
 
 
 @pytest.mark.parametrize(
