@@ -51,7 +51,7 @@ class NoGrad {
 // 以下交给 torch（cuBLAS）；都是写进 out 的那一种：autocast 不管它们，类型就是我们给的。
 template <size_t N>
 void call_out(const char *name, const char *overload, std::array<StableIValue, N> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
 }

@@ -326,14 +326,8 @@ struct Attend {
 template <class E, int RANK, int ROWS>
 __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
                              1) void mla_decode_kernel(DecodeArgs args) {
-  int cta = static_cast<int>(blockIdx.x);
-  Share share = share_of(args.in, args.schedule, cta);
   Attend<E, RANK, ROWS> attend(args);
-  Piece piece;
-  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
-    attend.run(piece);
-    share.begin += piece.units;
-  }
+  each_piece(args, threadIdx.x == 0, [&](const Piece &piece) { attend.run(piece); });
 }
 
 // ---- 通用路径：任何 dtype 的组合、任何维度，fp32 计算 ----
@@ -457,52 +451,73 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
-  int cta = static_cast<int>(blockIdx.x);
-  Share share = share_of(args.in, args.schedule, cta);
   GeneralLayout at(args.in, args.schedule.keys);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
-  Piece piece;
-  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
-    general_piece(args, piece, shared, at);
-    share.begin += piece.units;
+  each_piece(args, threadIdx.x == 0,
+             [&](const Piece &piece) { general_piece(args, piece, shared, at); });
+}
+
+// ---- 合并：前 splits 块各管一个 CTA 名下分开算的一组查询，一个 warp 一行的一段列；其余的块（只在 y、z 为 0 时
+// 有）一个 warp 一个词元，没有键可看的写 0 ----
+
+__device__ void combine_row(const DecodeArgs &args, int cta, int row) {
+  const dso_mla_inputs &in = args.in;
+  const Schedule &s = args.schedule;
+  Split split = args.splits[cta];
+  if (row >= split.rows) return;
+  int lane = static_cast<int>(threadIdx.x) % WARP, count = (split.last - cta) / s.tracks + 1;
+  auto slot = [&](int i) {  // 第 i 段的这一行
+    return static_cast<int64_t>(2 * (cta + i * s.tracks) + (i == 0 ? 1 : 0)) * s.rows + row;
+  };
+  float top = -INFINITY, sum = 0.0f, x[COMBINE_EACH] = {};
+  for (int i = lane; i < count; i += WARP) top = fmaxf(top, args.part_m[slot(i)]);
+  float base = finite_max(warp_max(top));
+  for (int first = 0; first < count; first += WARP) {
+    int i = first + lane, here = count - first < WARP ? count - first : WARP;
+    float weight = i < count ? fast_exp2(args.part_m[slot(i)] - base) : 0.0f;
+    if (i < count) sum += weight * args.part_l[slot(i)];
+#pragma unroll 4
+    for (int j = 0; j < here; j++) {
+      float w = __shfl_sync(ALL_LANES, weight, j);
+      const float *part = args.part + slot(first + j) * in.rank;
+#pragma unroll
+      for (int e = 0; e < COMBINE_EACH; e++) {
+        int64_t column = (blockIdx.z * COMBINE_EACH + e) * WARP + lane;
+        if (column < in.rank) x[e] += w * part[column];
+      }
+    }
+  }
+  sum = warp_sum(sum);
+  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+  for (int e = 0; e < COMBINE_EACH; e++) {
+    int64_t column = (blockIdx.z * COMBINE_EACH + e) * WARP + lane;
+    if (column < in.rank)
+      store_one(args.o, args.dtype, (split.first + row) * in.rank + column, x[e] * inverse);
   }
 }
 
-// ---- 合并：每块一个（词元，头），把分给几个 CTA 的部分结果合起来 ----
-
-__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args) {
+__device__ void clear_unseen(const DecodeArgs &args, int64_t token) {
   const dso_mla_inputs &in = args.in;
-  const Schedule &s = args.schedule;
-  int64_t flat = blockIdx.x, token = flat / in.heads;
-  auto covers = [&](int64_t i, int64_t, int64_t) {
-    return in.spans[i].q_begin <= token && token < in.spans[i].q_end;
-  };
-  int64_t index = find_span(in, s, 0, covers).index;
-  if (index >= in.n_spans) return;
-  int64_t inside = flat - in.spans[index].q_begin * in.heads;
-  int64_t group = inside / s.rows, row = inside % s.rows;
-  int lane = lane_of(s, index, group);
-  int64_t each = units_per_cta(in, s, lane);
-  int64_t before = find_span(in, s, lane, covers).before;
-  Load load = load_of(in, s, lane, index);
-  int64_t begin = before + group / s.lanes * load.blocks;
-  int64_t first = begin / each, last = (begin + load.blocks - 1) / each;  // 这一路上的第几个 CTA
-  if (load.blocks == 0 || first == last) return;  // 什么都看不见，或已经写出
-  auto slot = [&](int64_t c) {
-    return (2 * (c * s.lanes + lane) + (c == first ? 1 : 0)) * s.rows + row;
-  };
-  float top = -INFINITY, sum = 0.0f;
-  for (int64_t c = first; c <= last; c++) top = fmaxf(top, args.part_m[slot(c)]);
-  float base = finite_max(top);
-  for (int64_t c = first; c <= last; c++)
-    sum += fast_exp2(args.part_m[slot(c)] - base) * args.part_l[slot(c)];
-  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t column = threadIdx.x; column < in.rank; column += COMBINE_THREADS) {
-    float x = 0.0f;
-    for (int64_t c = first; c <= last; c++)
-      x += fast_exp2(args.part_m[slot(c)] - base) * args.part[slot(c) * in.rank + column];
-    store_one(args.o, args.dtype, flat * in.rank + column, x * inverse);
+  if (token >= in.b * in.t) return;
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  bool seen = false;
+  for (int64_t i = lane; i < in.n_spans; i += WARP) {
+    dso_span span = in.spans[i];
+    seen |= span.q_begin <= token && token < span.q_end && span.kv_begin < span.kv_end;
   }
+  if (__any_sync(ALL_LANES, seen)) return;
+  int64_t width = in.heads * in.rank;
+  for (int64_t i = lane; i < width; i += WARP) store_one(args.o, args.dtype, token * width + i, 0);
+}
+
+__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args, int splits) {
+  int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / WARP;
+  constexpr int WARPS = COMBINE_THREADS / WARP;
+  if (block < splits)
+    combine_row(args, block, static_cast<int>(blockIdx.y) * WARPS + warp);
+  else if (blockIdx.y + blockIdx.z == 0)
+    clear_unseen(args, static_cast<int64_t>(block - splits) * WARPS + warp);
 }
 
 // ---- 主机侧：选路径、划分 ----
@@ -639,13 +654,14 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   int64_t most = ceil_div(units, s.minimum_units);
   s.ctas = device.sms * (resident < 1 ? 1 : resident);
   if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
-  s.lanes = 1;
-  while (s.lanes < DECODE_LANES && 2 * s.lanes * s.rows <= p->most_rows + s.rows - 1 &&
-         2 * s.lanes <= s.ctas)
-    s.lanes *= 2;
-  s.ctas -= s.ctas % s.lanes;
+  s.tracks = 1;
+  while (s.tracks < DECODE_TRACKS && 2 * s.tracks * s.rows <= p->most_rows + s.rows - 1 &&
+         2 * s.tracks <= s.ctas)
+    s.tracks *= 2;
+  s.ctas -= s.ctas % s.tracks;
   plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows) * static_cast<size_t>(p->in.rank + 2) *
-                  sizeof(float);
+                      sizeof(float) +
+                  static_cast<size_t>(s.ctas) * sizeof(Split);
   return cudaSuccess;
 }
 
@@ -660,8 +676,7 @@ cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, siz
 
 cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scratch,
                                 cudaStream_t stream) {
-  int64_t rows = p->in.b * p->in.t * p->in.heads;
-  if (rows == 0 || p->in.n_spans == 0) return cudaSuccess;
+  if (p->in.b * p->in.t * p->in.heads == 0) return cudaSuccess;
   Plan plan;
   cudaError_t error = make_plan(p, &plan);
   if (error != cudaSuccess) return error;
@@ -670,7 +685,11 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
   args.part = static_cast<float *>(scratch);
   args.part_m = args.part + 2 * s.ctas * s.rows * args.in.rank;
   args.part_l = args.part_m + 2 * s.ctas * s.rows;
-  if (plan.path == WGMMA) {
+  args.splits = reinterpret_cast<Split *>(args.part_l + 2 * s.ctas * s.rows);
+  int splits = args.in.n_spans > 0 ? s.ctas : 0;
+  if (splits == 0) {
+    // 没有 span：只有清零
+  } else if (plan.path == WGMMA) {
     error = run_decode_sm90(args, nullptr, stream);
   } else if (plan.path == MMA) {
     error = run_mma(args, nullptr, stream);
@@ -680,6 +699,9 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
                    bytes, stream, args);
   }
   if (error != cudaSuccess) return error;
-  return launch(mla_decode_combine, dim3(static_cast<unsigned>(rows)), dim3(COMBINE_THREADS), 0,
-                stream, args);
+  constexpr int WARPS = COMBINE_THREADS / WARP;
+  int64_t tokens = p->covered ? 0 : ceil_div(args.in.b * args.in.t, WARPS);
+  dim3 grid(static_cast<unsigned>(splits + tokens), static_cast<unsigned>(ceil_div(s.rows, WARPS)),
+            static_cast<unsigned>(ceil_div(args.in.rank, COMBINE_EACH * WARP)));
+  return launch(mla_decode_combine, grid, dim3(COMBINE_THREADS), 0, stream, args, splits);
 }

@@ -41,7 +41,9 @@ def _try_load(path: Path) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"本地库 {path.name} 加载失败：{error}。请针对当前的 torch 重新编译安装。"
+        # torch 的消息里只有路径，动态链接器的原因在 __cause__ 里。
+        why = error.__cause__ or error
+        return f"本地库 {path.name} 加载失败：{why}。请针对当前的 torch 重新编译安装。"
     return None
 
 

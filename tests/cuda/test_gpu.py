@@ -214,7 +214,8 @@ def on_device(case, spans: bool = False):
 def test_mla_decode(shape, dtype, resident):
     case = attention(*shape, dtype=dtype, masked=True)
     got = ops.mla_decode(*on_device(case, resident).args())
-    torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(dtype))
+    exact = on_device(case, True).exact()[0]  # 大的形状在 CPU 上太慢
+    torch.testing.assert_close(got.double(), exact, **tol(dtype))
 
 
 @pytest.mark.sanitize
