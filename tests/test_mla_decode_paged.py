@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import ops, reference
-from tests.op_cases import FLOATS, QUANTIZED, attention, bits, flipped, paged, randn, strided, wide
+from tests.op_cases import FLOATS, QUANTIZED, attention, flipped, paged, randn, strided, wide
 from tests.tolerances import tol
 
 SMALL = (33, 6, 9, 5)
