@@ -179,7 +179,7 @@ class RowLengths:
         dead = torch.arange(self._length, device=self._offsets.device) >= self._offsets[:, None]
         for buffer in self.buffers():
             shape = (*dead.shape, *(1,) * (buffer.dim() - 2))
-            buffer[:, : self._length].masked_fill_(dead.view(shape), 0)
+            as_bits(buffer)[:, : self._length].masked_fill_(dead.view(shape), 0)
 
     def visible(
         self, steps: int, window: int | None = None, device: torch.device | None = None
@@ -255,7 +255,7 @@ class RowLengths:
         if moves.moved.numel() == 0:
             return
         for buffer in buffers:
-            part = buffer[:, : self._length]
+            part = as_bits(buffer)[:, : self._length]
             part[moves.moved] = part[moves.source]
         if self._short is not None:
             have = self.row_lengths()
@@ -284,7 +284,8 @@ class RowLengths:
 
     def _take(self, moves: _Moves) -> None:
         have = self.row_lengths()
-        self.replace([buffer.index_select(0, moves.index) for buffer in self.buffers()])
+        taken = [(as_bits(b).index_select(0, moves.index), b.dtype) for b in self.buffers()]
+        self.replace([bits.view(dtype) for bits, dtype in taken])
         self._offsets = self._offsets[moves.index]
         self._measure([have[row] for row in moves.rows])
 
@@ -299,6 +300,11 @@ class RowLengths:
         index = torch.as_tensor(index)
         key = (buffer.shape[0], buffer.device)
         return _moves.get(index, key, lambda: _as_moves(index, buffer, self.name))
+
+
+def as_bits(buffer: Tensor) -> Tensor:
+    """fp8 的看成字节：清零、搬动与类型无关，而 torch 对 fp8 只有很少的核。"""
+    return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
 
 
 def _as_moves(index: Tensor, buffer: Tensor, name: str) -> _Moves:

@@ -15,7 +15,8 @@ if [ "$#" -gt 0 ]; then
     exit
 fi
 tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
-for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
+for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_decode_paged mla_prefill \
+    mla_layer_decode; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"

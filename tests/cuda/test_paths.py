@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_opt import ops, reference
-from tests.op_cases import assert_no_worse, attention, eager_attention
+from tests.op_cases import QUANTIZED, assert_no_worse, attention, eager_attention
 from tests.tolerances import tol
 
 pytestmark = pytest.mark.skipif(
@@ -125,14 +125,14 @@ def test_unsupported_architecture(monkeypatch):
         ops.mla_decode(*case.args())
 
 
-@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+@pytest.mark.parametrize("cache", [None, *QUANTIZED], ids=["同类型", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("rank, rope", [(512, 64), (256, 32), (128, 0), (80, 16)])
 @pytest.mark.parametrize("heads", [1, 9, 17, 65])
 def test_decode(heads, rank, rope, dtype, cache):
     case = attention(2, 2, 70, heads, (rank, rope, 8, 8), dtype=dtype, cache=cache or dtype)
     got = ops.mla_decode(*case.args())
-    close(got, case.exact()[0], torch.int8 if cache else dtype)
+    close(got, case.exact()[0], torch.int8 if cache else dtype)  # 对照的是同样的码
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 500])
