@@ -522,5 +522,9 @@ cudaError_t dso_cuda_mla_prefill_backward(const Params *p, cudaStream_t stream) 
               dim3(static_cast<unsigned>(ceil_div(in.b * in.t, tile) + in.n_spans), heads), stream,
               nullptr};
   if (!mma) return run_general(p, to);
+  Device device;
+  cudaError_t error = device_of(&device);
+  if (error != cudaSuccess) return error;
+  if (backward_sm90_fits(in, device)) return run_backward_sm90(p, stream);
   return p->in.dtype == DSO_BF16 ? pick<Bf16>(p, to) : pick<F16>(p, to);
 }
