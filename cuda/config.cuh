@@ -49,7 +49,8 @@ constexpr int BACKWARD_KEYS_SM90 = 128, BACKWARD_QUERIES_SM90 = 64, BACKWARD_STA
 // 四分之三步）。每线程 dQ 96 个累加器，S（dP）64，P、dS 各 32，共 224。一组一步 2048 周期（S 768、dP 512、
 // dQ 768），共享内存两组加上搬入 3328 / 4096；64 个键时是 1984 / 2048。
 constexpr int BACKWARD_DQ_ROWS = 128, BACKWARD_DQ_KEYS = 128, BACKWARD_DQ_STAGES = 2;
-constexpr int BACKWARD_PRODUCER_REGISTERS = 40, BACKWARD_CONSUMER_REGISTERS = 232;
+// 三组共 504 个寄存器（上限 512）。
+constexpr int BACKWARD_DKV_PRODUCER = 24, BACKWARD_DKV_CONSUMER = 240;
 // 按头分组展开 K、V：一组的 K、V 不超过这么多字节（至少一个头）。大于 L2 才有足够多的块占满卡，
 // 又不随头数增长。
 constexpr long long EXPAND_BYTES = 64LL << 20;

@@ -37,23 +37,21 @@ struct Boxes {
 __device__ inline int lane_of() { return static_cast<int>(threadIdx.x) % WARP; }
 __device__ inline int warp_of() { return static_cast<int>(threadIdx.x) / WARP; }
 
-// 查询 [first, …)（span 内）的 Q、dO 与槽位 [slot, …) 的 K、V：各块依次放在 to 起。
+// 第 row 行从词元 token 起的 Q、dO 与从槽位 slot 起的 K、V，各块依次放在 to 起。
 template <int NOPE_BOXES>
-__device__ void load_q(const Maps &maps, const dso_mla_inputs &in, const Place &at, int first,
-                       int head, unsigned char *to, int box, uint64_t *barrier) {
-  int t = static_cast<int>(in.t), nope = static_cast<int>(in.nope_dim);
-  for (int i = 0; i <= NOPE_BOXES; i++)
-    tma_load(to + i * box, &maps.q, barrier, i < NOPE_BOXES ? i * BOX_COLUMNS : nope, head,
-             at.q_begin % t + first, at.q_begin / t);
+__device__ void load_q(const Maps &maps, const dso_mla_inputs &in, int row, int token, int head,
+                       unsigned char *to, int box, uint64_t *barrier) {
+  for (int i = 0; i < NOPE_BOXES; i++)
+    tma_load(to + i * box, &maps.q, barrier, i * BOX_COLUMNS, head, token, row);
+  tma_load(to + NOPE_BOXES * box, &maps.q, barrier, static_cast<int>(in.nope_dim), head, token,
+           row);
 }
 
 template <int BOXES>
-__device__ void load_grad(const Maps &maps, const dso_mla_inputs &in, const Place &at, int first,
-                          int head, unsigned char *to, int box, uint64_t *barrier) {
-  int t = static_cast<int>(in.t);
+__device__ void load_grad(const Maps &maps, int row, int token, int head, unsigned char *to,
+                          int box, uint64_t *barrier) {
   for (int i = 0; i < BOXES; i++)
-    tma_load(to + i * box, &maps.grad, barrier, i * BOX_COLUMNS, head, at.q_begin % t + first,
-             at.q_begin / t);
+    tma_load(to + i * box, &maps.grad, barrier, i * BOX_COLUMNS, head, token, row);
 }
 
 template <int NOPE_BOXES>
@@ -93,7 +91,7 @@ __device__ inline void arrive(uint64_t *barrier) {
 // d [64, 2 R] = a bᵀ：两个操作数都是 CHUNKS 个 16 列，分成 64 列的块。
 template <bool BF16, int CHUNKS, int R>
 __device__ void multiply(float (&d)[R], const void *a, int a_box, const void *b, int b_box) {
-  uint64_t left = stay_inside(k_major(a)), right = k_major(b);
+  uint64_t left = uniform(k_major(a)), right = uniform(k_major(b));
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
     wgmma<BF16, 0, 0>(d, advance(left, c / 4 * a_box + c % 4 * 32),
@@ -103,10 +101,9 @@ __device__ void multiply(float (&d)[R], const void *a, int a_box, const void *b,
 // d [64, 2 R] += a b：a 是寄存器里的片段，b 的行是求和的一维。
 template <bool BF16, int CHUNKS, int R>
 __device__ void accumulate(float (&d)[R], const uint32_t (&a)[CHUNKS][4], const void *b, int box) {
-  uint64_t right = mn_major(b, box);
+  uint64_t right = uniform(mn_major(b, box));
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
-    wgmma<BF16, 1>(d, a[c], advance(right, c * 16 * BOX_ROW), true);
+  for (int c = 0; c < CHUNKS; c++) wgmma<BF16, 1>(d, a[c], advance(right, c * 16 * BOX_ROW), true);
 }
 
 __device__ inline void take_turn(int group) { named_barrier_sync(TURN_BARRIER + group, CONSUMERS); }
@@ -133,6 +130,16 @@ struct Layout {
   static constexpr int BYTES = BARRIERS + (1 + 3 * STAGES) * 8;
 };
 
+// 走到第几级、第几轮（奇偶）：full 一类的屏障等这一轮的，empty 等上一轮的。
+struct Ring {
+  int stage = 0, parity = 0;
+
+  __device__ void advance() {
+    if (++stage < STAGES) return;
+    stage = 0, parity ^= 1;
+  }
+};
+
 template <int NOPE_BOXES, int DV>
 struct Shared {
   using L = Layout<NOPE_BOXES, DV>;
@@ -140,21 +147,20 @@ struct Shared {
 
   __device__ unsigned char *k() const { return base; }
   __device__ unsigned char *v() const { return base + L::V; }
-  __device__ unsigned char *q(int step) const { return base + L::QUERY + step % STAGES * L::STAGE; }
-  __device__ unsigned char *grad(int step) const { return q(step) + L::GRAD; }
-  __device__ float *lse(int step) const {
-    return reinterpret_cast<float *>(base + L::ROWS) + step % STAGES * QUERIES * 2;
+  __device__ unsigned char *q(int stage) const { return base + L::QUERY + stage * L::STAGE; }
+  __device__ unsigned char *grad(int stage) const { return q(stage) + L::GRAD; }
+  __device__ float *lse(int stage) const {
+    return reinterpret_cast<float *>(base + L::ROWS) + stage * QUERIES * 2;
   }
-  __device__ float *delta(int step) const { return lse(step) + QUERIES; }
+  __device__ float *delta(int stage) const { return lse(stage) + QUERIES; }
   __device__ uint64_t *barrier(int i) const {
     return reinterpret_cast<uint64_t *>(base + L::BARRIERS) + i;
   }
   __device__ uint64_t *kv_full() const { return barrier(0); }
   // 一级：TMA 写完了；lse、delta 写好、多余的行清掉了；用完了。
-  __device__ uint64_t *landed(int step) const { return barrier(1 + step % STAGES); }
-  __device__ uint64_t *ready(int step) const { return barrier(1 + STAGES + step % STAGES); }
-  __device__ uint64_t *empty(int step) const { return barrier(1 + 2 * STAGES + step % STAGES); }
-  __device__ static int parity(int step) { return step / STAGES % 2; }
+  __device__ uint64_t *landed(int stage) const { return barrier(1 + stage); }
+  __device__ uint64_t *ready(int stage) const { return barrier(1 + STAGES + stage); }
+  __device__ uint64_t *empty(int stage) const { return barrier(1 + 2 * STAGES + stage); }
 
   __device__ void start() const {
     mbarrier_init(kv_full(), 1);
@@ -171,32 +177,44 @@ struct Tile {
   int row, first, head;
 };
 
+// 从第 from 个起，第一个看得见这块键的 span；没有就是 n_spans。整个 warp 一起调用。
+__device__ inline int next_span(const dso_mla_inputs &in, const Tile &tile, int from) {
+  int64_t first = tile.row * in.s + tile.first;  // 展平的槽位
+  int64_t end = tile.first + KEYS < in.s ? first + KEYS : (tile.row + 1) * in.s;
+  auto count = static_cast<int>(in.n_spans);
+  for (; from < count; from += WARP) {
+    bool hit = false;
+    if (from + lane_of() < count) {
+      const dso_span &span = in.spans[from + lane_of()];
+      hit = span.kv_begin < end && span.kv_end > first && span.q_begin < span.q_end;
+    }
+    if (unsigned hits = __ballot_sync(ALL_LANES, hit))
+      return from + __ffs(static_cast<int>(hits)) - 1;
+  }
+  return count;
+}
+
 // 依次走过看得见这块键的 span：visit(span, 第一个键（span 内，可以为负），第一个查询)。整个 warp 一起调用。
+// 行是已知的，不必像 locate 那样做除法：生产者的寄存器很少。
 template <class Visit>
 __device__ void each_span(const dso_mla_inputs &in, const Tile &tile, Visit visit) {
-  for (int64_t base = 0; base < in.n_spans; base += WARP) {
-    bool hit = false;
-    if (base + lane_of() < in.n_spans) {
-      Place at = locate(in, base + lane_of());
-      hit = at.row == tile.row && at.q_len > 0 && tile.first < at.slot + at.kv_len &&
-            tile.first + KEYS > at.slot;
-    }
-    for (unsigned hits = __ballot_sync(ALL_LANES, hit); hits; hits &= hits - 1) {
-      Place at = locate(in, base + __ffs(static_cast<int>(hits)) - 1);
-      int key = tile.first - at.slot, query = in.causal ? key - (at.kv_len - at.q_len) : 0;
-      visit(at, key, query > 0 ? query / QUERIES * QUERIES : 0);
-    }
+  for (int i = next_span(in, tile, 0); i < in.n_spans; i = next_span(in, tile, i + 1)) {
+    dso_span span = in.spans[i];
+    auto narrow = [](int64_t x) { return static_cast<int>(x); };
+    int slot = narrow(span.kv_begin - tile.row * in.s), key = tile.first - slot;
+    Place at{narrow(span.q_begin), narrow(span.q_end - span.q_begin), tile.row, slot,
+             narrow(span.kv_end - span.kv_begin)};
+    int query = in.causal ? key - (at.kv_len - at.q_len) : 0;
+    visit(at, key, query > 0 ? query / QUERIES * QUERIES : 0);
   }
 }
 
 template <int NOPE_BOXES, int DV>
 __device__ void copy(const Maps &maps, const Params &p, const Tile &tile) {
   using L = Layout<NOPE_BOXES, DV>;
-  using S = Shared<NOPE_BOXES, DV>;
-  S shared;
+  Shared<NOPE_BOXES, DV> shared;
   const dso_mla_inputs &in = p.in.in;
   bool leader = lane_of() == 0;
-  int step = 0, full_head = static_cast<int>(p.in.first_head) + tile.head;
   if (leader) {
     mbarrier_expect(shared.kv_full(), L::QUERY);
     load_k<NOPE_BOXES>(maps, in, tile.row, tile.first, tile.head, shared.k(), L::KEY_BOX,
@@ -204,15 +222,19 @@ __device__ void copy(const Maps &maps, const Params &p, const Tile &tile) {
     load_v<L::V_BOXES>(maps, tile.row, tile.first, tile.head, shared.v(), L::KEY_BOX,
                        shared.kv_full());
   }
+  Ring at_stage;
+  int head = static_cast<int>(p.in.first_head) + tile.head;
   each_span(in, tile, [&](const Place &at, int, int query) {
-    for (; query < at.q_len; query += QUERIES, step++) {
+    auto t = static_cast<int>(in.t);
+    int token = at.q_begin % t + query, end = at.q_begin % t + at.q_len, row = at.q_begin / t;
+    for (; token < end; token += QUERIES, at_stage.advance()) {
       if (!leader) continue;
-      mbarrier_wait(shared.empty(step), S::parity(step) ^ 1);
-      mbarrier_expect(shared.landed(step), L::STAGE);
-      load_q<NOPE_BOXES>(maps, in, at, query, full_head, shared.q(step), L::BOX,
-                         shared.landed(step));
-      load_grad<L::V_BOXES>(maps, in, at, query, full_head, shared.grad(step), L::BOX,
-                            shared.landed(step));
+      int stage = at_stage.stage;
+      uint64_t *landed = shared.landed(stage);
+      mbarrier_wait(shared.empty(stage), at_stage.parity ^ 1);
+      mbarrier_expect(landed, L::STAGE);
+      load_q<NOPE_BOXES>(maps, in, row, token, head, shared.q(stage), L::BOX, landed);
+      load_grad<L::V_BOXES>(maps, row, token, head, shared.grad(stage), L::BOX, landed);
     }
     __syncwarp();
   });
@@ -222,34 +244,35 @@ __device__ void copy(const Maps &maps, const Params &p, const Tile &tile) {
 template <int NOPE_BOXES, int DV>
 __device__ void prepare(const Params &p, const Tile &tile) {
   using L = Layout<NOPE_BOXES, DV>;
-  using S = Shared<NOPE_BOXES, DV>;
-  S shared;
+  Shared<NOPE_BOXES, DV> shared;
   const dso_mla_inputs &in = p.in.in;
-  int step = 0;
+  auto heads = static_cast<int>(in.heads), head = static_cast<int>(p.in.first_head) + tile.head;
+  Ring at_stage;
   each_span(in, tile, [&](const Place &at, int, int query) {
-    for (; query < at.q_len; query += QUERIES, step++) {
+    for (; query < at.q_len; query += QUERIES, at_stage.advance()) {
+      int stage = at_stage.stage;
       float lse[2], delta[2];
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int i = query + lane_of() + e * WARP;
         bool real = i < at.q_len;
-        int64_t row = (at.q_begin + (real ? i : 0)) * in.heads + p.in.first_head + tile.head;
+        int from = (at.q_begin + (real ? i : 0)) * heads + head;  // B T H < 2^31（绑定检查）
         // 什么都没看见的查询（lse = -inf）没有概率，取 0 即可：它的得分都被遮住。
-        lse[e] = real ? finite_max(p.in.lse[row]) * LOG2_E : INFINITY;
-        delta[e] = real ? p.delta[row] : 0.0f;
+        lse[e] = real ? finite_max(p.in.lse[from]) * LOG2_E : INFINITY;
+        delta[e] = real ? p.delta[from] : 0.0f;
       }
-      mbarrier_wait(shared.empty(step), S::parity(step) ^ 1);
+      mbarrier_wait(shared.empty(stage), at_stage.parity ^ 1);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        shared.lse(step)[lane_of() + e * WARP] = lse[e];
-        shared.delta(step)[lane_of() + e * WARP] = delta[e];
+        shared.lse(stage)[lane_of() + e * WARP] = lse[e];
+        shared.delta(stage)[lane_of() + e * WARP] = delta[e];
       }
       if (query + QUERIES > at.q_len) {
-        mbarrier_wait(shared.landed(step), S::parity(step));
-        clear_rows(shared.q(step), L::K_BOXES + L::V_BOXES, QUERIES,
+        mbarrier_wait(shared.landed(stage), at_stage.parity);
+        clear_rows(shared.q(stage), L::K_BOXES + L::V_BOXES, QUERIES,
                    [&](int i) { return query + i >= at.q_len; });
       }
-      arrive(shared.ready(step));
+      arrive(shared.ready(stage));
     }
   });
 }
@@ -257,14 +280,14 @@ __device__ void prepare(const Params &p, const Tile &tile) {
 template <class E, int NOPE_BOXES, int DV>
 struct Consumer {
   using L = Layout<NOPE_BOXES, DV>;
-  using S = Shared<NOPE_BOXES, DV>;
   static constexpr bool BF16 = E::dtype == DSO_BF16;
 
   const Params &p;
   const dso_mla_inputs &in;
   Tile tile;
-  S shared;
-  int group, step = 0;
+  Shared<NOPE_BOXES, DV> shared;
+  int group;
+  Ring now;
   int seen_from[2];  // 这个线程的两行键，各从第几个查询（span 内）起看得见
 
   float dk[L::K_BOXES * 32] = {}, dv[DV / 2] = {};
@@ -277,14 +300,14 @@ struct Consumer {
   // 第 h 行键在这一块里是第几个。
   __device__ int key_row(int h) const { return warp_of() * 16 + lane_of() / 4 + 8 * h; }
 
-  __device__ void score(int i) {
-    multiply<BF16, L::K_BOXES * 4>(x, shared.k() + group * 64 * BOX_ROW, L::KEY_BOX, shared.q(i),
-                                   L::BOX);
+  __device__ void score() {
+    multiply<BF16, L::K_BOXES * 4>(x, shared.k() + group * 64 * BOX_ROW, L::KEY_BOX,
+                                   shared.q(now.stage), L::BOX);
   }
 
-  __device__ void score_grad(int i) {
+  __device__ void score_grad() {
     multiply<BF16, L::V_BOXES * 4>(x, shared.v() + group * 64 * BOX_ROW, L::KEY_BOX,
-                                   shared.grad(i), L::BOX);
+                                   shared.grad(now.stage), L::BOX);
   }
 
   // 有的键看不见这一块的第一个查询：逐个判断。
@@ -300,7 +323,7 @@ struct Consumer {
   // P = exp(S - lse)，下一个乘法的左操作数片段。
   __device__ void probabilities(int query) {
     hide(query, -INFINITY);
-    const float *lse = shared.lse(step) + lane_of() % 4 * 2;
+    const float *lse = shared.lse(now.stage) + lane_of() % 4 * 2;
     float scale = score_scale(in);
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
@@ -315,7 +338,7 @@ struct Consumer {
   // dS = P (dP - delta)；softmax_scale 留到最后乘。
   __device__ void gradients(int query) {
     hide(query, 0.0f);
-    const float *delta = shared.delta(step) + lane_of() % 4 * 2;
+    const float *delta = shared.delta(now.stage) + lane_of() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
       float2 shift = *reinterpret_cast<const float2 *>(delta + j * 8);
@@ -328,9 +351,9 @@ struct Consumer {
     }
   }
 
-  __device__ void wait_for(int i) {
-    mbarrier_wait(shared.landed(i), S::parity(i));
-    mbarrier_wait(shared.ready(i), S::parity(i));
+  __device__ void wait_for(const Ring &i) {
+    mbarrier_wait(shared.landed(i.stage), i.parity);
+    mbarrier_wait(shared.ready(i.stage), i.parity);
   }
 
   // 发完了：让给另一组，等自己的做完。
@@ -348,34 +371,37 @@ struct Consumer {
       bool real = i >= 0 && i < at.kv_len && slot_seen(in, at, at.slot + i);
       seen_from[h] = !real ? INT_MAX : in.causal ? i - (at.kv_len - at.q_len) : 0;
     }
-    wait_for(step);
+    wait_for(now);
     take_turn(group);
     wgmma_fence();
-    score(step);
+    score();
     finish();
     for (;;) {
       probabilities(query);
       take_turn(group);
       wgmma_fence();
-      accumulate<BF16>(dv, prob, shared.grad(step), L::BOX);
-      score_grad(step);
+      accumulate<BF16>(dv, prob, shared.grad(now.stage), L::BOX);
+      score_grad();
       finish();
       gradients(query);
       query += QUERIES;
       if (query >= at.q_len) break;
-      wait_for(step + 1);
+      int stage = now.stage;
+      now.advance();
+      wait_for(now);
       take_turn(group);
       wgmma_fence();
-      accumulate<BF16>(dk, ds, shared.q(step), L::BOX);
-      score(step + 1);
+      accumulate<BF16>(dk, ds, shared.q(stage), L::BOX);
+      score();
       finish();
-      arrive(shared.empty(step++));
+      arrive(shared.empty(stage));
     }
     wgmma_fence();
-    accumulate<BF16>(dk, ds, shared.q(step), L::BOX);
+    accumulate<BF16>(dk, ds, shared.q(now.stage), L::BOX);
     wgmma_commit();
     wgmma_wait<0>();
-    arrive(shared.empty(step++));
+    arrive(shared.empty(now.stage));
+    now.advance();
   }
 
   __device__ void run() {
@@ -397,7 +423,8 @@ struct Consumer {
       float *drope = p.drope + ((tile.row * in.s + slot) * p.in.heads + tile.head) * rope;
 #pragma unroll
       for (int j = 0; j < L::K_BOXES * 8; j++) {
-        float x = dk[4 * j + 2 * h] * in.softmax_scale, y = dk[4 * j + 2 * h + 1] * in.softmax_scale;
+        float x = dk[4 * j + 2 * h] * in.softmax_scale,
+              y = dk[4 * j + 2 * h + 1] * in.softmax_scale;
         int column = j % (NOPE_BOXES * 8) * 8 + lane_of() % 4 * 2;
         if (j < NOPE_BOXES * 8) {  // dn、dr、dv 都是 8 的倍数，两列同在
           if (column < nope) *reinterpret_cast<uint32_t *>(to + column) = E::pack(x, y);
@@ -417,8 +444,9 @@ struct Consumer {
 };
 
 template <class E, int NOPE_BOXES, int DV>
-__global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv_sm90(
-    const __grid_constant__ Maps maps, Params p) {
+__global__ __launch_bounds__(THREADS,
+                             1) void mla_backward_dkv_sm90(const __grid_constant__ Maps maps,
+                                                           Params p) {
   // 头在最里面：同样长的块一起开始；因果时靠前的键看的人多、耗时长，先做。
   auto heads = static_cast<int>(p.in.heads), rows = static_cast<int>(p.in.in.b);
   int place = static_cast<int>(blockIdx.x) / heads;
@@ -426,11 +454,11 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv_sm90(
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
-    registers_decrease<BACKWARD_PRODUCER_REGISTERS>();
+    registers_decrease<BACKWARD_DKV_PRODUCER>();
     if (warp_of() == COPY_WARP) copy<NOPE_BOXES, DV>(maps, p, tile);
     if (warp_of() == ROW_WARP) prepare<NOPE_BOXES, DV>(p, tile);
   } else {
-    registers_increase<BACKWARD_CONSUMER_REGISTERS>();
+    registers_increase<BACKWARD_DKV_CONSUMER>();
     Consumer<E, NOPE_BOXES, DV> consumer(p, tile);
     consumer.run();
     consumer.store();
@@ -502,11 +530,12 @@ __device__ void copy(const Maps &maps, const Params &p, const Tile &tile) {
   S shared;
   const dso_mla_inputs &in = p.in.in;
   const Place &at = tile.at;
-  int full_head = static_cast<int>(p.in.first_head) + tile.head;
+  auto t = static_cast<int>(in.t);
+  int token = at.q_begin % t + tile.first, row = at.q_begin / t,
+      full_head = static_cast<int>(p.in.first_head) + tile.head;
   mbarrier_expect(shared.q_full(), L::K);
-  load_q<NOPE_BOXES>(maps, in, at, tile.first, full_head, shared.q(), L::Q_BOX, shared.q_full());
-  load_grad<L::V_BOXES>(maps, in, at, tile.first, full_head, shared.grad(), L::Q_BOX,
-                        shared.q_full());
+  load_q<NOPE_BOXES>(maps, in, row, token, full_head, shared.q(), L::Q_BOX, shared.q_full());
+  load_grad<L::V_BOXES>(maps, row, token, full_head, shared.grad(), L::Q_BOX, shared.q_full());
   for (int block = 0; block < tile.blocks; block++) {
     int slot = at.slot + block * KEYS;
     mbarrier_wait(shared.k_empty(block), S::parity(block) ^ 1);
@@ -704,15 +733,17 @@ struct Consumer {
         int column = j % (NOPE_BOXES * 8) * 8 + lane_of() % 4 * 2;
         if (column >= (rotary ? rope : nope)) continue;  // dn、dr 都是 8 的倍数，两列同在
         auto *pair = reinterpret_cast<uint32_t *>(to + (rotary ? nope : 0) + column);
-        *pair = E::pack(dq[4 * j + 2 * h] * in.softmax_scale, dq[4 * j + 2 * h + 1] * in.softmax_scale);
+        *pair =
+            E::pack(dq[4 * j + 2 * h] * in.softmax_scale, dq[4 * j + 2 * h + 1] * in.softmax_scale);
       }
     }
   }
 };
 
 template <class E, int NOPE_BOXES, int DV>
-__global__ __launch_bounds__(THREADS, 1) void mla_backward_dq_sm90(
-    const __grid_constant__ Maps maps, Params p) {
+__global__ __launch_bounds__(THREADS,
+                             1) void mla_backward_dq_sm90(const __grid_constant__ Maps maps,
+                                                          Params p) {
   auto heads = static_cast<int>(p.in.heads);
   Tile tile;
   tile.head = static_cast<int>(blockIdx.x) % heads;
@@ -724,12 +755,12 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dq_sm90(
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
-    registers_decrease<BACKWARD_PRODUCER_REGISTERS>();
+    registers_decrease<PREFILL_PRODUCER_REGISTERS>();
     if (tile.blocks <= 0) return;
     if (threadIdx.x == COPY_WARP * WARP) copy<NOPE_BOXES, DV>(maps, p, tile);
     if (warp_of() == ROW_WARP) prepare<NOPE_BOXES, DV>(p, tile);
   } else {
-    registers_increase<BACKWARD_CONSUMER_REGISTERS>();
+    registers_increase<PREFILL_CONSUMER_REGISTERS>();
     Consumer<E, NOPE_BOXES, DV> consumer(p, tile);
     if (tile.blocks > 0) consumer.run();
     consumer.store();

@@ -168,8 +168,7 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 #define DSO_REG60 \
   DSO_TEN() "," DSO_TEN(1) "," DSO_TEN(2) "," DSO_TEN(3) "," DSO_TEN(4) "," DSO_TEN(5)
 #define DSO_REG64 DSO_REG60 ",%60,%61,%62,%63"
-#define DSO_REG96 \
-  DSO_REG60 "," DSO_TEN(6) "," DSO_TEN(7) "," DSO_TEN(8) ",%90,%91,%92,%93,%94,%95"
+#define DSO_REG96 DSO_REG60 "," DSO_TEN(6) "," DSO_TEN(7) "," DSO_TEN(8) ",%90,%91,%92,%93,%94,%95"
 #define DSO_REG128                                                                   \
   DSO_REG60 "," DSO_TEN(6) "," DSO_TEN(7) "," DSO_TEN(8) "," DSO_TEN(9) "," DSO_TEN( \
       10) "," DSO_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
