@@ -282,18 +282,26 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params) {
   }
 }
 
-// ---- delta：一个 warp 一行 ----
+// ---- delta：8 个线程一行，一次各读 V 个 ----
 
+constexpr int DELTA_LANES = 8, DELTA_ROWS = THREADS / DELTA_LANES;
+
+template <int V>
 __global__ void mla_backward_delta(Params p) {
   const dso_mla_inputs &in = p.in.in;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= in.b * in.t * in.heads) return;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * DELTA_ROWS + threadIdx.x / DELTA_LANES;
+  bool real = row < in.b * in.t * in.heads;
   float sum = 0.0f;
-  for (int64_t c = threadIdx.x; c < in.v_dim; c += WARP)
-    sum += load_one(p.grad, in.q_dtype, row * in.v_dim + c) *
-           load_one(p.in.out, in.q_dtype, row * in.v_dim + c);
-  sum = warp_sum(sum);
-  if (threadIdx.x == 0) p.delta[row] = sum;
+  for (int64_t c = threadIdx.x % DELTA_LANES * V; real && c < in.v_dim; c += DELTA_LANES * V) {
+    Vec<V> x = load<V>(p.grad, in.q_dtype, row * in.v_dim + c),
+           y = load<V>(p.in.out, in.q_dtype, row * in.v_dim + c);
+#pragma unroll
+    for (int i = 0; i < V; i++) sum += x.v[i] * y.v[i];
+  }
+#pragma unroll
+  for (int step = DELTA_LANES / 2; step > 0; step /= 2)
+    sum += __shfl_xor_sync(ALL_LANES, sum, step);
+  if (real && threadIdx.x % DELTA_LANES == 0) p.delta[row] = sum;
 }
 
 // ---- 通用路径：fp32，任何维度；一个 warp 一行（查询或键），另一边每个线程一个 ----
@@ -500,8 +508,11 @@ cudaError_t run_general(const Params *p, const Launches &to) {
 cudaError_t dso_cuda_mla_backward_delta(const Params *p, cudaStream_t stream) {
   int64_t rows = p->in.in.b * p->in.in.t * p->in.in.heads;
   if (rows == 0) return cudaSuccess;
-  return launch(mla_backward_delta, dim3(static_cast<unsigned>(ceil_div(rows, WARPS))),
-                dim3(WARP, WARPS), 0, stream, *p);
+  dim3 grid(static_cast<unsigned>(ceil_div(rows, DELTA_ROWS)));
+  const dso_mla_inputs &in = p->in.in;
+  bool wide = wide_ok(p->grad, in.q_dtype, in.v_dim) && wide_ok(p->in.out, in.q_dtype, in.v_dim);
+  return wide ? launch(mla_backward_delta<8>, grid, dim3(THREADS), 0, stream, *p)
+              : launch(mla_backward_delta<1>, grid, dim3(THREADS), 0, stream, *p);
 }
 
 int dso_cuda_mla_prefill_backward_shared(const dso_mla_inputs *in, dso_dtype dtype) {

@@ -740,6 +740,20 @@ struct Consumer {
   }
 };
 
+// 查询块的个数（上界）。
+__host__ __device__ inline int64_t tiles(const dso_mla_inputs &in) {
+  auto blocks = [](int64_t rows) { return (rows + ROWS - 1) / ROWS; };
+  return in.n_spans == in.b ? in.b * blocks(in.t) : blocks(in.b * in.t) + in.n_spans;
+}
+
+// 第 index 块。靠后的查询看得多、耗时长，先做：一行一个 span 时各行一起从后往前，否则各个 span 依次从后往前。
+__device__ inline bool find(const dso_mla_inputs &in, int64_t index, Place *at, int *first) {
+  if (in.n_spans != in.b) return find_tile(in, ROWS, tiles(in) - 1 - index, at, first);
+  *at = locate(in, index % in.b);
+  *first = ((at->q_len + ROWS - 1) / ROWS - 1 - static_cast<int>(index / in.b)) * ROWS;
+  return *first >= 0;
+}
+
 template <class E, int NOPE_BOXES, int DV>
 __global__ __launch_bounds__(THREADS,
                              1) void mla_backward_dq_sm90(const __grid_constant__ Maps maps,
@@ -747,9 +761,7 @@ __global__ __launch_bounds__(THREADS,
   auto heads = static_cast<int>(p.in.heads);
   Tile tile;
   tile.head = static_cast<int>(blockIdx.x) % heads;
-  // 靠后的查询看得多、耗时长，先做。
-  int64_t place = (gridDim.x - 1 - blockIdx.x) / heads;
-  if (!find_tile(p.in.in, ROWS, place, &tile.at, &tile.first)) return;
+  if (!find(p.in.in, static_cast<int>(blockIdx.x) / heads, &tile.at, &tile.first)) return;
   int last = tile.first + ROWS < tile.at.q_len ? tile.first + ROWS : tile.at.q_len;
   tile.blocks = (visible_keys(p.in.in, tile.at, last - 1) + KEYS - 1) / KEYS;
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
@@ -814,7 +826,6 @@ template <class E, int NOPE_BOXES, int DV>
 cudaError_t run(const Params *p, cudaStream_t stream) {
   const dso_mla_inputs &in = p->in.in;
   int64_t key_tiles = in.b * ceil_div(in.s, dkv::KEYS);
-  int64_t query_tiles = ceil_div(in.b * in.t, dq::ROWS) + in.n_spans;
   Maps maps;
   cudaError_t error = make_maps(*p, {dkv::QUERIES, dkv::KEYS}, &maps);
   if (error != cudaSuccess) return error;
@@ -824,7 +835,7 @@ cudaError_t run(const Params *p, cudaStream_t stream) {
   if (error == cudaSuccess) error = make_maps(*p, {dq::ROWS, dq::KEYS}, &maps);
   if (error != cudaSuccess) return error;
   return launch(dq::mla_backward_dq_sm90<E, NOPE_BOXES, DV>,
-                dim3(static_cast<unsigned>(query_tiles * p->in.heads)), dim3(THREADS),
+                dim3(static_cast<unsigned>(dq::tiles(in) * p->in.heads)), dim3(THREADS),
                 dq::Layout<NOPE_BOXES, DV>::BYTES, stream, maps, *p);
 }
 
