@@ -42,6 +42,17 @@ constexpr int PREFILL_KEYS_SM90 = 128;
 constexpr int PREFILL_PRODUCER_REGISTERS = 40, PREFILL_CONSUMER_REGISTERS = 232;
 // 反向的两个核都以 64 x 64 的得分块计算：dK、dV（或 dQ）的累加器 8 个 warp 每线程至多 128 个。
 constexpr int BACKWARD_TILE = 64;
+// Hopper 的反向，192/128 维、每个 SM 每周期 2048 次乘加、共享内存每周期 128 字节：
+// dkv 一块 128 个键（两组各 64），一次 64 个查询：K、V 80 KiB，三级 Q、dO 120 KiB。每线程 dK 96、dV 64 个累加器，
+// S（dP）32，P、dS 各 16，共 224，所以查询不能再多。一组一步的 wgmma 占 1280 周期（S 384、dP 256、dV 256、dK 384），
+// 从共享内存读 960 周期，两组加上搬入共 2240 / 2560。
+constexpr int BACKWARD_KEYS_SM90 = 128, BACKWARD_QUERIES_SM90 = 64, BACKWARD_STAGES_SM90 = 3;
+// dq 一块 128 个查询，一次 128 个键：Q、dO 80 KiB，两级 K 96 KiB，一级 V 32 KiB（V 用完得早：两次使用之间隔着
+// 四分之三步）。每线程 dQ 96 个累加器，S（dP）64，P、dS 各 32，共 224。一组一步 2048 周期（S 768、dP 512、
+// dQ 768），共享内存两组加上搬入 3328 / 4096；64 个键时是 1984 / 2048。
+constexpr int BACKWARD_DQ_ROWS = 128, BACKWARD_DQ_KEYS = 128, BACKWARD_DQ_STAGES = 2;
+// 三组共 504 个寄存器（上限 512）。
+constexpr int BACKWARD_DKV_PRODUCER = 24, BACKWARD_DKV_CONSUMER = 240;
 // 按头分组展开 K、V：一组的 K、V 不超过这么多字节（至少一个头）。大于 L2 才有足够多的块占满卡，
 // 又不随头数增长。
 constexpr long long EXPAND_BYTES = 64LL << 20;
