@@ -45,6 +45,15 @@ Tensor group_weight(const DeviceInputs &m, ScalarType type, int64_t first, int64
   return to_type(part, type);
 }
 
+// 核不写没有键可看的查询：rows [B, T, H, ...] 写 0，lse 写 -inf。
+void clear_unseen(const char *op, const DeviceInputs &m, const Tensor &rows, float *lse,
+                  const Launch &launch) {
+  if (m.covered) return;
+  dso_cuda_mla_unseen_params p{m.in, rows.mutable_data_ptr(), m.in.heads * rows.size(3),
+                               float_dtype(op, "q", rows), lse};
+  check(op, dso_cuda_mla_clear_unseen(&p, launch.stream()));
+}
+
 std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
                                        const Tensor &rope_keys, const std::optional<Tensor> &scale,
                                        const Tensor &kv_b, const Tensor &spans,
@@ -58,12 +67,9 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
   const dso_mla_inputs &in = m.in;
   Tensor out = torch::stable::new_empty(q, {in.b, in.t, in.heads, in.v_dim});
   Tensor lse = torch::stable::new_empty(q, {in.b, in.t, in.heads}, ScalarType::Float);
-  if (!m.covered) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -INFINITY);
-  }
-  if (in.b * in.t == 0 || in.s == 0) return {out, lse};
   const Launch launch(q);
+  clear_unseen(op, m, out, static_cast<float *>(lse.mutable_data_ptr()), launch);
+  if (in.b * in.t == 0 || in.s == 0) return {out, lse};
   const ScalarType type = prefill_type(op, in, false);
   const int64_t group = heads_per_group(in, type), width = in.nope_dim + in.v_dim;
   // 被遮住的槽位可能是没有初始化的 NaN：展开之前清零，核就不必逐个避开。
@@ -136,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
                   torch::stable::new_zeros(q, {slots, in.rank}, ScalarType::Float),
                   torch::stable::new_zeros(q, {slots, in.rope_dim}, ScalarType::Float),
                   torch::stable::new_zeros(q, {kv_b.size(0), in.rank}, type)};
-  if (!m.covered) torch::stable::zero_(grads.dq);
+  clear_unseen(op, m, grads.dq, nullptr, launch);
   if (in.b * in.t > 0 && in.s > 0 && in.n_spans > 0) {
     Tensor delta = torch::stable::new_empty(q, {in.b * in.t * in.heads}, ScalarType::Float);
     dso_cuda_mla_prefill_backward_params p{};

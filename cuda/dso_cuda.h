@@ -105,6 +105,17 @@ cudaError_t dso_cuda_mla_backward_delta(const dso_cuda_mla_prefill_backward_para
 cudaError_t dso_cuda_mla_prefill_backward(const dso_cuda_mla_prefill_backward_params *p,
                                           cudaStream_t stream);
 
+/* 没有键可看的查询：rows [B, T, width] 写 0，lse [B, T, H]（可以是 NULL）写 -inf；其余不动。 */
+typedef struct {
+  dso_mla_inputs in; /* 只用 b、t、heads、spans、n_spans */
+  void *rows;
+  int64_t width;
+  dso_dtype dtype;
+  float *lse;
+} dso_cuda_mla_unseen_params;
+
+cudaError_t dso_cuda_mla_clear_unseen(const dso_cuda_mla_unseen_params *p, cudaStream_t stream);
+
 /* in 的潜变量还原、清理成 [B, S, r]，见 mla_latents.cu；to 由调用者先清零。 */
 cudaError_t dso_cuda_mla_latents(const dso_mla_inputs *in, void *to, dso_dtype dtype,
                                  cudaStream_t stream);

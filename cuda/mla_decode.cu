@@ -500,13 +500,8 @@ __device__ void combine_row(const DecodeArgs &args, int cta, int row) {
 __device__ void clear_unseen(const DecodeArgs &args, int64_t token) {
   const dso_mla_inputs &in = args.in;
   if (token >= in.b * in.t) return;
+  if (token_seen(in, token)) return;
   int lane = static_cast<int>(threadIdx.x) % WARP;
-  bool seen = false;
-  for (int64_t i = lane; i < in.n_spans; i += WARP) {
-    dso_span span = in.spans[i];
-    seen |= span.q_begin <= token && token < span.q_end && span.kv_begin < span.kv_end;
-  }
-  if (__any_sync(ALL_LANES, seen)) return;
   int64_t width = in.heads * in.rank;
   for (int64_t i = lane; i < width; i += WARP) store_one(args.o, args.dtype, token * width + i, 0);
 }
