@@ -88,22 +88,29 @@ __device__ inline void arrive(uint64_t *barrier) {
   if (lane_of() == 0) mbarrier_arrive(barrier);
 }
 
+// 一个乘法的操作数的描述符：轮到之前先算好，轮到了就发。
+struct Operands {
+  uint64_t a, b;
+};
+
+__device__ inline Operands operands(const void *a, const void *b) {
+  return {uniform(k_major(a)), uniform(k_major(b))};
+}
+
 // d [64, 2 R] = a bᵀ：两个操作数都是 CHUNKS 个 16 列，分成 64 列的块。
 template <bool BF16, int CHUNKS, int R>
-__device__ void multiply(float (&d)[R], const void *a, int a_box, const void *b, int b_box) {
-  uint64_t left = uniform(k_major(a)), right = uniform(k_major(b));
+__device__ void multiply(float (&d)[R], const Operands &from, int a_box, int b_box) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
-    wgmma<BF16, 0, 0>(d, advance(left, c / 4 * a_box + c % 4 * 32),
-                      advance(right, c / 4 * b_box + c % 4 * 32), c > 0);
+    wgmma<BF16, 0, 0>(d, advance(from.a, c / 4 * a_box + c % 4 * 32),
+                      advance(from.b, c / 4 * b_box + c % 4 * 32), c > 0);
 }
 
 // d [64, 2 R] += a b：a 是寄存器里的片段，b 的行是求和的一维。
 template <bool BF16, int CHUNKS, int R>
-__device__ void accumulate(float (&d)[R], const uint32_t (&a)[CHUNKS][4], const void *b, int box) {
-  uint64_t right = uniform(mn_major(b, box));
+__device__ void accumulate(float (&d)[R], const uint32_t (&a)[CHUNKS][4], uint64_t b) {
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++) wgmma<BF16, 1>(d, a[c], advance(right, c * 16 * BOX_ROW), true);
+  for (int c = 0; c < CHUNKS; c++) wgmma<BF16, 1>(d, a[c], advance(b, c * 16 * BOX_ROW), true);
 }
 
 __device__ inline void take_turn(int group) { named_barrier_sync(TURN_BARRIER + group, CONSUMERS); }
@@ -300,14 +307,21 @@ struct Consumer {
   // 第 h 行键在这一块里是第几个。
   __device__ int key_row(int h) const { return warp_of() * 16 + lane_of() / 4 + 8 * h; }
 
-  __device__ void score() {
-    multiply<BF16, L::K_BOXES * 4>(x, shared.k() + group * 64 * BOX_ROW, L::KEY_BOX,
-                                   shared.q(now.stage), L::BOX);
+  // S、dP 的操作数，dV、dK 的右操作数。
+  __device__ Operands score_from(int stage) const {
+    return operands(shared.k() + group * 64 * BOX_ROW, shared.q(stage));
+  }
+  __device__ Operands grad_from(int stage) const {
+    return operands(shared.v() + group * 64 * BOX_ROW, shared.grad(stage));
+  }
+  __device__ static uint64_t rows_of(const void *tile) { return uniform(mn_major(tile, L::BOX)); }
+
+  __device__ void score(const Operands &from) {
+    multiply<BF16, L::K_BOXES * 4>(x, from, L::KEY_BOX, L::BOX);
   }
 
-  __device__ void score_grad() {
-    multiply<BF16, L::V_BOXES * 4>(x, shared.v() + group * 64 * BOX_ROW, L::KEY_BOX,
-                                   shared.grad(now.stage), L::BOX);
+  __device__ void score_grad(const Operands &from) {
+    multiply<BF16, L::V_BOXES * 4>(x, from, L::KEY_BOX, L::BOX);
   }
 
   // 有的键看不见这一块的第一个查询：逐个判断。
@@ -372,32 +386,37 @@ struct Consumer {
       seen_from[h] = !real ? INT_MAX : in.causal ? i - (at.kv_len - at.q_len) : 0;
     }
     wait_for(now);
+    Operands from = score_from(now.stage);
     take_turn(group);
     wgmma_fence();
-    score();
+    score(from);
     finish();
     for (;;) {
       probabilities(query);
+      from = grad_from(now.stage);
+      uint64_t rows = rows_of(shared.grad(now.stage));
       take_turn(group);
       wgmma_fence();
-      accumulate<BF16>(dv, prob, shared.grad(now.stage), L::BOX);
-      score_grad();
+      accumulate<BF16>(dv, prob, rows);
+      score_grad(from);
       finish();
       gradients(query);
       query += QUERIES;
       if (query >= at.q_len) break;
-      int stage = now.stage;
+      int used = now.stage;
+      rows = rows_of(shared.q(used));
       now.advance();
       wait_for(now);
+      from = score_from(now.stage);
       take_turn(group);
       wgmma_fence();
-      accumulate<BF16>(dk, ds, shared.q(stage), L::BOX);
-      score();
+      accumulate<BF16>(dk, ds, rows);
+      score(from);
       finish();
-      arrive(shared.empty(stage));
+      arrive(shared.empty(used));
     }
     wgmma_fence();
-    accumulate<BF16>(dk, ds, shared.q(now.stage), L::BOX);
+    accumulate<BF16>(dk, ds, rows_of(shared.q(now.stage)));
     wgmma_commit();
     wgmma_wait<0>();
     arrive(shared.empty(now.stage));
@@ -601,14 +620,23 @@ struct Consumer {
     return (tile.at.q_begin + row + 8 * h) * in.heads + p.in.first_head + tile.head;
   }
 
-  __device__ void score(int block) {
-    multiply<BF16, L::K_BOXES * 4>(x, shared.q() + group * 64 * BOX_ROW, L::Q_BOX, shared.k(block),
-                                   L::BOX);
+  // S、dP 的操作数，dQ 的右操作数。
+  __device__ Operands score_from(int block) const {
+    return operands(shared.q() + group * 64 * BOX_ROW, shared.k(block));
+  }
+  __device__ Operands grad_from() const {
+    return operands(shared.grad() + group * 64 * BOX_ROW, shared.v());
+  }
+  __device__ uint64_t rows_of(int block) const {
+    return uniform(mn_major(shared.k(block), L::BOX));
   }
 
-  __device__ void score_grad() {
-    multiply<BF16, L::V_BOXES * 4>(x, shared.grad() + group * 64 * BOX_ROW, L::Q_BOX, shared.v(),
-                                   L::BOX);
+  __device__ void score(const Operands &from) {
+    multiply<BF16, L::K_BOXES * 4>(x, from, L::Q_BOX, L::BOX);
+  }
+
+  __device__ void score_grad(const Operands &from) {
+    multiply<BF16, L::V_BOXES * 4>(x, from, L::Q_BOX, L::BOX);
   }
 
   // 只有跨过因果的边、到了末尾或有遮盖的块才逐个判断。
@@ -686,26 +714,30 @@ struct Consumer {
     mbarrier_wait(shared.q_full(), 0);
     if (group == 1) pass_turn(group);  // 第 0 组先走
     wait_for(0);
+    Operands from = score_from(0);
     take_turn(group);
     wgmma_fence();
-    score(0);
+    score(from);
     finish();
     for (int block = 0;;) {
       probabilities(block);
       mbarrier_wait(shared.v_full(), block % 2);
+      from = grad_from();
       take_turn(group);
       wgmma_fence();
-      score_grad();
+      score_grad(from);
       finish();
       arrive(shared.v_empty());
       gradients(block);
       if (block + 1 == tile.blocks) break;
       wait_for(block + 1);
+      uint64_t rows = rows_of(block);
+      from = score_from(block + 1);
       take_turn(group);
       wgmma_fence();
-      accumulate<BF16>(dq, ds, shared.k(block), L::BOX);
+      accumulate<BF16>(dq, ds, rows);
       wgmma_commit();
-      score(block + 1);
+      score(from);
       wgmma_commit();
       pass_turn(group);
       wgmma_wait<1>();
@@ -715,7 +747,7 @@ struct Consumer {
       block++;
     }
     wgmma_fence();
-    accumulate<BF16>(dq, ds, shared.k(tile.blocks - 1), L::BOX);
+    accumulate<BF16>(dq, ds, rows_of(tile.blocks - 1));
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_settle(dq);
