@@ -28,6 +28,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     compiled,
     decode_step,
     dense,
+    generation,
     length,
     memory,
     mla_decode,
@@ -47,6 +48,7 @@ GROUPS: dict[str, ModuleType] = {
     "memory": memory,
     "length": length,
     "dense": dense,
+    "generation": generation,
     "compiled": compiled,
 }
 BUDGET_SECONDS = 240.0
