@@ -25,6 +25,7 @@ from deepseek_opt.generation.drafter import Window
 from deepseek_opt.generation.step import Found, Step
 
 _KEPT = "_step_graphs"
+_WIDEST = MAX_DRAFTS + 2  # 一步至多在各行之后写这么多个
 _GROW = 1024  # 缓存一次至少多留这么多词元：增长要换缓冲区，录好的都作废
 
 
@@ -95,6 +96,7 @@ class StepGraphs:
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._seen: set[tuple[int, int]] = set()
         self._windows: dict[int, Window] = {}
+        self._capacity: list[int] = []  # 各层缓存的容量：增长就是换了地址
         self._table: Any = None  # 角度的表：录好的读它的地址
         self._total = 0
 
@@ -106,7 +108,7 @@ class StepGraphs:
 
     def begin(self, plan: Any) -> None:
         """又一次生成：各行回到开头。"""
-        self._total = plan.rows.width + plan.rows.max_new + MAX_DRAFTS + 1
+        self._total = plan.rows.width + plan.rows.max_new + 2 * _WIDEST
         self.step.empty()
         self.alive.fill_(1)
         self.step.alive = self.alive
@@ -125,9 +127,9 @@ class StepGraphs:
 
     def run(self, length: int, timed: bool = False) -> Found:
         """同 :meth:`Step.run`；能重放就重放。"""
-        self._make_room(length)
         window = self.step.drafter.window
-        if timed or self.failed or (length and window is None):
+        room = self._make_room()
+        if timed or self.failed or not room or (length and window is None):
             return self.step.run(length, timed)
         width = window.hidden.shape[1] if length else 0
         key = (length, width)
@@ -191,20 +193,21 @@ class StepGraphs:
             self._windows[width] = Window(hidden, tokens, torch.zeros_like(self.step.last))
         return self._windows[width]
 
-    def _make_room(self, length: int) -> None:
-        """缓存与角度的表都放得下这一步；换了地址，录好的就作废。"""
-        needed = max(self.step.target.lengths) + length + 1
+    def _make_room(self) -> bool:
+        """缓存与角度的表放得下随便哪一种步；换了地址，录好的就作废。返回 False：到了缓存的上限，放不下。"""
+        needed = max(self.step.target.lengths) + _WIDEST
         caches = (self.step.target.cache, *self.step.drafter.caches)
         layers = [layer for cache in caches for layer in cache.layers if layer.buffers()]
-        if any(layer.capacity < needed for layer in layers):
+        if min(layer.capacity for layer in layers) < needed:
             wanted = min(self._total, max(needed + _GROW, 2 * needed))
             for layer in layers:
                 layer.extend(wanted)
+        capacity = [layer.capacity for layer in layers]
+        table = self.step.adapter.reserve_positions(max(capacity) + 2)
+        if capacity != self._capacity or table is not self._table:
+            self._capacity, self._table = capacity, table
             self._recorded.clear()
-        table = self.step.adapter.reserve_positions(max(layer.capacity for layer in layers) + 2)
-        if table is not self._table:
-            self._table = table
-            self._recorded.clear()
+        return min(capacity) >= needed
 
 
 def _load(to: Window, source: Window) -> None:
