@@ -20,8 +20,16 @@
 extern "C" {
 #endif
 
-/* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。 */
-typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3, DSO_I4 = 4 } dso_dtype;
+/* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。
+ * DSO_F8 是 e4m3fn（没有无穷，0x7f、0xff 是 NaN，最大 448），只用于缓存里的潜变量。 */
+typedef enum {
+  DSO_F32 = 0,
+  DSO_BF16 = 1,
+  DSO_F16 = 2,
+  DSO_I8 = 3,
+  DSO_I4 = 4,
+  DSO_F8 = 5
+} dso_dtype;
 
 typedef struct {
   int64_t stages;      /* 阶段数 */
@@ -145,6 +153,13 @@ typedef struct {
   void *q_latent, *latent, *rope; /* 连续，与 x 同 dtype */
 } dso_mla_qkv_a_params;
 
+/* 潜变量的量化：int8 与 fp8 都是逐词元对称的，尺度 = 最大绝对值 / 最大的码。 */
+enum { DSO_I8_MOST = 127, DSO_F8_MOST = 448 };
+
+static inline int dso_quantized_latent(dso_dtype dtype) {
+  return dtype == DSO_I8 || dtype == DSO_F8;
+}
+
 /* 把 latent [B, T, r]、rope [B, T, dr] 写到 offsets[b] 起的槽位。 */
 typedef struct {
   int64_t b, t, rank, rope_dim;
@@ -154,7 +169,7 @@ typedef struct {
   void *latent_cache, *rope_cache;
   int64_t latent_cache_bs, latent_cache_ts, rope_cache_bs, rope_cache_ts;
   dso_dtype latent_cache_dtype, rope_cache_dtype;
-  float *scale_cache; /* int8 时 [B, C] */
+  float *scale_cache; /* 量化时 [B, C] */
   int64_t scale_cache_bs;
   const int64_t *offsets;
 } dso_mla_cache_write_params;
@@ -173,7 +188,7 @@ typedef struct {
   const void *latent, *rope; /* [B, S, r]、[B, S, dr] */
   int64_t latent_bs, latent_ts, rope_bs, rope_ts;
   dso_dtype latent_dtype, rope_dtype;
-  const float *scale; /* int8 潜变量的每词元尺度 [B, S]，否则 NULL */
+  const float *scale; /* 量化的潜变量的每词元尺度 [B, S]，否则 NULL */
   int64_t scale_bs;
   dso_mat kv_b;           /* [H * (dn + dv), r] */
   const uint8_t *kv_mask; /* [B, S]，1 可见；可为 NULL */
@@ -182,7 +197,7 @@ typedef struct {
   int64_t n_spans;
   float softmax_scale;
   int causal;
-  /* 分页的缓存（只有 CUDA 的 mla_decode）：latent、rope、scale 是 [页数, page_size, ...]，第 b 行的槽位 i 在
+  /* 分页的缓存（只有 mla_decode）：latent、rope、scale 是 [页数, page_size, ...]，第 b 行的槽位 i 在
    * 第 pages[b, i / page_size] 页；s 是页表的宽乘 page_size。NULL 为连续的缓存。 */
   const int32_t *pages;
   int64_t pages_bs, page_size;

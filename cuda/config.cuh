@@ -21,12 +21,14 @@ constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 constexpr int DECODE_PRODUCER_REGISTERS = 40, DECODE_CONSUMER_REGISTERS = 232;
 constexpr int SHARED_SM90 = 227 << 10;
 // 一个 span 有几组查询时，几路 CTA 同时读同一段键（后读的在 L2 里）；2 的幂，4 路已把显存的读降到四分之一。
-constexpr int DECODE_LANES = 4;
+constexpr int DECODE_TRACKS = 4;
 // 通用路径（fp32、奇数维度）：一次 8 行，累加在寄存器里；键数由共享内存决定，至多 32（一个 warp 一行得分）。
 constexpr int GENERAL_ROWS = 8;
 constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
-constexpr int COMBINE_THREADS = 128;
+// 合并：一个 warp 一行的 4 * 32 列；只有几行而分成上百段时也有足够的 warp 同时读。
+constexpr int COMBINE_THREADS = 256;
+constexpr int COMBINE_EACH = 4;
 
 // ---- 采样与 MTP ----
 

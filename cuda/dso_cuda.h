@@ -57,13 +57,14 @@ cudaError_t dso_cuda_silu(const dso_cuda_silu_params *p, cudaStream_t stream);
 
 /* 解码的中间一步：潜变量空间里的注意力。吸收（q_nope · W_UK）与输出（· W_UV）是普通的矩阵乘，由调用者做。
  * 指针（含 in.spans、in.pages）都在设备上；in.kv_b、in.v_dim 不用。没有被任何 span 覆盖、或键范围为空的
- * 查询不写，由调用者先清零 o。 */
+ * 查询得到 0。 */
 typedef struct {
   dso_mla_inputs in;
   const void *q_abs; /* [B*T, H, r] 连续 */
   void *o;           /* [B*T, H, r] 连续 */
   dso_dtype dtype;   /* q_abs 与 o 的类型 */
   int64_t most_rows; /* 一个 span 至多多少行（词元 x 头），只影响快慢 */
+  int covered;       /* 已知每个查询都在键范围不空的 span 里 */
 } dso_cuda_mla_decode_params;
 
 cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, size_t *bytes);

@@ -80,6 +80,15 @@ __device__ inline uint32_t pack_f16(float a, float b) {
   return r;
 }
 
+// 一对 e4m3fn（低字节在前）转成一对 fp16；更早的架构没有这条指令，见 vec.cuh 的 byte_pair。
+#if __CUDA_ARCH__ >= 890
+__device__ inline uint32_t unpack_e4m3(unsigned short pair) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+#endif
+
 // 2 的 x 次方，约 2 ulp；-inf 得 0，NaN 得 NaN。
 __device__ inline float fast_exp2(float x) {
   float y;

@@ -182,7 +182,7 @@ class RowLengths:
         dead = torch.arange(self._length, device=self._offsets.device) >= self._offsets[:, None]
         for buffer in self.buffers():
             shape = (*dead.shape, *(1,) * (buffer.dim() - 2))
-            buffer[:, : self._length].masked_fill_(dead.view(shape), 0)
+            as_bits(buffer)[:, : self._length].masked_fill_(dead.view(shape), 0)
 
     def visible(
         self, steps: int, window: int | None = None, device: torch.device | None = None
@@ -268,7 +268,7 @@ class RowLengths:
         if moves.moved.numel() == 0:
             return
         for buffer in buffers:
-            part = buffer[:, : self._length]
+            part = as_bits(buffer)[:, : self._length]
             part[moves.moved] = part[moves.source]
         if self._short is not None:
             have = self.row_lengths()
@@ -297,7 +297,8 @@ class RowLengths:
 
     def _take(self, moves: _Moves) -> None:
         have = self.row_lengths()
-        self.replace([buffer.index_select(0, moves.index) for buffer in self.buffers()])
+        taken = [(as_bits(b).index_select(0, moves.index), b.dtype) for b in self.buffers()]
+        self.replace([bits.view(dtype) for bits, dtype in taken])
         self._offsets = self._offsets[moves.index]
         self._measure([have[row] for row in moves.rows])
 
@@ -314,20 +315,33 @@ class RowLengths:
 
 
 def write_offsets(layers: Sequence[RowLengths], lengths: Tensor) -> None:
-    """各层在设备上的长度都改成 lengths [B]（同设备），主机上的不变；不等设备。
+    """各层在设备上的长度都改成 lengths [B]，主机上的不变；不等设备。
 
-    各层的 offsets 第一次就合成一个 [层, B] 的张量，之后一次写完；地址从此不变，可以录进 CUDA graph。
+    同一设备上各层的 offsets 第一次就合成一个 [层, B] 的张量，之后一次写完；地址从此不变，可以录进 CUDA graph。
     """
-    joint = [layer._joint for layer in layers]
-    base = joint[0][0] if joint[0] is not None else None
-    same = base is not None and base.shape == (len(layers), *lengths.shape)
-    for layer, found in zip(layers, joint, strict=True):
-        same = same and found is not None and found[0] is base and found[1] is layer._offsets
-    if not same:
-        base = torch.stack([layer._offsets for layer in layers])
-        for layer, row in zip(layers, base.unbind(0), strict=True):
-            layer._offsets, layer._joint = row, (base, row)
-    base.copy_(lengths)
+    for device in {layer._offsets.device: None for layer in layers}:
+        _joined([one for one in layers if one._offsets.device == device]).copy_(lengths)
+
+
+def _joined(layers: Sequence[RowLengths]) -> Tensor:
+    """各层的 offsets 合成的 [层, B]；有一层的换过就重新合。"""
+    first = layers[0]._joint
+    if first is not None and first[0].shape[0] == len(layers):
+        found = [layer._joint for layer in layers]
+        if all(
+            one is not None and one[0] is first[0] and one[1] is layer._offsets
+            for one, layer in zip(found, layers, strict=True)
+        ):
+            return first[0]
+    base = torch.stack([layer._offsets for layer in layers])
+    for layer, row in zip(layers, base.unbind(0), strict=True):
+        layer._offsets, layer._joint = row, (base, row)
+    return base
+
+
+def as_bits(buffer: Tensor) -> Tensor:
+    """fp8 的看成字节：清零、搬动与类型无关，而 torch 对 fp8 只有很少的核。"""
+    return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
 
 
 def _as_moves(index: Tensor, buffer: Tensor, name: str) -> _Moves:

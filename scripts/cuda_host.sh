@@ -15,8 +15,8 @@ if [ "$#" -gt 0 ]; then
     exit
 fi
 tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_mtp}.py)
-for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode \
-    mtp_verify mtp_input mtp_draft_head sample; do
+for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_decode_paged mla_prefill \
+    mla_layer_decode mtp_verify mtp_input mtp_draft_head sample; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"

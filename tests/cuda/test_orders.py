@@ -9,7 +9,7 @@ import torch
 
 from deepseek_opt import ops
 from tests.cuda import host_library
-from tests.op_cases import attention, randn
+from tests.op_cases import QUANTIZED, attention, bits, paged, randn
 from tests.test_mla_layer_decode import arguments, fresh
 from tests.test_mtp_input import inputs
 from tests.test_mtp_verify import chain, sampled
@@ -55,23 +55,26 @@ def test_norms(monkeypatch, dim):
     )
 
 
-def test_rope_and_cache_write(monkeypatch):
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_rope_and_cache_write(monkeypatch, kind):
     x, angle = randn(2, 3, 4, 64, dtype=BF16), randn(1, 3, 32)
     latent, keys = randn(2, 3, 64), randn(2, 3, 16)
 
     def run():
-        cache = torch.zeros(2, 8, 64, dtype=torch.int8), torch.zeros(2, 8, 16), torch.zeros(2, 8)
+        cache = torch.zeros(2, 8, 64).to(kind), torch.zeros(2, 8, 16), torch.zeros(2, 8)
         ops.mla_cache_write(*cache, latent, keys, torch.tensor([0, 5]))
-        return ops.rope(x, angle.cos(), angle.sin(), True), *cache
+        return ops.rope(x, angle.cos(), angle.sin(), True), *(bits(t) for t in cache)
 
     same_in_every_order(monkeypatch, run)
 
 
-@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+@pytest.mark.parametrize("cache", [None, *QUANTIZED], ids=["同类型", "int8", "fp8"])
 @pytest.mark.parametrize("shape", DECODE.values(), ids=DECODE)
 def test_decode(monkeypatch, shape, cache):
     case = attention(*shape, dtype=BF16, cache=cache or BF16, masked=True)
     same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*case.args()),))
+    args = paged(case, 10)
+    same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*args),))
 
 
 @pytest.mark.parametrize(
@@ -90,12 +93,13 @@ def test_prefill_and_backward(monkeypatch, dims):
     same_in_every_order(monkeypatch, run)
 
 
-def test_layer(monkeypatch):
-    args = arguments(2, 3, 33, 7, 64, 16, BF16, int8=True)
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_layer(monkeypatch, cache):
+    args = arguments(2, 3, 33, 7, 64, 16, BF16, cache=cache)
 
     def run():
         mine = fresh(args)
-        return ops.mla_layer_decode(*mine), *mine[17:20]
+        return ops.mla_layer_decode(*mine), *(bits(t) for t in mine[17:20])
 
     same_in_every_order(monkeypatch, run)
 

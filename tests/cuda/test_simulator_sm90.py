@@ -175,6 +175,20 @@ extern "C" int run(const void *x, uint16_t *y, int steps, int bug) {
 """
 
 
+# 3 组各 128 个线程：每线程 168 个寄存器，一组让出来，两组增加。
+REGISTERS = """
+#include <launch.cuh>
+#include <ptx_sm90.cuh>
+using namespace dso;
+static void kernel(int *done) {
+  if (threadIdx.x >= 256) registers_decrease<PRODUCER>();
+  else registers_increase<CONSUMER>();
+  done[threadIdx.x] = 1;
+}
+extern "C" int run(int *done) { return launch(kernel, dim3(1), dim3(384), 0, nullptr, done); }
+"""
+
+
 @pytest.fixture(params=MODES, ids="-".join)
 def mode(request, monkeypatch):
     monkeypatch.setenv("DSO_HOST_ORDER", request.param[0])
@@ -282,3 +296,17 @@ def test_planted_fault_is_reported(bug, reason):
     library = simulate(RING)
     assert library.run(pointer(x), pointer(y), 7, bug) == FAILED
     assert reason in library.dso_host_failure().decode()
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize(
+    "producer, consumer, reason",
+    [(40, 232, ""), (48, 232, "死锁"), (24, 248, "死锁"), (176, 232, "方向")],
+)
+def test_registers_come_from_the_other_groups(producer, consumer, reason):
+    """寄存器总共 3 * 168：超出的在硬件上永远等不到。"""
+    library = simulate(REGISTERS, PRODUCER=producer, CONSUMER=consumer)
+    done = torch.zeros(384, dtype=torch.int32)
+    assert library.run(pointer(done)) == (FAILED if reason else 0)
+    assert reason in library.dso_host_failure().decode()
+    assert reason or done.all()

@@ -91,9 +91,13 @@ inline void named_barrier_arrive(int id, int threads) {
 }
 
 template <int COUNT>
-void registers_increase() {}
+void registers_increase() {
+  cuda_host::set_registers(COUNT, true);
+}
 template <int COUNT>
-void registers_decrease() {}
+void registers_decrease() {
+  cuda_host::set_registers(COUNT, false);
+}
 
 // ---- stmatrix ----
 

@@ -57,6 +57,9 @@ void defer_global(std::function<void()> action);
 // 当前 warp 执行过 wgmma.fence 没有（之后的 wgmma.wait 把它清掉）；set 为真时记下。
 bool wgmma_fenced(bool set);
 
+// setmaxnreg：一个 CTA 的寄存器就是启动时分到的那些，增加的要等别的 warp 组让出来；不够就一直等（死锁）。
+void set_registers(int count, bool increase);
+
 // mbarrier：count 次到达、预告的字节都写完，一相才结束；字节数对不上是失败或死锁。
 void mbarrier_init(void *barrier, int count);
 void mbarrier_arrive(void *barrier, int64_t expected_bytes);
