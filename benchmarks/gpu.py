@@ -33,6 +33,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     memory,
     mla_decode,
     mla_prefill,
+    mtp_ops,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Row  # noqa: E402
@@ -48,6 +49,7 @@ GROUPS: dict[str, ModuleType] = {
     "memory": memory,
     "length": length,
     "dense": dense,
+    "mtp_ops": mtp_ops,
     "generation": generation,
     "compiled": compiled,
 }
