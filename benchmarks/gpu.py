@@ -28,10 +28,12 @@ from benchmarks.gpu_cases import (  # noqa: E402
     compiled,
     decode_step,
     dense,
+    generation,
     length,
     memory,
     mla_decode,
     mla_prefill,
+    mtp_ops,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Row  # noqa: E402
@@ -47,6 +49,8 @@ GROUPS: dict[str, ModuleType] = {
     "memory": memory,
     "length": length,
     "dense": dense,
+    "mtp_ops": mtp_ops,
+    "generation": generation,
     "compiled": compiled,
 }
 BUDGET_SECONDS = 240.0

@@ -344,8 +344,8 @@ typedef struct {
   dso_dtype dtype;
 } dso_positions;
 
-/* 逐行核对草稿 draft [R, D]（前 draft_len[r] 个有效，其余不看）：accepted 是从头连续接受的个数，next 是
- * 其后的词元。next < 0 是出错：位置 -1 - next 上的数不对，accepted 是 dso_mtp_fault。 */
+/* 逐行核对草稿 draft [R, D]（前 draft_len[r] 个有效，其余不看；NULL 为都有效）：accepted 是从头连续接受的
+ * 个数，next 是其后的词元。next < 0 是出错：位置 -1 - next 上的数不对，accepted 是 dso_mtp_fault。 */
 typedef struct {
   int64_t rows, drafts, vocab;
   const int64_t *draft, *draft_len; /* [R, D]、[R] */
@@ -377,9 +377,9 @@ typedef struct {
 } dso_mtp_input_params;
 
 /* 各行的草稿 token[r] = argmax_v (W x_r + b)_v，v 在候选 vocabulary [count] 里（NULL 为 0 到 count - 1）；
- * 相同时取靠前的候选。token < 0 是出错：分数里有 NaN。 */
+ * 相同时取靠前的候选。token < 0 是出错：分数里有 NaN，或（只在 CUDA，内容没有先查）候选越界。 */
 typedef struct {
-  int64_t m, k, count;
+  int64_t m, k, vocab, count;
   dso_mat x, weight;         /* [M, K]、[V, K] */
   const void *bias;          /* [V]，与 weight 同 dtype；没有则 NULL */
   const int64_t *vocabulary; /* [count]，都在 [0, V) 内 */
@@ -391,9 +391,9 @@ typedef struct {
 typedef struct {
   int64_t rows, positions, vocab;
   dso_positions logits;
-  const int64_t *token; /* [R, L] 已有的词元；不在 [0, V) 的不算。没有则 NULL */
-  int64_t token_rs;
-  const int64_t *token_len; /* [R, P]：各位置看前几个 */
+  const int64_t *token;     /* [R, L] 已有的词元；不在 [0, V) 的不算。没有则 NULL */
+  int64_t token_rs, tokens; /* 行距；L */
+  const int64_t *token_len; /* [R, P]：各位置看前几个；NULL 为全部 */
   float penalty, temperature, min_p;
   int64_t top_k;
   double top_p;

@@ -30,6 +30,21 @@ constexpr int GENERAL_THREADS = 256;
 constexpr int COMBINE_THREADS = 256;
 constexpr int COMBINE_EACH = 4;
 
+// ---- 采样与 MTP ----
+
+// 一行词表按 4096 个切开，每块 256 个线程：fp32 正好 16 KiB 共享内存，8 行 5 个位置、词表 32 000 已有 320 块。
+constexpr int VOCAB_CHUNK = 4096;
+constexpr int VOCAB_THREADS = 256;
+// top-k、top-p 的细找一行一块：先用每 64 个分数的最大值略过大半，余下的少，线程多只为藏住延迟。
+constexpr int SELECT_BLOCK = 64;
+constexpr int SELECT_THREADS = 1024;
+constexpr int SELECT_BINS = 1 << 11;  // 直方图 24 KiB；键 32 位分三遍
+// 草稿的输出头：一块 32 个候选（两个 m16 的片段，x 的片段读一次用两次），8 个 warp 分 K；
+// 词表只剩 2048 个时还有 64 块。x 一次 8 行（解码）或 32 行。
+constexpr int HEAD_TOKENS = 32;
+constexpr int HEAD_WARPS = 8;
+constexpr int HEAD_ROWS = 8, HEAD_MANY_ROWS = 32;
+
 // ---- mla_prefill 与其反向 ----
 
 // 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，

@@ -120,6 +120,34 @@ cudaError_t dso_cuda_mla_clear_unseen(const dso_cuda_mla_unseen_params *p, cudaS
 cudaError_t dso_cuda_mla_latents(const dso_mla_inputs *in, void *to, dso_dtype dtype,
                                  cudaStream_t stream);
 
+/* ---- MTP 与采样 ----
+ *
+ * 参数结构体同 CPU，指针（草稿、长度、均匀随机数、输出）都在设备上，内容没有先查：长度截到范围之内，越界的词元不读。
+ * 数不对时记在输出里，不报错：next、token 为负，fault 为 1（这一行的 probs 全是 NaN）。scratch 16 字节对齐。 */
+size_t dso_cuda_mtp_verify_greedy_scratch(const dso_mtp_rows *in);
+cudaError_t dso_cuda_mtp_verify_greedy(const dso_mtp_verify_greedy_params *p, void *scratch,
+                                       cudaStream_t stream);
+
+size_t dso_cuda_mtp_verify_sample_scratch(const dso_mtp_rows *in);
+cudaError_t dso_cuda_mtp_verify_sample(const dso_mtp_verify_sample_params *p, void *scratch,
+                                       cudaStream_t stream);
+
+size_t dso_cuda_mtp_draft_head_scratch(const dso_mtp_draft_head_params *p);
+cudaError_t dso_cuda_mtp_draft_head(const dso_mtp_draft_head_params *p, void *scratch,
+                                    cudaStream_t stream);
+
+size_t dso_cuda_sample_tokens_scratch(const dso_sample_tokens_params *p);
+cudaError_t dso_cuda_sample_tokens(const dso_sample_tokens_params *p, void *scratch,
+                                   cudaStream_t stream);
+
+size_t dso_cuda_sample_filter_scratch(const dso_sample_filter_params *p);
+cudaError_t dso_cuda_sample_filter(const dso_sample_filter_params *p, void *scratch,
+                                   cudaStream_t stream);
+
+/* rows [M, 2 K] = [norm(embedding), norm(hidden)]：mtp_input 里矩阵乘之前的一步，乘 p->weight 由调用者交给 cuBLAS。
+ * rows 与 embedding 同类型；p->weight、p->y 不用。 */
+cudaError_t dso_cuda_mtp_input(const dso_mtp_input_params *p, void *rows, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

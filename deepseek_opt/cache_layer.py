@@ -135,6 +135,13 @@ class LatentLayer(RowLengths):
         parts = Parts(latent.shape[0], latent.device, tails)
         self.grow(length, None if limit is None else limit[0], parts, torch.empty)
 
+    def extend(self, length: int) -> None:
+        """已分配的缓冲区增长到至少 length 个槽位，不超过上限。"""
+        limit = self._limit(self.latent, self.rope)
+        length = length if limit is None else min(length, limit[0])
+        if length > self.capacity:
+            self.reserve(length, self.latent[:, :0], self.rope[:, :0])
+
     def load(self, latent: Tensor, rope: Tensor) -> None:
         """丢弃已有内容，换成 latent [B, S, r]、rope [B, S, dr]。"""
         self.reset()

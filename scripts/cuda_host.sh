@@ -14,9 +14,9 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
+tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_mtp}.py)
 for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_decode_paged mla_prefill \
-    mla_layer_decode; do
+    mla_layer_decode mtp_verify mtp_input mtp_draft_head sample; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"

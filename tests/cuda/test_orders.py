@@ -11,6 +11,8 @@ from deepseek_opt import ops
 from tests.cuda import host_library
 from tests.op_cases import QUANTIZED, attention, bits, paged, randn
 from tests.test_mla_layer_decode import arguments, fresh
+from tests.test_mtp_input import inputs
+from tests.test_mtp_verify import chain, sampled
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
@@ -107,4 +109,40 @@ def test_swiglu(monkeypatch):
     backward = torch.ops.deepseek_opt.swiglu_mlp_backward
     same_in_every_order(
         monkeypatch, lambda: (ops.swiglu_mlp(*tensors), *backward(randn(3, 8) * 0 + 1, *tensors))
+    )
+
+
+@pytest.mark.parametrize("vocab", [96, 5003])
+def test_verify(monkeypatch, vocab):
+    greedy, args = chain(3, 4, vocab, BF16), sampled(3, 4, vocab, BF16)
+    sample = torch.ops.deepseek_opt.mtp_verify_sample
+    same_in_every_order(monkeypatch, lambda: (*ops.mtp_verify_greedy(*greedy), *sample(*args)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 90, "top_p": 0.7, "min_p": 0.01}, {"top_p": 0.9}]
+)
+def test_sampling(monkeypatch, options):
+    """直方图用整数的原子加，与次序无关；分数多有相同的。"""
+    logits, uniform = randn(2, 1, 5003).mul(4).round().div(2), torch.rand(2)
+
+    def run():
+        probs = ops.sample_filter(logits, **options)
+        return probs, ops.sample_tokens(probs[:, 0], uniform)
+
+    same_in_every_order(monkeypatch, run)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("width", [64, 33])
+def test_draft_head_and_input(monkeypatch, rows, width):
+    x, weight, ids = randn(rows, width, dtype=BF16), randn(200, width, dtype=BF16), torch.arange(99)
+    args = inputs((rows,), width, 24, BF16)
+    same_in_every_order(
+        monkeypatch,
+        lambda: (
+            ops.mtp_draft_head(x, weight),
+            ops.mtp_draft_head(x, weight, None, ids),
+            ops.mtp_input(*args, 1e-6),
+        ),
     )

@@ -108,6 +108,19 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// 一次只有一个线程在运行，所以普通的加就是原子的；只有整数，与次序无关。
+inline unsigned atomicAdd(unsigned *at, unsigned value) {
+  unsigned before = *at;
+  *at += value;
+  return before;
+}
+inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) {
+  unsigned long long before = *at;
+  *at += value;
+  return before;
+}
 
 inline float __uint_as_float(unsigned bits) {
   float value;
