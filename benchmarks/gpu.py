@@ -33,6 +33,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     memory,
     mla_decode,
     mla_prefill,
+    moe,
     mtp_ops,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
@@ -45,6 +46,7 @@ from deepseek_opt import _native  # noqa: E402
 GROUPS: dict[str, ModuleType] = {
     "mla_decode": mla_decode,
     "mla_prefill": mla_prefill,
+    "moe": moe,
     "decode_step": decode_step,
     "memory": memory,
     "length": length,

@@ -75,6 +75,12 @@ inline void mm_into(const Tensor &out, const Tensor &a, const Tensor &b) {
   call_out<3>("aten::mm", "out", {from(a), from(b), from(out)});
 }
 
+// 同上，a、b 是 16 位的同一种类型，out 是 fp32；只在 HAS_WIDE_MM 时。
+inline void mm_wide_into(const Tensor &out, const Tensor &a, const Tensor &b) {
+  using torch::stable::detail::from;
+  call_out<4>("aten::mm", "dtype_out", {from(a), from(b), from(ScalarType::Float), from(out)});
+}
+
 // out [M, N] = x [M, K] weightᵀ + bias
 inline void linear_into(const Tensor &out, const Tensor &x, const Tensor &weight,
                         const std::optional<Tensor> &bias) {

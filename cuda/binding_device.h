@@ -18,6 +18,9 @@ inline bool on_device(const Tensor &t) { return t.is_cuda(); }
 // 一组头展开的 K、V 至多多少字节。
 inline int64_t expand_limit() { return EXPAND_BYTES; }
 
+// aten::mm 的 fp32 输出（两个输入是 16 位的）。
+constexpr bool HAS_WIDE_MM = true;
+
 // 内容可以在主机上直接读（设备上的要等 GPU，不读）。
 inline bool on_host(const Tensor &t) { return t.is_cpu(); }
 

@@ -72,4 +72,24 @@ constexpr int BACKWARD_DKV_PRODUCER = 24, BACKWARD_DKV_CONSUMER = 240;
 // 又不随头数增长。
 constexpr long long EXPAND_BYTES = 64LL << 20;
 
+// ---- MoE ----
+
+// 路由：一个 warp 一个词元，一块 8 个。
+constexpr int MOE_ROUTE_WARPS = 8;
+// 词元不多于这么多时 logits 用自己的核（受限于读权重），再多交给 cuBLAS。
+constexpr int MOE_LOGITS_TOKENS = 32;
+
+// 排序：一个 CTA 一段 4096 个 slot（8 个 warp 各 512 个）；解码时只有一段，一个核做完。
+constexpr int MOE_SORT_SLOTS = 4096;
+// 分组的矩阵乘：128 x 128 的块、一级 32 个 k、4 级，80 KiB：sm_80、sm_90 上两块，sm_86 上一块。
+constexpr int MOE_ROWS = 128, MOE_DEPTH = 32, MOE_STAGES = 4;
+// 相邻 16 块行（每个专家约 2048 行时就是一个专家）一起做：它们的 x 与这个专家的权重都放得进 L2。
+constexpr int MOE_GROUP = 16;
+// 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
+// 不多于 64 个词元，或平均一个专家不到 16 行时用它。
+constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
+// 通用路径（fp32、奇数维度、混合类型）：64 x 64 的块，256 个线程各 4 x 4；每 16 个 k 另起一个部分和，误差不随 K 增长。
+constexpr int MOE_GENERAL_ROWS = 64;
+constexpr int MOE_GENERAL_DEPTH = 16;
+
 }  // namespace dso

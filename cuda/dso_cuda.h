@@ -148,6 +148,85 @@ cudaError_t dso_cuda_sample_filter(const dso_sample_filter_params *p, void *scra
  * rows 与 embedding 同类型；p->weight、p->y 不用。 */
 cudaError_t dso_cuda_mtp_input(const dso_mtp_input_params *p, void *rows, cudaStream_t stream);
 
+/* ---- MoE ---- */
+
+/* 一块行：专家 expert（等于 experts 的是共享专家）的 [row, row + rows)，rows 为 0 的是空块。 */
+typedef struct {
+  int32_t expert, row, rows, unused;
+} dso_cuda_moe_tile;
+
+/* 稳定地按专家排行，见 moe_sort.cu。行 i < begin[experts] 是路由的，专家 e 的是 [begin[e], begin[e + 1])，
+ * 专家内按 slot（= 词元 * top_k + j）递增；共享专家的行固定在 tokens * top_k 起，第 t 行是词元 t。哨兵没有行。
+ * 主机只知道上界：行数 tokens * top_k（+ tokens），块数 most_tiles；实际的都在设备上。 */
+typedef struct {
+  int64_t tokens, top_k, experts;
+  int shared;               /* 1：另有共享专家 */
+  int64_t tile_rows;        /* 一块至多多少行 */
+  const int64_t *index;     /* [tokens, top_k]，不小于 0；不小于 experts 的是哨兵 */
+  int64_t most_tiles;       /* 以下由 dso_cuda_moe_sort_place 填 */
+  int32_t *begin;           /* [experts + 1] */
+  int32_t *token;           /* [tokens * top_k + shared * tokens]：各行的词元 */
+  int32_t *slot;            /* [tokens * top_k]：路由的各行在 index 里的位置 */
+  int32_t *row;             /* [tokens * top_k]：slot 的行，哨兵是 -1 */
+  dso_cuda_moe_tile *tiles; /* [most_tiles]，按专家递增，空块都在末尾 */
+  int32_t *counts;          /* 排序自己的暂存 */
+} dso_cuda_moe_routing;
+
+/* 填 most_tiles；memory 不为 NULL 时再把各数组放进去（16 字节对齐）。返回要多少字节。 */
+size_t dso_cuda_moe_sort_place(dso_cuda_moe_routing *r, void *memory);
+/* experts 至多多少：直方图要放进共享内存。 */
+int64_t dso_cuda_moe_most_experts(void);
+cudaError_t dso_cuda_moe_sort(const dso_cuda_moe_routing *r, cudaStream_t stream);
+
+/* 成叠的权重：专家 e 的各指针是 first 的再加 e 份间隔（字节）。list 不为 NULL 时改看设备上的 list[e]，
+ * first 只用来知道类型。shared 是共享专家的（不转置、不交错），中间宽可以不同。
+ * paired 时 up 是 gate 的下一个元素，列的间隔是 2，偏置同样。 */
+typedef struct {
+  dso_expert first;
+  int64_t gate_step, down_step, gate_bias_step, down_bias_step; /* up 同 gate */
+  int64_t gate_scale_step, gate_zero_step, down_scale_step, down_zero_step;
+  const dso_expert *list;
+  dso_expert shared;
+  const float *shared_scale; /* 共享专家的逐词元系数 [tokens]；NULL 为 1 */
+  int transposed, paired, gated;
+} dso_cuda_moe_weights;
+
+/* 前向：h = act(x gate, x up)，o = h down，y[t] = Σ_j weights[t, j] o[行(t, j)]（+ 共享）。
+ * dtype 是计算的类型：BF16、F16 时 x、权重（量化的除外）、h、o 都是它，而且 dso_cuda_moe_fits；F32 时 h、o 是
+ * fp32，其余任意。h 的路由行 [tokens * top_k, h_rs]，共享的 [tokens, shared.inner] 接在后面；o
+ * [行的上界, n] 连续。 */
+typedef struct {
+  dso_cuda_moe_routing routing;
+  int64_t k, n, widest; /* widest：路由专家中间宽的最大值 */
+  dso_mat x;            /* [tokens, K] */
+  const float *weights; /* [tokens, top_k] */
+  dso_cuda_moe_weights w;
+  dso_act act;
+  dso_dtype dtype;
+  void *h, *o;
+  int64_t h_rs;
+  void *y; /* [tokens, N] 连续，与 x 同 dtype */
+} dso_cuda_moe_experts_params;
+
+/* x 与主机上的 expert [count]（连同共享专家）的类型、对齐能不能以 16 位的 dtype 计算：x 与没有量化的权重都是它，
+ * 各行按 16 字节读。 */
+int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
+                      dso_dtype dtype);
+/* 前向的各核一块多少行：dtype、各形状已填好。 */
+int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
+/* 从排好的行到 y。 */
+cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream);
+
+/* 把主机上的专家写进设备上的表：作为核的参数带过去，所以可以录进 CUDA graph。 */
+cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,
+                               cudaStream_t stream);
+
+/* 由 logits 到权重、下标、计数：p 与 CPU 的相同；has_weight 时 p->logits 已是 x Wᵀ（还没有加偏置），否则由 x
+ * 转来。p->x、p->weight 在 has_weight 时不读。 */
+cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
+/* 词元少时的 logits = x Wᵀ，fp32 累加，任意类型。 */
+cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

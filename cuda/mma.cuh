@@ -22,6 +22,13 @@ struct Bf16 {
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(d, a, b0, b1);
   }
+  // 4 位的码放进尾数：低 4 位、第 16 位起的 4 位各得 CODE_BIAS + 码，没有误差。
+  static constexpr float CODE_BIAS = 128.0f;
+  __device__ static uint32_t biased_codes(uint32_t bits) {
+    return (bits & 0x000f000fu) | 0x43004300u;
+  }
+  __device__ static uint32_t pack_pair(float x) { return pack_bf16(x, x); }
+  __device__ static uint32_t subtract(uint32_t a, uint32_t b) { return subtract_bf16(a, b); }
 };
 
 struct F16 {
@@ -34,6 +41,12 @@ struct F16 {
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_f16(d, a, b0, b1);
   }
+  static constexpr float CODE_BIAS = 1024.0f;
+  __device__ static uint32_t biased_codes(uint32_t bits) {
+    return (bits & 0x000f000fu) | 0x64006400u;
+  }
+  __device__ static uint32_t pack_pair(float x) { return pack_f16(x, x); }
+  __device__ static uint32_t subtract(uint32_t a, uint32_t b) { return subtract_f16(a, b); }
 };
 
 // 线程在 16x8 结果片段里的位置：行 fragment_row() + 8 (i / 2)，列 fragment_column() + i % 2。

@@ -89,6 +89,40 @@ __device__ inline uint32_t unpack_e4m3(unsigned short pair) {
 }
 #endif
 
+// 成对的 16 位 a - b，逐个舍入。sm_80 的 bf16 只有乘加：a - b = b * -1 + a。
+__device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+  return r;
+}
+
+__device__ inline uint32_t subtract_f16(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// 字节 0、1、2、3 排成 0、2、1、3。
+__device__ inline uint32_t swap_middle_bytes(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
+
+// ---- 只读一遍的数据（权重）：不在 L1 里留下，x 才留得住 ----
+
+__device__ inline uint4 load_once_16(const void *from) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(from));
+  return r;
+}
+
+__device__ inline uint2 load_once_8(const void *from) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r.x), "=r"(r.y)
+               : "l"(from));
+  return r;
+}
+
 // 2 的 x 次方，约 2 ulp；-inf 得 0，NaN 得 NaN。
 __device__ inline float fast_exp2(float x) {
   float y;

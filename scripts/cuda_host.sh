@@ -14,9 +14,10 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_mtp}.py)
+tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_mtp,gpu_moe,moe_orders}.py)
 for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_decode_paged mla_prefill \
-    mla_layer_decode mtp_verify mtp_input mtp_draft_head sample; do
+    mla_layer_decode mtp_verify mtp_input mtp_draft_head sample moe_route moe_experts \
+    moe_experts_list moe_errors moe_quantized; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"

@@ -23,6 +23,9 @@ inline int64_t expand_limit() {
   return bytes ? std::atoll(bytes) : EXPAND_BYTES;
 }
 
+// CPU 上没有。
+constexpr bool HAS_WIDE_MM = false;
+
 // DSO_HOST_RESIDENT=1：spans、offsets 当作在设备上，绑定不读它们的内容。
 inline bool on_host(const Tensor &) { return !std::getenv("DSO_HOST_RESIDENT"); }
 

@@ -32,6 +32,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -42,6 +46,11 @@ constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209;
 
 inline const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_host::last_failure();
+}
+
+inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
 }
 
 inline void __syncthreads() { cuda_host::named_barrier(0, 0, true); }
@@ -106,21 +115,36 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return record.result;
 }
 
+// 与本线程的值相同的线程。
+inline unsigned __match_any_sync(unsigned, int value) {
+  struct Match {
+    int value;
+    unsigned result;
+  } record{value, 0};
+  cuda_host::collective("match_any", &record, 1, [](void **records, int count) {
+    for (int i = 0; i < count; i++) {
+      auto *mine = static_cast<Match *>(records[i]);
+      for (int j = 0; j < count; j++)
+        mine->result |=
+            static_cast<unsigned>(static_cast<Match *>(records[j])->value == mine->value) << j;
+    }
+  });
+  return record.result;
+}
+
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
-// 一次只有一个线程在运行，所以普通的加就是原子的；只有整数，与次序无关。
-inline unsigned atomicAdd(unsigned *at, unsigned value) {
-  unsigned before = *at;
-  *at += value;
+// 线程块逐个运行，纤程不会在中间切换。
+template <class T>
+T atomicAdd(T *p, T value) {
+  T before = *p;
+  *p += value;
   return before;
 }
-inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long value) {
-  unsigned long long before = *at;
-  *at += value;
-  return before;
-}
+
+inline float __fdividef(float a, float b) { return a / b; }
 
 inline float __uint_as_float(unsigned bits) {
   float value;

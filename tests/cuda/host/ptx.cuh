@@ -138,6 +138,31 @@ inline uint32_t pack_f16(float a, float b) {
   return __float2half_rn(a).bits | static_cast<uint32_t>(__float2half_rn(b).bits) << 16;
 }
 
+inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  auto at = [](uint32_t x, int i) { return decode_bf16(static_cast<uint16_t>(x >> (16 * i))); };
+  return pack_bf16(at(a, 0) - at(b, 0), at(a, 1) - at(b, 1));
+}
+
+inline uint32_t subtract_f16(uint32_t a, uint32_t b) {
+  auto at = [](uint32_t x, int i) { return decode_f16(static_cast<uint16_t>(x >> (16 * i))); };
+  return pack_f16(at(a, 0) - at(b, 0), at(a, 1) - at(b, 1));
+}
+
+inline uint32_t swap_middle_bytes(uint32_t x) {
+  return (x & 0xff0000ffu) | (x & 0xff00u) << 8 | (x & 0xff0000u) >> 8;
+}
+
+template <class T>
+T load_aligned(const void *from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) cuda_host::fail("宽访存的地址没有对齐");
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline uint4 load_once_16(const void *from) { return load_aligned<uint4>(from); }
+inline uint2 load_once_8(const void *from) { return load_aligned<uint2>(from); }
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 
 }  // namespace dso

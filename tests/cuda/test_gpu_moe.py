@@ -1,0 +1,193 @@
+"""moe_experts 的各条 CUDA 路径与 fp64 参考比较：有 GPU 就在 GPU 上，没有就在主机模拟上。"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from deepseek_opt import reference
+from deepseek_opt.quantize import quantize_experts
+from tests import test_moe_quantized as quantized
+from tests.cuda.device import DEVICE, ON_GPU, marks
+from tests.moe_cases import Experts, Layout, close, experts
+
+pytestmark = marks
+HALF = [torch.bfloat16, torch.float16]
+LAYOUTS = [
+    Layout(),
+    Layout("gelu", interleaved=True),
+    Layout("clipped", transposed=True, interleaved=True),
+    Layout("clipped_silu", transposed=True),
+    Layout("relu2", gated=False),
+    Layout("gelu_tanh", transposed=True, gated=False),
+]
+NAMES = ["-".join(map(str, vars(way).values())) for way in LAYOUTS]
+
+
+def on_device(case: Experts) -> Experts:
+    moved = case.map(lambda t: t.to(DEVICE))
+    return moved.but(indices=case.indices.to(DEVICE))
+
+
+def check(case: Experts) -> torch.Tensor:
+    want = case.exact().run(reference.moe_experts)
+    got = on_device(case).run()
+    assert got.dtype == case.x.dtype and got.is_contiguous()
+    close(got.cpu(), want, case.x.dtype, str(case.layout))
+    return got
+
+
+def skewed(tokens: int, count: int) -> torch.Tensor:
+    """全部词元选 0 号，第二个分散在 1 到 count - 2；最后一个专家没有词元；有几个哨兵。"""
+    second = torch.randint(1, count - 1, (tokens,))
+    second[::7] = count + 3
+    return torch.stack((torch.zeros(tokens, dtype=torch.int64), second), -1)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("way", LAYOUTS, ids=NAMES)
+def test_layouts(way, dtype):
+    """跨过块的边：行数、列数、K 都不是块的倍数；有、没有偏置。"""
+    index = skewed(150, 5)
+    for bias in (False, True):
+        case = experts((150, 72, 88, 136), 5, dtype=dtype, layout=way, bias=bias, indices=index)
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shared", [3, 4])
+def test_shared(shared, dtype):
+    case = experts((140, 40, 23, 48), 5, dtype=dtype, shared=shared, indices=skewed(140, 5))
+    check(case)  # 中间宽 24 对齐，23 不对齐：走通用路径
+    case = experts((140, 40, 31, 48), 5, dtype=dtype, shared=shared, indices=skewed(140, 5))
+    inner = case.but(
+        gate_up=case.gate_up[:, :48].contiguous(), down=case.down[..., :24].contiguous()
+    )
+    check(inner)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 300])
+def test_tile_boundaries(tokens):
+    """一个专家得到全部词元；别的专家没有。"""
+    index = torch.full((tokens, 1), 2)
+    check(experts((tokens, 32, 40, 48), 4, dtype=torch.bfloat16, indices=index))
+
+
+@pytest.mark.parametrize("depth", [8, 24, 32, 40, 96, 128, 264])
+def test_depths(depth):
+    """K 从不满一级到填满流水。"""
+    for transposed in (False, True):
+        way = Layout(transposed=transposed)
+        check(experts((20, depth, depth, 16), 3, dtype=torch.bfloat16, layout=way))
+
+
+def test_deterministic():
+    case = on_device(experts((300, 64, 72, 80), 6, 3, dtype=torch.bfloat16))
+    first = case.run()
+    assert all(torch.equal(first, case.run()) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_nothing_to_do(dtype):
+    """没有词元、全是哨兵、没有选择。"""
+    empty = on_device(experts((0, 16, 24, 32), 3, dtype=dtype))
+    assert empty.run().shape == (0, 32)
+    everyone = experts((9, 16, 24, 32), 3, dtype=dtype, indices=torch.full((9, 2), 3))
+    assert (on_device(everyone).run() == 0).all()
+    check(experts((9, 16, 24, 32), 3, dtype=dtype, shared=3, indices=torch.full((9, 2), 3)))
+    none = torch.zeros(9, 0, dtype=torch.int64)
+    check(experts((9, 16, 24, 32), 3, dtype=dtype, shared=4, indices=none))
+
+
+def test_many_slots():
+    """slot 多于一个 CTA 排的：直方图、前缀和、写出三个核。"""
+    for tokens, count in ((700, 7), (3000, 200)) if ON_GPU else ((700, 7),):
+        check(experts((tokens, 8, 8, 8), count, 6, dtype=torch.bfloat16))
+        check(experts((tokens, 3, 5, 7), count, 6))
+
+
+# ---- 量化的权重 ----
+
+SIZES = [(9, 64, 96, 40), (140, 160, 32, 72), (70, 48, 80, 16)]
+
+
+def quantized_on_device(case):
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(DEVICE)
+        if type(value) is tuple:
+            return tuple(move(v) for v in value)
+        if isinstance(value, tuple):  # QuantizedExperts
+            return value._replace(**{k: move(v) for k, v in value._asdict().items()})
+        return value
+
+    return case.but(**{f.name: move(getattr(case, f.name)) for f in dataclasses.fields(case)})
+
+
+def check_quantized(case, dtype):
+    want = case.exact()
+    got = quantized_on_device(case).run()
+    assert got.dtype == case.x.dtype and got.is_contiguous()
+    close(got.cpu(), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+def test_quantized(form, dtype):
+    for sizes in SIZES:
+        index = skewed(sizes[0], 5)
+        case = quantized.make(sizes, form, count=5, dtype=dtype, indices=index)
+        check_quantized(case, dtype)
+        check_quantized(quantized.with_bias(case), dtype)
+    case = quantized.make(SIZES[0], form, dtype=dtype, gated=False, activation="relu2")
+    check_quantized(case, dtype)
+
+
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
+@pytest.mark.parametrize("tokens", [3, 150])
+def test_quantized_with_shared(tokens, form):
+    """共享专家没有量化、同样量化、int8 的共享配 int4 的路由。"""
+    dtype = torch.bfloat16
+    case = quantized.make((tokens, 64, 96, 48), form, dtype=dtype)
+    shared = experts((tokens, 64, 31, 48), 1, 1, dtype=dtype, shared=4).shared
+    check_quantized(case.but(shared=shared), dtype)
+    stacks = [
+        quantize_experts(torch.randn(1, *size) / 8, 8) for size in ((32, 64), (32, 64), (48, 32))
+    ]
+    packed = {"shared": tuple(q.packed[0] for q in stacks)}
+    packed["shared_scale"] = tuple(q.scale[0] for q in stacks)
+    check_quantized(case.but(**packed), dtype)
+
+
+# ---- 词元少的路径 ----
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 20, 33, 64])
+def test_few_tokens(tokens, dtype):
+    """1、2、4 份 8 个词元的块，多于一块的专家；K 不满一步、不满一段。"""
+    for way in (Layout(), Layout("gelu", interleaved=True), Layout("relu2", gated=False)):
+        case = experts((tokens, 136, 40, 48), 6, dtype=dtype, layout=way, bias=True)
+        check(case)
+        check(case.but(indices=torch.zeros_like(case.indices)))
+    check(experts((tokens, 8, 2048 if tokens == 1 else 8, 8), 2, dtype=dtype))
+    check(experts((tokens, 520, 31, 24), 3, dtype=dtype, shared=4))
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 12, 40])
+def test_few_tokens_quantized(tokens, form):
+    for depth in (48, 144, 400):
+        case = quantized.make((tokens, depth, depth, 24), form, dtype=torch.bfloat16)
+        check_quantized(quantized.with_bias(case), torch.bfloat16)
+    case = quantized.make((tokens, 64, 32, 72), form, dtype=torch.float16, gated=False)
+    check_quantized(case, torch.float16)
+
+
+def test_large_zero_points():
+    """零点可以是任意的 8 位数：减法仍精确。"""
+    case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)
+    up, down = (q._replace(zero=torch.randint_like(q.zero, 256)) for q in (case.up, case.down))
+    check_quantized(case.but(up=up, down=down), torch.bfloat16)
