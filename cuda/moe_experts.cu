@@ -77,7 +77,7 @@ int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *ex
 
 namespace {
 
-enum Path { GENERAL, SMALL, MMA };
+enum Path { GENERAL, SMALL, MMA, SM90 };
 
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
@@ -85,7 +85,11 @@ Path path_of(const dso_cuda_moe_experts_params &p) {
   int64_t slots = p.routing.tokens * p.routing.top_k;
   int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
-  return few ? SMALL : MMA;
+  if (few) return SMALL;
+  // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
+  Device device;
+  bool hopper = device_of(&device) == cudaSuccess && moe_sm90_fits(p, device);
+  return hopper ? SM90 : MMA;
 }
 
 }  // namespace
@@ -104,7 +108,8 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
   Path path = path_of(*p);
-  auto product = path == GENERAL ? moe_general : path == SMALL ? moe_small : moe_mma;
+  decltype(&moe_mma) products[] = {moe_general, moe_small, moe_mma, moe_sm90};
+  auto product = products[path];
   cudaError_t error = product(*p, true, stream);
   if (error == cudaSuccess) error = product(*p, false, stream);
   return error == cudaSuccess ? combine(*p, stream) : error;

@@ -11,6 +11,10 @@ cudaError_t moe_general(const dso_cuda_moe_experts_params &p, bool hidden, cudaS
 // dso_cuda_moe_fits 的形状，sm_80 起。
 cudaError_t moe_mma(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
 
+// Hopper 上成叠、不转置、没有量化的权重；一块 MOE_ROWS 行。
+bool moe_sm90_fits(const dso_cuda_moe_experts_params &p, const Device &device);
+cudaError_t moe_sm90(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
+
 // 词元少、不转置时：受限于读权重的带宽。
 cudaError_t moe_small(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
 

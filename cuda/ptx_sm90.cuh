@@ -33,6 +33,12 @@ __device__ inline void mbarrier_expect(uint64_t *barrier, int bytes) {
       : "memory");
 }
 
+// 这个线程此前的 cp.async 都写完时到达一次（算在 arrivals 里）；不在这里等。
+__device__ inline void mbarrier_arrive_copies(uint64_t *barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
 // 等奇偶为 parity 的一相结束；刚初始化时等 1 立即返回。
 __device__ inline void mbarrier_wait(uint64_t *barrier, int parity) {
   uint32_t address = shared_address(barrier), done;

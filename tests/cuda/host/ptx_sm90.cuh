@@ -18,6 +18,9 @@ inline void mbarrier_arrive(uint64_t *barrier) { cuda_host::mbarrier_arrive(barr
 inline void mbarrier_expect(uint64_t *barrier, int bytes) {
   cuda_host::mbarrier_arrive(barrier, bytes);
 }
+inline void mbarrier_arrive_copies(uint64_t *barrier) {
+  cuda_host::mbarrier_arrive_copies(barrier);
+}
 inline void mbarrier_wait(uint64_t *barrier, int parity) {
   cuda_host::mbarrier_wait(barrier, parity);
 }

@@ -477,6 +477,23 @@ void mbarrier_arrive(void *barrier, int64_t expected_bytes) {
   end_phase_if_complete(*t);
 }
 
+void mbarrier_arrive_copies(void *barrier) {
+  if (!transaction_of(barrier)) fail(NO_BARRIER);
+  AsyncQueue &mine = queue_of(COPY_QUEUE);
+  Actions copies;
+  mine.committed.push_back(std::move(mine.open));
+  for (Actions &group : mine.committed)
+    for (auto &action : group) copies.push_back(std::move(action));
+  mine = AsyncQueue{};
+  defer_global([copies = std::move(copies), barrier] {
+    for (const auto &action : copies) action();
+    if (Transaction *t = transaction_of(barrier))
+      t->pending--, end_phase_if_complete(*t);
+    else
+      note_failure(NO_BARRIER);
+  });
+}
+
 void mbarrier_complete(void *barrier, int64_t bytes) {
   Transaction *t = transaction_of(barrier);
   if (!t) return note_failure(NO_BARRIER);

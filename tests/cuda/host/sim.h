@@ -63,6 +63,8 @@ void set_registers(int count, bool increase);
 // mbarrier：count 次到达、预告的字节都写完，一相才结束；字节数对不上是失败或死锁。
 void mbarrier_init(void *barrier, int count);
 void mbarrier_arrive(void *barrier, int64_t expected_bytes);
+// 当前线程此前的 cp.async 都写完时到达；从此与 TMA 一样由 defer_global 安排，wait_groups 不再等它们。
+void mbarrier_arrive_copies(void *barrier);
 void mbarrier_complete(void *barrier, int64_t bytes);  // 由 TMA 调用，不在任何线程里
 void mbarrier_wait(void *barrier, int parity);
 
