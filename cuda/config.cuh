@@ -88,6 +88,10 @@ constexpr int MOE_GROUP = 16;
 // 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
 // 不多于 64 个词元，或平均一个专家不到 16 行时用它。
 constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
+// Hopper 的反向：128 x 256 的块、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB。两边都用 cp.async，生产者的地址多，
+// 所以它的寄存器比只发 TMA 的多；三组共 504 个（上限 504）。
+constexpr int MOE_BACKWARD_COLUMNS_SM90 = 256, MOE_BACKWARD_STAGES_SM90 = 4;
+constexpr int MOE_BACKWARD_PRODUCER_REGISTERS = 56, MOE_BACKWARD_CONSUMER_REGISTERS = 224;
 // Hopper 的分组矩阵乘：128 行 x 256 列权重、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB 共 224 KiB。一级算 1024 个
 // 周期，每周期读 48 字节：列再少就受限于 L2。两个消费者组各 128 个累加器；三组共 504 个寄存器（上限 504）。
 constexpr int MOE_COLUMNS_SM90 = 256, MOE_STAGES_SM90 = 4;

@@ -217,6 +217,31 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
 /* 从排好的行到 y。 */
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream);
 
+/* 反向：gate、up 重算，A = dY down（不乘混合权重），dw = <A, h>，其余由 A 得到。in 同前向，dtype 同样选；in.h 放
+ * w h，in.o 放各行的 dx [行的上界, k]，in.y 是 dx [tokens, k]，不要时为 NULL。
+ * gu：各行的 gate、up，随后换成它们的梯度；路由行距 2 h_rs，gate 之后隔 h_rs（共享的接在后面，隔 shared.inner）
+ * 是 up；没有门时行距 h_rs。16 位而且 paired 时 gate、up 相间，同权重。
+ * grad 与 in.w 同样写，指针换成梯度的，不要的为 NULL；类型同权重。add：加到 gate、up、down 原有的值上。 */
+typedef struct {
+  dso_cuda_moe_experts_params in;
+  dso_mat dy; /* [tokens, N] */
+  void *gu;
+  float *partial; /* [行的上界, dso_cuda_moe_backward_blocks] */
+  dso_cuda_moe_weights grad;
+  int add;
+  float *dweights; /* [tokens, top_k] */
+  float *dscale;   /* [tokens]；没有共享专家的系数时为 NULL */
+} dso_cuda_moe_experts_backward_params;
+
+/* in.dtype 为 16 位时，dy 与主机上的各专家的梯度 grad [count] 能不能也按 16 字节读写。 */
+int dso_cuda_moe_backward_fits(const dso_cuda_moe_experts_backward_params *p,
+                               const dso_expert *grad, int64_t count);
+int64_t dso_cuda_moe_backward_tile_rows(const dso_cuda_moe_experts_backward_params *p);
+int64_t dso_cuda_moe_backward_blocks(const dso_cuda_moe_experts_backward_params *p);
+/* 从排好的行到各梯度；没有词元时权重的梯度也写成 0。 */
+cudaError_t dso_cuda_moe_experts_backward(const dso_cuda_moe_experts_backward_params *p,
+                                          cudaStream_t stream);
+
 /* 把主机上的专家写进设备上的表：作为核的参数带过去，所以可以录进 CUDA graph。 */
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,
                                cudaStream_t stream);
@@ -224,6 +249,8 @@ cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert
 /* 由 logits 到权重、下标、计数：p 与 CPU 的相同；has_weight 时 p->logits 已是 x Wᵀ（还没有加偏置），否则由 x
  * 转来。p->x、p->weight 在 has_weight 时不读。 */
 cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
+cudaError_t dso_cuda_moe_route_backward(const dso_moe_route_backward_params *p,
+                                        cudaStream_t stream);
 /* 词元少时的 logits = x Wᵀ，fp32 累加，任意类型。 */
 cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
 
