@@ -162,7 +162,6 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 #define DSO_OUT32(i) DSO_OUT16(i), DSO_OUT16(i + 16)
 #define DSO_OUT64(i) DSO_OUT32(i), DSO_OUT32(i + 32)
 #define DSO_OUT128(i) DSO_OUT64(i), DSO_OUT64(i + 64)
-#define DSO_OUT40(i) DSO_OUT32(i), DSO_OUT8(i + 32)
 #define DSO_OUT96(i) DSO_OUT64(i), DSO_OUT32(i + 64)
 #define DSO_TEN(t) \
   "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
@@ -170,7 +169,6 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 #define DSO_REG8 DSO_REG4 ",%4,%5,%6,%7"
 #define DSO_REG16 DSO_TEN() ",%10,%11,%12,%13,%14,%15"
 #define DSO_REG32 DSO_TEN() "," DSO_TEN(1) "," DSO_TEN(2) ",%30,%31"
-#define DSO_REG40 DSO_TEN() "," DSO_TEN(1) "," DSO_TEN(2) "," DSO_TEN(3)
 #define DSO_REG60 \
   DSO_TEN() "," DSO_TEN(1) "," DSO_TEN(2) "," DSO_TEN(3) "," DSO_TEN(4) "," DSO_TEN(5)
 #define DSO_REG64 DSO_REG60 ",%60,%61,%62,%63"
@@ -205,8 +203,7 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 // 线程 t 的 d[4 j + 2 h + e] 是第 t / 32 * 16 + t % 32 / 4 + 8 h 行、第 8 j + t % 4 * 2 + e 列。
 template <bool BF16, int TRANS_A, int TRANS_B, int R>
 __device__ inline void wgmma(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(R == 4 || R == 8 || R == 16 || R == 32 || R == 40 || R == 64 || R == 128,
-                "N = 2 R");
+  static_assert(R == 4 || R == 8 || R == 16 || R == 32 || R == 64 || R == 128, "N = 2 R");
   if constexpr (R == 4) {
     DSO_WGMMA_SS(8, 4, 4, 5, 6, 7, 8);
   } else if constexpr (R == 8) {
@@ -215,8 +212,6 @@ __device__ inline void wgmma(float (&d)[R], uint64_t a, uint64_t b, bool accumul
     DSO_WGMMA_SS(32, 16, 16, 17, 18, 19, 20);
   } else if constexpr (R == 32) {
     DSO_WGMMA_SS(64, 32, 32, 33, 34, 35, 36);
-  } else if constexpr (R == 40) {
-    DSO_WGMMA_SS(80, 40, 40, 41, 42, 43, 44);
   } else if constexpr (R == 64) {
     DSO_WGMMA_SS(128, 64, 64, 65, 66, 67, 68);
   } else {
@@ -245,14 +240,12 @@ __device__ inline void wgmma(float (&d)[R], const uint32_t (&a)[4], uint64_t b, 
 #undef DSO_OUT32
 #undef DSO_OUT64
 #undef DSO_OUT128
-#undef DSO_OUT40
 #undef DSO_OUT96
 #undef DSO_TEN
 #undef DSO_REG4
 #undef DSO_REG8
 #undef DSO_REG16
 #undef DSO_REG32
-#undef DSO_REG40
 #undef DSO_REG60
 #undef DSO_REG64
 #undef DSO_REG96
