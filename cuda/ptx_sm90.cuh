@@ -149,12 +149,6 @@ __device__ inline void wgmma_settle(float (&d)[R]) {
   for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// 循环里不变的描述符：不许编译器把加上各个偏移之后的几十个值都提到循环之外，占着寄存器。
-__device__ inline uint64_t stay_inside(uint64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
-
 // 内联汇编不能带数组：N / 2 个累加器逐个写出。
 #define DSO_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DSO_OUT8(i) DSO_OUT4(i), DSO_OUT4(i + 4)
