@@ -32,6 +32,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     memory,
     mla_decode,
     mla_prefill,
+    moe,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Row  # noqa: E402
@@ -43,6 +44,7 @@ from deepseek_opt import _native  # noqa: E402
 GROUPS: dict[str, ModuleType] = {
     "mla_decode": mla_decode,
     "mla_prefill": mla_prefill,
+    "moe": moe,
     "decode_step": decode_step,
     "memory": memory,
     "length": length,

@@ -14,8 +14,9 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py)
-for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode; do
+tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_moe,moe_orders}.py)
+for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode \
+    moe_route moe_experts moe_experts_list moe_errors moe_quantized; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"

@@ -102,12 +102,13 @@ def test_moe_falls_back(monkeypatch, training):
         hidden = torch.empty(6, 64, device=CUDA)
         indices = torch.empty(6, 2, dtype=torch.int64, device=CUDA)
         move(model)
+        monkeypatch.setattr(_native, "missing", absent)
         for patch in patches:
             recorder = _Recorder()
             monkeypatch.setattr(patch, "call_original", recorder)
             extra = (indices, hidden[:, :2]) if type(patch).__name__ == "ExpertsPatch" else ()
             assert patch(hidden, *extra).device == CUDA and recorder.calls == 1
-    assert reasons(model) == {"设备 cuda 上还没有 MoE 核"}
+    assert reasons(model) == {ABSENT}
 
 
 def test_mtp_falls_back(monkeypatch):
