@@ -23,4 +23,5 @@ done
 run "${tests[@]}"
 # 再当作 Hopper 跑一遍：形状合适的走 *_sm90.cu。
 export DSO_HOST_MAJOR=9
-run tests/cuda/test_{orders,gpu,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
+run tests/cuda/test_{orders,gpu,gpu_moe,mla_decode_sm90,mla_prefill_sm90}.py \
+    tests/cuda/test_{mla_prefill_backward_sm90,moe_experts_sm90}.py
