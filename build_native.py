@@ -273,6 +273,9 @@ class Builder:
         self._check_resources(kernels, report.nvcc_release(nvcc))
         # 静态的 CUDA 运行库：不与 torch 自带的版本相争。
         linker = [nvcc, f"-ccbin={self.cxx[0]}", "-shared", "-cudart=static"]
+        # 取当前流的函数在 libtorch_cuda.so 里，纯 CPU 的 torch 没有它：经 libtorch.so 依赖它（带 CUDA 的
+        # torch 的 libtorch.so 依赖 libtorch_cuda.so），没有直接用到也要留下这个依赖。
+        linker.append("-Xlinker=--no-as-needed")
         return self._link(self.out / "_C_cuda.so", objects, self._torch_libs(), linker)
 
     def _check_resources(self, kernels: list[Unit], release: str) -> None:

@@ -74,9 +74,8 @@ Tensor decode(const char *op, const DeviceInputs &m) {
   const ScalarType type = compute_type(in);
   Tensor q_abs = absorb(m, type);
   Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
-  if (!m.covered) torch::stable::zero_(o);
   dso_cuda_mla_decode_params p{in, q_abs.const_data_ptr(), o.mutable_data_ptr(),
-                               float_dtype(op, "q", q_abs), m.longest * in.heads};
+                               float_dtype(op, "q", q_abs), m.longest * in.heads, m.covered};
   const Launch launch(m.q);
   size_t bytes = 0;
   check(op, dso_cuda_mla_decode_scratch(&p, &bytes));
@@ -90,11 +89,11 @@ namespace {
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
                   const std::optional<Tensor> &scale, const Tensor &kv_b, const Tensor &spans,
                   const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
-                  bool causal) {
+                  bool causal, const std::optional<Tensor> &block_table) {
   const char *op = "mla_decode";
   DeviceInputs m;
   fill_device(op, m, q, latent, rope_keys, scale, kv_b, kv_mask,
-              {softmax_scale, v_head_dim, causal});
+              {softmax_scale, v_head_dim, causal}, block_table);
   use_device_spans(op, m, spans);
   return decode(op, m);
 }

@@ -4,7 +4,7 @@
 // 一块 32 个键读进共享内存一次，既当键又当值：
 //   S [ROWS, 32] = Q [ROWS, r + dr] · 块ᵀ，WARPS_N 个 warp 各算 8 个键；
 //   P 经共享内存交换之后，O [ROWS, r] += P · 块的前 r 列，每个 warp 管 r / WARPS 列。
-// int8 的潜变量先原样拷进它那一行的后半，再由一个 warp 就地展开成 16 位。
+// 量化的潜变量先原样拷进它那一行的后半，再由一个 warp 就地展开成 16 位。
 #include <cstddef>
 
 #include "config.cuh"
@@ -103,8 +103,7 @@ struct Attend {
 
   // 发出一块键的拷贝；范围之外与被遮住的键填 0（那里可能是没有初始化的 NaN）。
   __device__ void load_keys(const Piece &piece, int block) {
-    bool quantized = in.latent_dtype == DSO_I8;
-    int bytes = quantized ? 1 : 2;
+    int bytes = static_cast<int>(bytes_of(in.latent_dtype));
     int chunks = static_cast<int>(in.rank) * bytes / 16;
     for (int key = warp; key < S::KEYS; key += S::WARPS) {
       int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
@@ -113,7 +112,7 @@ struct Attend {
       const char *latent =
           element(in.latent, in.latent_dtype,
                   ok ? slot_at(in, piece.at.row, slot, in.latent_bs, in.latent_ts) : 0);
-      char *latent_to = reinterpret_cast<char *>(to) + (quantized ? RANK : 0);
+      char *latent_to = reinterpret_cast<char *>(to) + (2 - bytes) * RANK;
       for (int c = lane; c < RANK * bytes / 16; c += WARP) {
         bool inside = ok && c < chunks;
         cp_async_16(latent_to + c * 16, latent + (inside ? c * 16 : 0), inside);
@@ -128,24 +127,30 @@ struct Attend {
     cp_async_commit();
   }
 
-  // int8 的一块就地展开：一个 warp 一行，整行读进寄存器之后才写。
+  // 量化的一块就地展开：一个 warp 一行，整行读进寄存器之后才写。
   __device__ void expand(const Piece &piece, int block) {
-    constexpr int EACH = RANK / WARP;  // 每个线程的元素数
+    // 一个线程一次处理相邻的几个：写出至多 16 字节，各线程相接，没有库冲突。
+    constexpr int EACH = RANK / WARP < 8 ? RANK / WARP : 8, STEPS = RANK / (WARP * EACH);
     for (int key = warp; key < S::KEYS; key += S::WARPS) {
       int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
       bool ok = index < piece.key_end && slot_seen(in, piece.at, slot);
       float scale = ok ? in.scale[slot_at(in, piece.at.row, slot, in.scale_bs, 1)] : 0.0f;
       uint16_t *to = tile(block) + key * layout.stride;
-      const auto *raw = reinterpret_cast<const signed char *>(to) + RANK + lane * EACH;
-      signed char values[EACH];
+      const auto *raw = reinterpret_cast<const Bytes<EACH> *>(to + RANK / 2);
+      Bytes<EACH> codes[STEPS];
 #pragma unroll
-      for (int i = 0; i < EACH; i++) values[i] = raw[i];
+      for (int i = 0; i < STEPS; i++) codes[i] = raw[i * WARP + lane];
       __syncwarp();
-      auto *pairs = reinterpret_cast<uint32_t *>(to + lane * EACH);
 #pragma unroll
-      for (int i = 0; i < EACH / 2; i++)
-        pairs[i] = E::pack(scale * static_cast<float>(values[2 * i]),
-                           scale * static_cast<float>(values[2 * i + 1]));
+      for (int i = 0; i < STEPS; i++) {
+        Words<EACH / 2> pairs;
+#pragma unroll
+        for (int j = 0; j < EACH / 2; j++) {
+          float2 x = byte_pair(in.latent_dtype, codes[i].v[2 * j], codes[i].v[2 * j + 1]);
+          pairs.v[j] = E::pack(scale * x.x, scale * x.y);
+        }
+        reinterpret_cast<Words<EACH / 2> *>(to)[i * WARP + lane] = pairs;
+      }
       __syncwarp();
     }
   }
@@ -304,7 +309,7 @@ struct Attend {
       cp_async_wait<0>();
       __syncthreads();  // 这一块到齐；上一块的读者也都过去了，可以重写它的缓冲
       if (block + 1 < piece.units) load_keys(piece, block + 1);
-      if (in.latent_dtype == DSO_I8) {
+      if (quantized(in.latent_dtype)) {
         expand(piece, block);
         __syncthreads();
       }
@@ -321,14 +326,8 @@ struct Attend {
 template <class E, int RANK, int ROWS>
 __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
                              1) void mla_decode_kernel(DecodeArgs args) {
-  int cta = static_cast<int>(blockIdx.x);
-  Share share = share_of(args.in, args.schedule, cta);
   Attend<E, RANK, ROWS> attend(args);
-  Piece piece;
-  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
-    attend.run(piece);
-    share.begin += piece.units;
-  }
+  each_piece(args, threadIdx.x == 0, [&](const Piece &piece) { attend.run(piece); });
 }
 
 // ---- 通用路径：任何 dtype 的组合、任何维度，fp32 计算 ----
@@ -452,52 +451,68 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
-  int cta = static_cast<int>(blockIdx.x);
-  Share share = share_of(args.in, args.schedule, cta);
   GeneralLayout at(args.in, args.schedule.keys);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
-  Piece piece;
-  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
-    general_piece(args, piece, shared, at);
-    share.begin += piece.units;
+  each_piece(args, threadIdx.x == 0,
+             [&](const Piece &piece) { general_piece(args, piece, shared, at); });
+}
+
+// ---- 合并：前 splits 块各管一个 CTA 名下分开算的一组查询，一个 warp 一行的一段列；其余的块（只在 y、z 为 0 时
+// 有）一个 warp 一个词元，没有键可看的写 0 ----
+
+__device__ void combine_row(const DecodeArgs &args, int cta, int row) {
+  const dso_mla_inputs &in = args.in;
+  const Schedule &s = args.schedule;
+  Split split = args.splits[cta];
+  if (row >= split.rows) return;
+  int lane = static_cast<int>(threadIdx.x) % WARP, count = (split.last - cta) / s.tracks + 1;
+  auto slot = [&](int i) {  // 第 i 段的这一行
+    return static_cast<int64_t>(2 * (cta + i * s.tracks) + (i == 0 ? 1 : 0)) * s.rows + row;
+  };
+  float top = -INFINITY, sum = 0.0f, x[COMBINE_EACH] = {};
+  for (int i = lane; i < count; i += WARP) top = fmaxf(top, args.part_m[slot(i)]);
+  float base = finite_max(warp_max(top));
+  for (int first = 0; first < count; first += WARP) {
+    int i = first + lane, here = count - first < WARP ? count - first : WARP;
+    float weight = i < count ? fast_exp2(args.part_m[slot(i)] - base) : 0.0f;
+    if (i < count) sum += weight * args.part_l[slot(i)];
+#pragma unroll 4
+    for (int j = 0; j < here; j++) {
+      float w = __shfl_sync(ALL_LANES, weight, j);
+      const float *part = args.part + slot(first + j) * in.rank;
+#pragma unroll
+      for (int e = 0; e < COMBINE_EACH; e++) {
+        int64_t column = (blockIdx.z * COMBINE_EACH + e) * WARP + lane;
+        if (column < in.rank) x[e] += w * part[column];
+      }
+    }
+  }
+  sum = warp_sum(sum);
+  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+  for (int e = 0; e < COMBINE_EACH; e++) {
+    int64_t column = (blockIdx.z * COMBINE_EACH + e) * WARP + lane;
+    if (column < in.rank)
+      store_one(args.o, args.dtype, (split.first + row) * in.rank + column, x[e] * inverse);
   }
 }
 
-// ---- 合并：每块一个（词元，头），把分给几个 CTA 的部分结果合起来 ----
-
-__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args) {
+__device__ void clear_unseen(const DecodeArgs &args, int64_t token) {
   const dso_mla_inputs &in = args.in;
-  const Schedule &s = args.schedule;
-  int64_t flat = blockIdx.x, token = flat / in.heads;
-  auto covers = [&](int64_t i, int64_t, int64_t) {
-    return in.spans[i].q_begin <= token && token < in.spans[i].q_end;
-  };
-  int64_t index = find_span(in, s, 0, covers).index;
-  if (index >= in.n_spans) return;
-  int64_t inside = flat - in.spans[index].q_begin * in.heads;
-  int64_t group = inside / s.rows, row = inside % s.rows;
-  int lane = lane_of(s, index, group);
-  int64_t each = units_per_cta(in, s, lane);
-  int64_t before = find_span(in, s, lane, covers).before;
-  Load load = load_of(in, s, lane, index);
-  int64_t begin = before + group / s.lanes * load.blocks;
-  int64_t first = begin / each, last = (begin + load.blocks - 1) / each;  // 这一路上的第几个 CTA
-  if (load.blocks == 0 || first == last) return;  // 什么都看不见，或已经写出
-  auto slot = [&](int64_t c) {
-    return (2 * (c * s.lanes + lane) + (c == first ? 1 : 0)) * s.rows + row;
-  };
-  float top = -INFINITY, sum = 0.0f;
-  for (int64_t c = first; c <= last; c++) top = fmaxf(top, args.part_m[slot(c)]);
-  float base = finite_max(top);
-  for (int64_t c = first; c <= last; c++)
-    sum += fast_exp2(args.part_m[slot(c)] - base) * args.part_l[slot(c)];
-  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t column = threadIdx.x; column < in.rank; column += COMBINE_THREADS) {
-    float x = 0.0f;
-    for (int64_t c = first; c <= last; c++)
-      x += fast_exp2(args.part_m[slot(c)] - base) * args.part[slot(c) * in.rank + column];
-    store_one(args.o, args.dtype, flat * in.rank + column, x * inverse);
-  }
+  if (token >= in.b * in.t) return;
+  if (token_seen(in, token)) return;
+  int lane = static_cast<int>(threadIdx.x) % WARP;
+  int64_t width = in.heads * in.rank;
+  for (int64_t i = lane; i < width; i += WARP) store_one(args.o, args.dtype, token * width + i, 0);
+}
+
+__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args, int splits) {
+  int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / WARP;
+  constexpr int WARPS = COMBINE_THREADS / WARP;
+  if (block < splits)
+    combine_row(args, block, static_cast<int>(blockIdx.y) * WARPS + warp);
+  else if (blockIdx.y + blockIdx.z == 0)
+    clear_unseen(args, static_cast<int64_t>(block - splits) * WARPS + warp);
 }
 
 // ---- 主机侧：选路径、划分 ----
@@ -511,7 +526,7 @@ bool chunks_ok(const void *data, dso_dtype dtype, int64_t bs, int64_t ts) {
 bool mma_ok(const dso_cuda_mla_decode_params *p) {
   const dso_mla_inputs &in = p->in;
   if (p->dtype == DSO_F32 || in.q_dtype != p->dtype || in.rope_dtype != p->dtype) return false;
-  if (in.latent_dtype != p->dtype && in.latent_dtype != DSO_I8) return false;
+  if (in.latent_dtype != p->dtype && !quantized(in.latent_dtype)) return false;
   int64_t each = 16 / bytes_of(in.latent_dtype);
   return in.rank <= 512 && in.rank % each == 0 && in.rope_dim % 8 == 0 && in.nope_dim % 8 == 0 &&
          chunks_ok(in.latent, in.latent_dtype, in.latent_bs, in.latent_ts) &&
@@ -634,13 +649,14 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   int64_t most = ceil_div(units, s.minimum_units);
   s.ctas = device.sms * (resident < 1 ? 1 : resident);
   if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
-  s.lanes = 1;
-  while (s.lanes < DECODE_LANES && 2 * s.lanes * s.rows <= p->most_rows + s.rows - 1 &&
-         2 * s.lanes <= s.ctas)
-    s.lanes *= 2;
-  s.ctas -= s.ctas % s.lanes;
+  s.tracks = 1;
+  while (s.tracks < DECODE_TRACKS && 2 * s.tracks * s.rows <= p->most_rows + s.rows - 1 &&
+         2 * s.tracks <= s.ctas)
+    s.tracks *= 2;
+  s.ctas -= s.ctas % s.tracks;
   plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows) * static_cast<size_t>(p->in.rank + 2) *
-                  sizeof(float);
+                      sizeof(float) +
+                  static_cast<size_t>(s.ctas) * sizeof(Split);
   return cudaSuccess;
 }
 
@@ -655,8 +671,7 @@ cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, siz
 
 cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scratch,
                                 cudaStream_t stream) {
-  int64_t rows = p->in.b * p->in.t * p->in.heads;
-  if (rows == 0 || p->in.n_spans == 0) return cudaSuccess;
+  if (p->in.b * p->in.t * p->in.heads == 0) return cudaSuccess;
   Plan plan;
   cudaError_t error = make_plan(p, &plan);
   if (error != cudaSuccess) return error;
@@ -665,7 +680,11 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
   args.part = static_cast<float *>(scratch);
   args.part_m = args.part + 2 * s.ctas * s.rows * args.in.rank;
   args.part_l = args.part_m + 2 * s.ctas * s.rows;
-  if (plan.path == WGMMA) {
+  args.splits = reinterpret_cast<Split *>(args.part_l + 2 * s.ctas * s.rows);
+  int splits = args.in.n_spans > 0 ? s.ctas : 0;
+  if (splits == 0) {
+    // 没有 span：只有清零
+  } else if (plan.path == WGMMA) {
     error = run_decode_sm90(args, nullptr, stream);
   } else if (plan.path == MMA) {
     error = run_mma(args, nullptr, stream);
@@ -675,6 +694,9 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
                    bytes, stream, args);
   }
   if (error != cudaSuccess) return error;
-  return launch(mla_decode_combine, dim3(static_cast<unsigned>(rows)), dim3(COMBINE_THREADS), 0,
-                stream, args);
+  constexpr int WARPS = COMBINE_THREADS / WARP;
+  int64_t tokens = p->covered ? 0 : ceil_div(args.in.b * args.in.t, WARPS);
+  dim3 grid(static_cast<unsigned>(splits + tokens), static_cast<unsigned>(ceil_div(s.rows, WARPS)),
+            static_cast<unsigned>(ceil_div(args.in.rank, COMBINE_EACH * WARP)));
+  return launch(mla_decode_combine, grid, dim3(COMBINE_THREADS), 0, stream, args, splits);
 }

@@ -6,6 +6,11 @@
 
 namespace dso {
 
+// 分给几个 CTA 的一组查询，记在它的第一段所在的 CTA 名下：o 里的 [first, first + rows) 行，最后一段在 CTA last。
+struct Split {
+  int first, rows, last;  // 没有时 rows 是 0
+};
+
 struct DecodeArgs {
   dso_mla_inputs in;
   const void *q_abs;       // [B*T, H, r]：查询的非旋转部分已吸收 W_UK
@@ -13,6 +18,7 @@ struct DecodeArgs {
   dso_dtype dtype;         // q_abs 与 o 的类型
   float *part;             // [2 * CTA 数, rows, r]：没有归一化的部分结果
   float *part_m, *part_l;  // [2 * CTA 数, rows]：最大值（以 2 为底的得分）、指数之和
+  Split *splits;           // [CTA 数]
   Schedule schedule;
 };
 
@@ -29,6 +35,24 @@ __device__ inline int64_t row_at(const DecodeArgs &args, const Piece &piece, int
   int64_t flat = piece.group * args.schedule.rows + row;
   if (flat >= piece.at.q_len * args.in.heads) return -1;
   return piece.at.q_begin * args.in.heads + flat;
+}
+
+// 依次 run(一段)，整个 warp 一起；writer 是恰好一个线程，由它记下要合并的。
+template <class Run>
+__device__ void each_piece(const DecodeArgs &args, bool writer, Run run) {
+  int cta = static_cast<int>(blockIdx.x);
+  Walk walk = start_walk(args.in, args.schedule, cta);
+  if (writer) args.splits[cta].rows = 0;
+  Piece piece;
+  while (next_piece(args.in, args.schedule, cta, &walk, &piece)) {
+    if (writer && piece.key_begin == 0 && !piece.whole) {
+      int rows = piece.at.q_len * static_cast<int>(args.in.heads);
+      int begin = piece.group * args.schedule.rows, left = rows - begin;
+      args.splits[cta] = {piece.at.q_begin * static_cast<int>(args.in.heads) + begin,
+                          left < args.schedule.rows ? left : args.schedule.rows, piece.last};
+    }
+    run(piece);
+  }
 }
 
 // 写一行的两个相邻元素：完整的一段除以 l 后写结果，否则写部分结果。

@@ -3,7 +3,8 @@
 // 一块 64 个键读进来一次，既当键又当值；一个 warp 是生产者，只发 TMA，其余是消费者（4 个 warp 一组）：
 //   行少（8、16、32）：键放在 wgmma 的 M 一维，Sᵀ [64, ROWS] = 块 · Qᵀ，Oᵀ [r, ROWS] += 块的前 r 列ᵀ · Pᵀ，
 //     头再少也不必补到 64 行；一个消费者组。
-//   行多（64）：S [64, 64] = Q · 块ᵀ，两个消费者组轮流算（各管隔一块的 softmax），O [64, r] 各管一半的列。
+//   行多（64）：S [64, 64] = Q · 块ᵀ，两个消费者组各管隔一块的得分与 softmax，O [64, r] 各管一半的列；
+//     两块一起走，一组做 softmax 时另一组的矩阵乘正在算。
 // 缓冲里每 64 列一个块（tile_sm90.cuh）；最后一块先放旋转的键，得分算完之后原地换成 P。
 #include <cstddef>
 #include <tma.cuh>
@@ -20,7 +21,8 @@ using namespace dso;
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
 constexpr int PARTS = 3;         // 一级缓冲分开等待的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
-constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2;  // 具名屏障；后者一组一个
+// 具名屏障；后两种一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
+constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
 
 template <int RANK, int ROWS>
 struct Shape {
@@ -43,8 +45,8 @@ struct Shape {
 // 环里的位置：第几级、这一级用过几轮（的奇偶）。
 struct Ring {
   int stage = 0, parity = 0;
-  __device__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
+  __device__ Ring next(int stages) const {
+    return stage + 1 == stages ? Ring{0, parity ^ 1} : Ring{stage + 1, parity};
   }
 };
 
@@ -105,7 +107,7 @@ struct Producer {
         int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
         for (int part = 0; part < PARTS; part++) load_part(piece, slot, part);
       }
-      ring.advance(S::STAGES);
+      ring = ring.next(S::STAGES);
     }
     __syncwarp();
   }
@@ -130,7 +132,10 @@ struct Consumer {
         warp(static_cast<int>(threadIdx.x) % GROUP / WARP),
         lane(static_cast<int>(threadIdx.x) % WARP) {}
 
-  __device__ unsigned char *tile() const { return shared.stage(ring.stage); }
+  __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
+  __device__ void wait(Ring at, int part) const {
+    mbarrier_wait(shared.full(at.stage, part), at.parity);
+  }
 
   // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。
   __device__ void load_queries(const Piece &piece) {
@@ -155,18 +160,18 @@ struct Consumer {
 
   // 发出这一块的得分；行少时左边是键，行多时左边是查询。
   template <int R>
-  __device__ void score(float (&s)[R]) {
-    uint64_t keys = stay_inside(k_major(tile())), queries = stay_inside(k_major(shared.queries));
+  __device__ void score(Ring at, float (&s)[R]) {
+    uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
 #pragma unroll
     for (int box = 0; box <= S::BOXES; box++) {
       if (box % S::HALF == 0) {
-        mbarrier_wait(shared.full(ring.stage, box / S::HALF), ring.parity);
+        wait(at, box / S::HALF);
         wgmma_fence();
       }
 #pragma unroll
       for (int k = 0; k < BOX_ROW; k += 32) {
-        uint64_t key = keys + (box * S::BOX + k) / 16;
-        uint64_t query = queries + (box * S::QUERY_BOX + k) / 16;
+        uint64_t key = advance(keys, box * S::BOX + k);
+        uint64_t query = advance(queries, box * S::QUERY_BOX + k);
         wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, box + k > 0);
       }
     }
@@ -179,13 +184,13 @@ struct Consumer {
 
   // 范围之外与被遮住的键可能是 NaN：0 * NaN 不是 0，所以当值用之前清掉 [begin, begin + boxes) 块里的那几行。
   // 返回有没有要清的（整个 CTA 一致）；之后要 fence_proxy_async 与屏障。
-  __device__ bool clean(const Piece &piece, int first, int begin, int boxes) const {
+  __device__ bool clean(const Piece &piece, Ring at, int first, int begin, int boxes) const {
     if (first + S::KEYS <= piece.key_end && !in.kv_mask) return false;
     for (int key = warp; key < S::KEYS; key += GROUP / WARP) {
       if (usable(piece, first + key)) continue;
       for (int c = lane; c < boxes * 8; c += WARP)
-        *reinterpret_cast<uint4 *>(tile() + (begin + c / 8) * S::BOX + key * BOX_ROW + c % 8 * 16) =
-            make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4 *>(tile(at) + (begin + c / 8) * S::BOX + key * BOX_ROW +
+                                   c % 8 * 16) = make_uint4(0, 0, 0, 0);
     }
     return true;
   }
@@ -203,6 +208,14 @@ struct Consumer {
       else
         part[offset] = x;
     }
+    // 相邻的两个，offset 是偶数：r 与 column 是 8 的倍数，所以对齐，也不会只有一个在范围内。
+    __device__ void write_pair(int offset, float x, float y) const {
+      if (offset >= room) return;
+      if (whole)
+        *reinterpret_cast<uint32_t *>(whole + offset) = E::pack(x * inverse, y * inverse);
+      else
+        *reinterpret_cast<float2 *>(part + offset) = make_float2(x, y);
+    }
   };
 
   __device__ Row row_of(const Piece &piece, int row, int column, float l) const {
@@ -216,8 +229,8 @@ struct Consumer {
     return to;
   }
 
-  __device__ void release(int stage, int part) const {
-    if (lane == 0) mbarrier_arrive(shared.empty(stage, part));
+  __device__ void release(Ring at, int part) const {
+    if (lane == 0) mbarrier_arrive(shared.empty(at.stage, part));
   }
 };
 
@@ -294,7 +307,7 @@ struct Few : Consumer<E, RANK, ROWS> {
 
   // Pᵀ 写成 [ROWS][64 个键]。
   __device__ void store_p(const float (&s)[ROWS / 2]) const {
-    unsigned char *p = tile() + S::BOXES * S::BOX;
+    unsigned char *p = tile(ring) + S::BOXES * S::BOX;
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i += 4) {
       uint32_t pairs[2] = {E::pack(s[i], s[i + 1]), E::pack(s[i + 2], s[i + 3])};
@@ -303,15 +316,15 @@ struct Few : Consumer<E, RANK, ROWS> {
   }
 
   __device__ void accumulate() {
-    uint64_t values = stay_inside(mn_major(tile(), S::BOX));
-    uint64_t p = stay_inside(k_major(tile() + S::BOXES * S::BOX));
+    uint64_t values = uniform(mn_major(tile(ring), S::BOX));
+    uint64_t p = uniform(k_major(tile(ring) + S::BOXES * S::BOX));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < S::KEYS; k += 16)
 #pragma unroll
       for (int box = 0; box < S::BOXES; box++)
-        wgmma<Base::BF16, 1, 0>(o[box], values + (box * S::BOX + k * BOX_ROW) / 16, p + k * 2 / 16,
-                                true);
+        wgmma<Base::BF16, 1, 0>(o[box], advance(values, box * S::BOX + k * BOX_ROW),
+                                advance(p, k * 2), true);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -347,23 +360,30 @@ struct Few : Consumer<E, RANK, ROWS> {
     for (int block = 0; block < piece.units; block++) {
       int first = piece.key_begin + block * S::KEYS;
       float s[ROWS / 2];
-      this->score(s);
+      this->score(ring, s);
       wgmma_wait<0>();
       wgmma_settle(s);
       softmax(piece, first, s);  // 其中的屏障之后，没有 warp 还在读旋转的键
       store_p(s);
-      this->clean(piece, first, 0, S::BOXES);
+      this->clean(piece, ring, first, 0, S::BOXES);
       fence_proxy_async();
       named_barrier_sync(GROUP_BARRIER, GROUP);
       accumulate();
-      for (int part = 0; part < PARTS; part++) this->release(ring.stage, part);
-      ring.advance(S::STAGES);
+      for (int part = 0; part < PARTS; part++) this->release(ring, part);
+      ring = ring.next(S::STAGES);
     }
     finish(piece);
   }
 };
 
-// ---- 行多：行是查询；第 W 组管第 W 半的列，与隔一块的 softmax ----
+// ---- 行多：行是查询；第 W 组管第 W 半的列，与每对块里第 W 块的得分 ----
+//
+// 一对块（甲、乙）里两组的先后，横线之间同时进行：
+//   第 0 组                              第 1 组
+//   甲的得分（上一对的乙 · V 还在算）    乙的得分
+//   softmax，写出 P 甲                   （等 P 甲）
+//   O += P 甲 · V 甲                     O += P 甲 · V 甲，同时做乙的 softmax，写出 P 乙
+//   （等 P 乙）O += P 乙 · V 乙          O += P 乙 · V 乙
 
 template <class E, int RANK, int ROWS, int W>
 struct Many : Consumer<E, RANK, ROWS> {
@@ -419,9 +439,10 @@ struct Many : Consumer<E, RANK, ROWS> {
     }
   }
 
-  // P 写成 [64][64 个键]。
-  __device__ void store_p(const float (&s)[32]) const {
-    unsigned char *p = tile() + S::BOXES * S::BOX;
+  // P 写成 [64][64 个键]，盖掉旋转的键；之后组内可以当操作数，另一组等 READY_BARRIER。
+  __device__ void publish(Ring at, const float (&s)[32]) const {
+    named_barrier_sync(GROUP_BARRIER + W, GROUP);  // 没有 warp 还在读旋转的键
+    unsigned char *p = tile(at) + S::BOXES * S::BOX;
 #pragma unroll
     for (int i = 0; i < 32; i += 8) {
       uint32_t pairs[4];
@@ -429,38 +450,20 @@ struct Many : Consumer<E, RANK, ROWS> {
       for (int j = 0; j < 4; j++) pairs[j] = E::pack(s[i + 2 * j], s[i + 2 * j + 1]);
       stmatrix_x4(p + swizzled(warp * 16 + lane % 16, i * 2 + lane / 16 * 8), pairs);
     }
+    fence_proxy_async();
+    named_barrier_arrive(READY_BARRIER + W, S::CONSUMERS);
+    named_barrier_sync(GROUP_BARRIER + W, GROUP);
   }
 
-  // O += P · 块的第 W 半列。
-  __device__ void accumulate() {
-    uint64_t values = stay_inside(mn_major(tile() + W * S::HALF * S::BOX, S::BOX));
-    uint64_t p = stay_inside(k_major(tile() + S::BOXES * S::BOX));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < S::KEYS; k += 16)
-      wgmma<Base::BF16, 0, 1>(o, p + k * 2 / 16, values + k * BOX_ROW / 16, true);
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_settle(o);
+  // 等另一组的 P。
+  __device__ void receive(Ring at) const {
+    named_barrier_sync(READY_BARRIER + 1 - W, S::CONSUMERS);
+    this->wait(at, W);
   }
 
-  template <bool OWNER>
-  __device__ void step(const Piece &piece, int block) {
-    int first = piece.key_begin + block * S::KEYS;
-    float sum[2] = {0.0f, 0.0f};
-    if constexpr (OWNER) {
-      float s[32];
-      this->score(s);
-      wgmma_wait<0>();
-      wgmma_settle(s);
-      softmax(piece, first, block % 2, s, sum);
-      named_barrier_sync(GROUP_BARRIER + W, GROUP);  // 没有 warp 还在读旋转的键
-      store_p(s);
-      fence_proxy_async();
-    }
-    named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);  // P、最大值与缩放都写好了
-    mbarrier_wait(shared.full(ring.stage, W), ring.parity);
-    if (this->clean(piece, first, W * S::HALF, S::HALF)) {
+  // 发出 O = O * 缩放 + P · 块的第 W 半列；sum 是自己算的块的指数之和。
+  __device__ void accumulate(const Piece &piece, Ring at, int block, const float (&sum)[2]) {
+    if (this->clean(piece, at, piece.key_begin + block * S::KEYS, W * S::HALF, S::HALF)) {
       fence_proxy_async();
       named_barrier_sync(GROUP_BARRIER + W, GROUP);
     }
@@ -471,10 +474,86 @@ struct Many : Consumer<E, RANK, ROWS> {
 #pragma unroll
       for (int i = 0; i < RANK / 8; i++) o[i / 2 * 4 + 2 * h + i % 2] *= keep;
     }
-    accumulate();
-    this->release(ring.stage, W);
-    this->release(ring.stage, TAIL);
-    ring.advance(S::STAGES);
+    uint64_t values = uniform(mn_major(tile(at) + W * S::HALF * S::BOX, S::BOX));
+    uint64_t p = uniform(k_major(tile(at) + S::BOXES * S::BOX));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < S::KEYS; k += 16)
+      wgmma<Base::BF16, 0, 1>(o, advance(p, k * 2), advance(values, k * BOX_ROW), true);
+    wgmma_commit();
+  }
+
+  // 至多还有 LEFT 组没有完成时，O 已经算到 at 这一块：放行它。
+  template <int LEFT>
+  __device__ void retire(Ring at) {
+    wgmma_wait<LEFT>();
+    wgmma_settle(o);
+    this->release(at, W);
+    this->release(at, TAIL);
+  }
+
+  // 自己的一块：得分算完之后的 softmax 与写出 P。
+  __device__ void weigh(const Piece &piece, Ring at, int block, float (&s)[32], float (&sum)[2]) {
+    wgmma_settle(s);
+    sum[0] = sum[1] = 0.0f;
+    softmax(piece, piece.key_begin + block * S::KEYS, W, s, sum);
+    publish(at, s);
+  }
+
+  // 两组各自的循环：一条 wgmma 没有完成时不经过分支（编译器会把它们排成串行），所以最后一对单独写。
+  __device__ void attend_first(const Piece &piece) {
+    const float none[2] = {0.0f, 0.0f};
+    float s[32], sum[2];
+    int block = 0;
+    this->score(ring, s);
+    wgmma_wait<0>();
+    for (; block + 2 < piece.units; block += 2) {
+      const Ring second = ring.next(S::STAGES), third = second.next(S::STAGES);
+      weigh(piece, ring, block, s, sum);
+      accumulate(piece, ring, block, sum);
+      retire<0>(ring);
+      receive(second);
+      accumulate(piece, second, block + 1, none);
+      this->score(third, s);
+      retire<1>(second);
+      wgmma_wait<0>();
+      ring = third;
+    }
+    weigh(piece, ring, block, s, sum);
+    accumulate(piece, ring, block, sum);
+    retire<0>(ring);
+    ring = ring.next(S::STAGES);
+    if (block + 1 < piece.units) {
+      receive(ring);
+      accumulate(piece, ring, block + 1, none);
+      retire<0>(ring);
+      ring = ring.next(S::STAGES);
+    }
+  }
+
+  __device__ void attend_second(const Piece &piece) {
+    const float none[2] = {0.0f, 0.0f};
+    float s[32], sum[2];
+    int block = 0;
+    for (; block + 1 < piece.units; block += 2) {
+      const Ring second = ring.next(S::STAGES);
+      this->score(second, s);
+      wgmma_wait<0>();
+      wgmma_settle(s);  // 没有完成的 wgmma 不跨过下面的分支，只跨过 softmax
+      receive(ring);
+      accumulate(piece, ring, block, none);
+      weigh(piece, second, block + 1, s, sum);
+      retire<0>(ring);
+      accumulate(piece, second, block + 1, sum);
+      retire<0>(second);
+      ring = second.next(S::STAGES);
+    }
+    if (block < piece.units) {
+      receive(ring);
+      accumulate(piece, ring, block, none);
+      retire<0>(ring);
+      ring = ring.next(S::STAGES);
+    }
   }
 
   __device__ void finish(const Piece &piece) {
@@ -494,8 +573,7 @@ struct Many : Consumer<E, RANK, ROWS> {
                                         args.part_l[piece.slot * ROWS + row] = total;
       auto to = Base::row_of(piece, row, W * RANK / 2 + lane % 4 * 2, total);
 #pragma unroll
-      for (int i = 0; i < RANK / 4; i += 4)
-        to.write(i * 2, o[i + 2 * h]), to.write(i * 2 + 1, o[i + 2 * h + 1]);
+      for (int i = 0; i < RANK / 4; i += 4) to.write_pair(i * 2, o[i + 2 * h], o[i + 2 * h + 1]);
     }
     named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);  // 下一段要重写 floats
   }
@@ -509,26 +587,15 @@ struct Many : Consumer<E, RANK, ROWS> {
 #pragma unroll
     for (int i = 0; i < RANK / 4; i++) o[i] = 0.0f;
     this->load_queries(piece);
-    for (int block = 0; block < piece.units; block += 2) {
-      step<W == 0>(piece, block);
-      if (block + 1 < piece.units) step<W == 1>(piece, block + 1);
-    }
+    if constexpr (W == 0)
+      attend_first(piece);
+    else
+      attend_second(piece);
     finish(piece);
   }
 };
 
 // ---- 核 ----
-
-template <class Worker>
-__device__ void work(const DecodeArgs &args, Worker &worker) {
-  int cta = static_cast<int>(blockIdx.x);
-  Share share = share_of(args.in, args.schedule, cta);
-  Piece piece;
-  while (next_piece(args.in, args.schedule, cta, share, &piece)) {
-    worker.run(piece);
-    share.begin += piece.units;
-  }
-}
 
 template <class E, int RANK, int ROWS>
 __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS, 1) void mla_decode_sm90_kernel(
@@ -542,18 +609,18 @@ __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS, 1) void mla_decode_sm90
     if constexpr (!S::FEW) registers_decrease<DECODE_PRODUCER_REGISTERS>();
     if (thread >= S::CONSUMERS + WARP) return;
     Producer<RANK, ROWS> producer{args.in, &latent, &rope, {}, {}};
-    work(args, producer);
+    each_piece(args, thread == S::CONSUMERS, [&](const Piece &piece) { producer.run(piece); });
   } else if constexpr (S::FEW) {
     Few<E, RANK, ROWS> consumer(args);
-    work(args, consumer);
+    each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
   } else {
     registers_increase<DECODE_CONSUMER_REGISTERS>();
     if (thread < GROUP) {
       Many<E, RANK, ROWS, 0> consumer(args);
-      work(args, consumer);
+      each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
     } else {
       Many<E, RANK, ROWS, 1> consumer(args);
-      work(args, consumer);
+      each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
     }
   }
 }

@@ -378,7 +378,8 @@ cudaError_t dso_cuda_mla_prefill(const dso_cuda_mla_prefill_params *p, cudaStrea
   Device device;
   cudaError_t error = device_of(&device);
   if (error != cudaSuccess) return error;
-  if (prefill_sm90_fits(in, device)) return run_prefill_sm90(p, grid, stream);
+  if (prefill_sm90_fits(in, device))
+    return run_prefill_sm90(p, static_cast<int>(tiles), device.sms, stream);
   return p->dtype == DSO_BF16 ? pick_v<Bf16>(p, grid, nullptr, stream)
                               : pick_v<F16>(p, grid, nullptr, stream);
 }

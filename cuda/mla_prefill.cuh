@@ -28,8 +28,13 @@ __device__ inline bool find_tile(const dso_mla_inputs &in, int rows, int64_t til
   return true;
 }
 
-// Hopper 的前向（mla_prefill_sm90.cu）：形状、设备合适才能用；grid 同 sm_80 的路径。
+// Hopper 的前向（mla_prefill_sm90.cu）：形状、设备合适才能用；tiles 是 PREFILL_ROWS 个查询一块时块数的上界。
 bool prefill_sm90_fits(const dso_mla_inputs &in, const Device &device);
-cudaError_t run_prefill_sm90(const dso_cuda_mla_prefill_params *p, dim3 grid, cudaStream_t stream);
+cudaError_t run_prefill_sm90(const dso_cuda_mla_prefill_params *p, int tiles, int sms,
+                             cudaStream_t stream);
+
+// Hopper 的反向（mla_prefill_backward_sm90.cu）。
+bool backward_sm90_fits(const dso_mla_inputs &in, const Device &device);
+cudaError_t run_backward_sm90(const dso_cuda_mla_prefill_backward_params *p, cudaStream_t stream);
 
 }  // namespace dso

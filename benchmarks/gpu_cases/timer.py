@@ -21,12 +21,16 @@ COPY_BYTES, GEMM = 1 << 30, 8192
 
 @dataclass
 class Clocked:
-    """要计时的一边：run() 连续调用 calls 次；note 说明为什么没能录成图。"""
+    """要计时的一边：run() 连续调用 calls 次；note 说明为什么没能录成图。
+
+    图里只有地址，不持有张量：used 拿住被录的函数（连同它的输入、缓存），直到不再重放。
+    """
 
     run: Callable[[], Any]
     calls: int
     mode: str = "eager"
     note: str = ""
+    used: Any = None
 
 
 class Timer:
@@ -58,7 +62,7 @@ class Timer:
         captured, note = capture(run)
         if captured is None:
             return Clocked(run, calls, note=f"录不成 CUDA 图：{note}")
-        return Clocked(captured.replay, calls, "graph")
+        return Clocked(captured.replay, calls, "graph", used=run)
 
     def in_turn(self, sides: Sequence[Clocked]) -> list[float]:
         """各边逐轮交替；每次调用的微秒数（各轮中位数）。"""

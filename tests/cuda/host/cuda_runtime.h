@@ -22,12 +22,16 @@
 #define blockDim (cuda_host::block_size())
 #define gridDim (cuda_host::grid_size())
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -38,6 +42,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209;
 
 inline const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_host::last_failure();

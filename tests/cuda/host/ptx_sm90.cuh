@@ -18,6 +18,9 @@ inline void mbarrier_arrive(uint64_t *barrier) { cuda_host::mbarrier_arrive(barr
 inline void mbarrier_expect(uint64_t *barrier, int bytes) {
   cuda_host::mbarrier_arrive(barrier, bytes);
 }
+inline void mbarrier_arrive_copies(uint64_t *barrier) {
+  cuda_host::mbarrier_arrive_copies(barrier);
+}
 inline void mbarrier_wait(uint64_t *barrier, int parity) {
   cuda_host::mbarrier_wait(barrier, parity);
 }
@@ -91,9 +94,13 @@ inline void named_barrier_arrive(int id, int threads) {
 }
 
 template <int COUNT>
-void registers_increase() {}
+void registers_increase() {
+  cuda_host::set_registers(COUNT, true);
+}
 template <int COUNT>
-void registers_decrease() {}
+void registers_decrease() {
+  cuda_host::set_registers(COUNT, false);
+}
 
 // ---- stmatrix ----
 
@@ -263,7 +270,5 @@ void wgmma_wait() {
 
 template <int R>
 void wgmma_settle(float (&)[R]) {}
-
-inline uint64_t stay_inside(uint64_t x) { return x; }
 
 }  // namespace dso

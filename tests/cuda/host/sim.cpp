@@ -26,6 +26,7 @@ namespace {
 constexpr size_t STACK_BYTES = 256 << 10;   // ASan 的栈帧大
 constexpr size_t SHARED_LIMIT = 227 << 10;  // Hopper 每块的上限
 constexpr int NAMED = 16, GROUP_WARPS = 4;
+constexpr int REGISTERS = 65536;  // 一个 SM 的
 
 // ---- 上下文切换：x86-64 自己写（swapcontext 每次要两个系统调用），别处用 ucontext ----
 
@@ -92,7 +93,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   bool started = false, done = true;
   dim3 index;
-  int linear = 0;
+  int linear = 0, registers = 0;
   std::function<bool()> ready;  // 空的：可以运行
   AsyncQueue copies;
 };
@@ -128,7 +129,7 @@ struct State {
   Barrier barriers[NAMED];
   Context scheduler;
   Fiber *current = nullptr;
-  int count = 0, alive = 0;
+  int count = 0, alive = 0, spare_registers = 0;
   dim3 grid, block, block_at;
   unsigned char *shared = nullptr;
   size_t shared_bytes = 0;
@@ -259,11 +260,13 @@ void run_block() {
   state.transactions.clear();
   for (Barrier &barrier : state.barriers) barrier = Barrier{};
   state.alive = state.count;
+  state.spare_registers = 0;
   state.pending.clear();
   std::memset(state.shared, 0xff, state.shared_bytes);
   for (int i = 0; i < state.count; i++) {
     Fiber &fiber = *state.fibers[static_cast<size_t>(i)];
     fiber.done = false, fiber.ready = nullptr, fiber.linear = i;
+    fiber.registers = REGISTERS / state.count / 8 * 8;  // 编译器至多给这么多（launch_bounds）
     fiber.copies = AsyncQueue{};
     auto n = static_cast<unsigned>(i);
     fiber.index = dim3(n % state.block.x, n / state.block.x % state.block.y,
@@ -390,6 +393,14 @@ void wait_until(const std::function<bool()> &ready) {
   pause_here();
 }
 
+void set_registers(int count, bool increase) {
+  Fiber &me = *state.current;
+  if (increase != (count > me.registers)) fail("setmaxnreg 的方向不对");
+  int more = count - me.registers;
+  wait_until([more] { return state.spare_registers >= more; });
+  state.spare_registers -= more, me.registers = count;
+}
+
 void collective(const char *name, void *record, int warps, Act act) {
   int me = state.current->linear, width = LANES * warps;
   auto &meetings = warps == 1 ? state.warps : state.groups;
@@ -464,6 +475,23 @@ void mbarrier_arrive(void *barrier, int64_t expected_bytes) {
   t->bytes += expected_bytes;
   t->pending--;
   end_phase_if_complete(*t);
+}
+
+void mbarrier_arrive_copies(void *barrier) {
+  if (!transaction_of(barrier)) fail(NO_BARRIER);
+  AsyncQueue &mine = queue_of(COPY_QUEUE);
+  Actions copies;
+  mine.committed.push_back(std::move(mine.open));
+  for (Actions &group : mine.committed)
+    for (auto &action : group) copies.push_back(std::move(action));
+  mine = AsyncQueue{};
+  defer_global([copies = std::move(copies), barrier] {
+    for (const auto &action : copies) action();
+    if (Transaction *t = transaction_of(barrier))
+      t->pending--, end_phase_if_complete(*t);
+    else
+      note_failure(NO_BARRIER);
+  });
 }
 
 void mbarrier_complete(void *barrier, int64_t bytes) {

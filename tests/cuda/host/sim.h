@@ -57,9 +57,14 @@ void defer_global(std::function<void()> action);
 // 当前 warp 执行过 wgmma.fence 没有（之后的 wgmma.wait 把它清掉）；set 为真时记下。
 bool wgmma_fenced(bool set);
 
+// setmaxnreg：一个 CTA 的寄存器就是启动时分到的那些，增加的要等别的 warp 组让出来；不够就一直等（死锁）。
+void set_registers(int count, bool increase);
+
 // mbarrier：count 次到达、预告的字节都写完，一相才结束；字节数对不上是失败或死锁。
 void mbarrier_init(void *barrier, int count);
 void mbarrier_arrive(void *barrier, int64_t expected_bytes);
+// 当前线程此前的 cp.async 都写完时到达；从此与 TMA 一样由 defer_global 安排，wait_groups 不再等它们。
+void mbarrier_arrive_copies(void *barrier);
 void mbarrier_complete(void *barrier, int64_t bytes);  // 由 TMA 调用，不在任何线程里
 void mbarrier_wait(void *barrier, int parity);
 
