@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+
 namespace dso {
 
 // 排进 stream 后立即返回；动态共享内存超过 48 KiB 时先放开这个核的上限。
@@ -18,7 +20,8 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return cudaGetLastError();
 }
 
-// 当前设备：SM 数、每块共享内存的上限（字节）、计算能力的主版本。
+// 当前设备：SM 数、每块共享内存的上限（字节）、计算能力的主版本（DEEPSEEK_OPT_CUDA_MAJOR 可以当作较早的：测试与
+// 比较 sm_80 的路径）。
 struct Device {
   int sms, shared_limit, major;
 };
@@ -32,6 +35,8 @@ inline cudaError_t device_of(Device *device) {
   int *found[] = {&device->sms, &device->shared_limit, &device->major};
   for (int i = 0; i < 3 && error == cudaSuccess; i++)
     error = cudaDeviceGetAttribute(found[i], wanted[i], index);
+  const char *forced = std::getenv("DEEPSEEK_OPT_CUDA_MAJOR");
+  if (forced && std::atoi(forced) < device->major) device->major = std::atoi(forced);
   return error;
 }
 

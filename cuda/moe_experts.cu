@@ -78,13 +78,14 @@ int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *ex
 
 namespace {
 
-enum Path { GENERAL, SMALL, MMA, SM90 };
+enum Path { GENERAL, DIRECT, SMALL, MMA, SM90 };
 
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
   if (p.w.transposed) return MMA;
   int64_t slots = p.routing.tokens * p.routing.top_k;
   int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
+  if (moe_direct_fits(p)) return DIRECT;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
   if (few) return SMALL;
   // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
@@ -99,6 +100,8 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
   switch (path_of(*p)) {
     case GENERAL:
       return MOE_GENERAL_ROWS;
+    case DIRECT:
+      return 0;
     case SMALL:
       return p->routing.tokens <= 8 ? 8 : MOE_SMALL_ROWS;
     default:
@@ -109,11 +112,11 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
   Path path = path_of(*p);
-  decltype(&moe_mma) products[] = {moe_general, moe_small, moe_mma, moe_sm90};
+  decltype(&moe_mma) products[] = {moe_general, moe_small, moe_small, moe_mma, moe_sm90};
   auto product = products[path];
   cudaError_t error = product(*p, true, stream);
   if (error == cudaSuccess) error = product(*p, false, stream);
-  return error == cudaSuccess ? moe_combine(*p, stream) : error;
+  return error == cudaSuccess && path != DIRECT ? moe_combine(*p, stream) : error;
 }
 
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,

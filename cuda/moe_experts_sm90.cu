@@ -81,8 +81,8 @@ struct Work {
 };
 
 // 这个 CTA 的各份工作。相邻的 MOE_GROUP 块行与全部的列块一起做，同时在做的 CTA 因此共用 L2 里的权重与 x。
-// 下一份的块先读好，读的延迟盖在这一份里。
-template <Product P, class Run>
+// AHEAD：下一份的块先读好，读的延迟盖在这一份里；生产者读过之后，消费者再读就在 L1 里。
+template <Product P, bool AHEAD, class Run>
 __device__ void each_work(const dso_cuda_moe_experts_params &p, unsigned column_blocks, Run run) {
   const dso_cuda_moe_routing &r = p.routing;
   auto tiles = static_cast<unsigned>(r.most_tiles);
@@ -94,11 +94,11 @@ __device__ void each_work(const dso_cuda_moe_experts_params &p, unsigned column_
     next.tile = r.tiles[first + inside % many];
     next.first = static_cast<int>(inside / many) * (P == GATED ? HALF : COLUMNS);
   };
-  fetch(blockIdx.x);
-  for (unsigned n = blockIdx.x; n < total;) {
+  if (AHEAD) fetch(blockIdx.x);
+  for (unsigned n = blockIdx.x; n < total; n += gridDim.x) {
+    if (!AHEAD) fetch(n);
     Work now = next;
-    n += gridDim.x;
-    if (n < total) fetch(n);
+    if (AHEAD && n + gridDim.x < total) fetch(n + gridDim.x);
     now.shared = now.tile.expert >= r.experts;
     int inner = static_cast<int>(now.shared ? p.w.shared.inner : p.w.first.inner);
     now.columns = P == OUTPUT ? static_cast<int>(p.n) : inner;
@@ -268,7 +268,7 @@ struct Consumer {
     auto *to = static_cast<uint16_t *>(P == OUTPUT ? p.o : p.h) + first;
     int64_t rs = P == OUTPUT ? p.n : w.shared ? p.w.shared.inner : p.h_rs;
     to += P == OUTPUT ? (w.tile.row + row) * p.n : hidden_at(p, w.tile.row) + row * rs;
-#pragma unroll
+#pragma unroll 4
     for (int i = lane; i < WARP_ROWS * HALF / 8; i += WARP) {
       int line = i / (HALF / 8), column = i % (HALF / 8) * 8;
       if (line < left && first + column < w.columns)
@@ -333,11 +333,11 @@ __global__ __launch_bounds__(THREADS, 1) void moe_experts_sm90(const __grid_cons
     registers_decrease<MOE_PRODUCER_REGISTERS>();
     if (P == OUTPUT && threadIdx.x > CONSUMERS) return;  // 只有一个线程发 TMA
     Producer<P> producer(maps, p);
-    each_work<P>(p, column_blocks, [&](const Work &w) { producer.run(w); });
+    each_work<P, true>(p, column_blocks, [&](const Work &w) { producer.run(w); });
   } else {
     registers_increase<MOE_CONSUMER_REGISTERS>();
     Consumer<E, P> consumer(p);
-    each_work<P>(p, column_blocks, [&](const Work &w) { consumer.run(w); });
+    each_work<P, false>(p, column_blocks, [&](const Work &w) { consumer.run(w); });
   }
 }
 

@@ -12,14 +12,17 @@ from deepseek_opt import (
     LatentCache,
     MLAAttention,
     MLAConfig,
+    MOEConfig,
     OptimizationProfile,
     optimize,
 )
 from deepseek_opt.cache_rows import crop_rows
 from deepseek_opt.integrations.masks import build_plan
+from deepseek_opt.integrations.patch import Patch
 from deepseek_opt.layers import LatentMultiheadAttention
 from deepseek_opt.optimize import find_state
 from tests.fake_cuda import CUDA, Watch, fake_cuda, move
+from tests.moe_models import make_moe
 from tests.tiny_models import MODELS, DynamicCache, StaticCache, available, make_model
 
 PROFILE = OptimizationProfile(mla=MLAConfig(), dense=DenseConfig(ffn=True))
@@ -34,6 +37,7 @@ CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
     "latent": lambda config: LatentCache(config.num_hidden_layers),
     "int8": lambda config: LatentCache(config.num_hidden_layers, dtype="int8"),
+    "fp8": lambda config: LatentCache(config.num_hidden_layers, dtype="float8_e4m3fn"),
     "static": lambda config: StaticCache(config=config, max_cache_len=64),
 }
 
@@ -311,3 +315,29 @@ def test_mixed_devices_name_the_argument(cuda):
     with pytest.raises(ValueError, match="缓存在 cuda:0，传入的 latent、rope 在 cpu"):
         cache.update(0, torch.empty(2, 1, 8), torch.empty(2, 1, 8))
     assert cuda is not None and cache.get_seq_length() == 1
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
+def test_moe_decodes_without_waiting(monkeypatch, model_type):
+    """路由、专家与计数：一步里不读回主机，也不往设备送东西。"""
+    profile = OptimizationProfile(mla=MLAConfig(), moe=MOEConfig())
+    model = make_moe(model_type).eval()
+    optimize(model, profile)
+    names = [p for m in model.modules() for p in m.__dict__.values() if isinstance(p, Patch)]
+    blocks = [p for p in names if type(p).__name__ in ("MoeBlockPatch", "ExpertsPatch")]
+    assert blocks
+    with fake_cuda(monkeypatch):
+        move(model)
+        width = model.config.hidden_size
+        first = blocks[0].module
+        hidden = torch.empty(1, 1, width, device=CUDA)
+        args = (hidden,)
+        if type(blocks[0]).__name__ == "ExpertsPatch":
+            index = torch.empty(1, 2, dtype=torch.int64, device=CUDA)
+            args = (hidden[0], index, torch.empty(1, 2, device=CUDA))
+        first(*args)  # 计数器随设备搬一次
+        with Watch() as watch:
+            out = first(*args)
+        assert (out[0] if isinstance(out, tuple) else out).device == CUDA
+        assert not watch.waits and "moe_experts" in watch.ops
+    assert not fallbacks(model)

@@ -95,8 +95,9 @@ class ExpertsPatch(QuantizablePatch):
         if any(getattr(module, name, None) != value for name, value in layout.scalars):
             return "激活的参数（alpha、limit）在优化之后被改动了"
         if self.store is not None:
-            return input_reason(hidden) or parallel_reason(module) or self.store.refusal(module)
-        return input_reason(hidden) or state_reason(module)
+            reason = input_reason(hidden, "moe_experts_quantized") or parallel_reason(module)
+            return reason or self.store.refusal(module)
+        return input_reason(hidden) or state_reason(module, hidden)
 
 
 def looks_like_experts(module: nn.Module) -> bool:
@@ -159,11 +160,11 @@ def original_forward(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
 
-def input_reason(hidden: Tensor) -> str | None:
-    """这个输入不能由本库计算的原因。"""
-    if not hidden.is_cpu:
-        return f"设备 {hidden.device.type} 上还没有 MoE 核"
-    return None if hidden.dtype in _DTYPES else f"数据类型 {hidden.dtype} 不受支持"
+def input_reason(hidden: Tensor, *names: str) -> str | None:
+    """这个输入不能由本库计算的原因；names 是要用的算子。"""
+    if hidden.dtype not in _DTYPES:
+        return f"数据类型 {hidden.dtype} 不受支持"
+    return ops.missing(hidden, *(names or ("moe_experts",)))
 
 
 def parallel_reason(module: nn.Module) -> str | None:
@@ -172,8 +173,8 @@ def parallel_reason(module: nn.Module) -> str | None:
     return "专家并行：每个进程只有一部分专家" if parallel else None
 
 
-def state_reason(module: nn.Module) -> str | None:
-    """这个实例此刻的权重与状态不能用的原因；每次调用都看。"""
+def state_reason(module: nn.Module, hidden: Tensor | None = None) -> str | None:
+    """这个实例此刻的权重与状态（给了输入时连同设备）不能用的原因；每次调用都看。"""
     reason = parallel_reason(module)
     if reason is not None:
         return reason
@@ -186,6 +187,9 @@ def state_reason(module: nn.Module) -> str | None:
                 return reason
     if up.dtype != down.dtype:
         return f"上、下投影的类型不同：{up.dtype} 与 {down.dtype}"
+    where = up.device if hidden is None else hidden.device
+    if up.device != where or down.device != where:
+        return f"权重在 {up.device}、{down.device} 上，与输入（{where}）不在同一设备上"
     return _shape_reason(module, up, down)
 
 
@@ -200,7 +204,11 @@ def _weight(module: nn.Module, name: str) -> Any:
 
 def _is_plain_weight(weight: Any) -> bool:
     """常见的情形先放行：每层每步都要看。"""
-    return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype in _DTYPES
+    return (
+        type(weight) is nn.Parameter
+        and (weight.is_cpu or weight.is_cuda)
+        and weight.dtype in _DTYPES
+    )
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -230,9 +238,8 @@ def weight_reason(name: str, weight: Any) -> str | None:
         return f"没有权重 {name}（可能已被量化）"
     if is_traceable_wrapper_subclass(weight):
         return f"{name} 是 {type(weight).__name__}，不是普通张量"
-    if weight.device.type != "cpu":
-        where = "还在 meta 设备上" if weight.is_meta else f"在 {weight.device.type} 上，没有 MoE 核"
-        return f"{name} {where}"
+    if weight.is_meta:
+        return f"{name} 还在 meta 设备上"
     if weight.dtype not in _DTYPES:
         return f"{name} 的类型 {weight.dtype} 不受支持"
     return None
@@ -305,10 +312,13 @@ def _probe(module: nn.Module, layout: ExpertsLayout) -> str | None:
     experts, width = module.num_experts, up.shape[1 if layout.transposed else 2]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [1.0], [30.0]])
-    indices = torch.tensor([[0, experts - 1]] * 3)[:, : min(2, experts)]
+    indices = torch.tensor([[0, experts - 1]] * 3, device=up.device)[:, : min(2, experts)]
     weights = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]])[:, : indices.shape[1]]
-    x, weights = x.to(up.dtype), weights.to(up.dtype)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    x, weights = x.to(up.device, up.dtype), weights.to(up.device, up.dtype)
+    with torch.no_grad(), torch.autocast(up.device.type, enabled=False):
+        reason = ops.missing(up, "moe_experts")
+        if reason is not None:
+            return reason
         try:
             actual = original_forward(module)(module, x, indices, weights)
         except (RuntimeError, TypeError, AttributeError):

@@ -46,7 +46,7 @@ def experts_forward(
 
 
 def _refusal(module: nn.Module, hidden: Tensor) -> str | None:
-    return experts.input_reason(hidden) or experts.state_reason(module)
+    return experts.input_reason(hidden) or experts.state_reason(module, hidden)
 
 
 @torch.compiler.disable

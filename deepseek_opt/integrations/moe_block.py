@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt import ops
 from deepseek_opt.eval_mode import evaluating
 from deepseek_opt.integrations import experts
 from deepseek_opt.integrations.dense import ffn_reason, instance_reason, probe_ffn
@@ -136,7 +137,8 @@ class MoeBlockPatch(QuantizablePatch):
         """(权重, 下标)，各 [T, k]；顺带计数。"""
         module, spec, training = self.module, self.spec, patch.module.training
         gate = module._modules[spec.gate]
-        if isinstance(patch_of(gate), RouterPatch) and not is_hooked(gate):
+        mine = isinstance(patch_of(gate), RouterPatch) and not is_hooked(gate)
+        if mine and ops.missing(flat, "moe_route") is None:
             _, weights, indices, counts = route(gate, flat)
             patch.load_counter.add(counts, training=training)
             return weights, indices
@@ -231,7 +233,7 @@ def _probe(module: nn.Module, spec: MoeBlockSpec, profile: Any) -> str | None:
     x = x.to(weight.device, weight.dtype)
     patch = MoeBlockPatch(module, Runtime(profile), "", spec)
     # 训练模式下量化的专家不计算，核对的是 eval 时的写法
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), evaluating(module):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), evaluating(module):
         try:
             actual = type(module).forward(module, x)
             expected = patch(x)

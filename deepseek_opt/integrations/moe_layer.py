@@ -30,7 +30,7 @@ class MoeLayerPatch(QuantizablePatch):
         module = self.module
         reason = self.store.refusal(module)
         if reason is None and isinstance(hidden, Tensor):
-            reason = input_reason(hidden)
+            reason = input_reason(hidden, "moe_experts_quantized")
         if reason is None:
             return module.forward_with(hidden, self._compute)
         self.give_way(reason)

@@ -76,7 +76,8 @@ class OwnMoePatch(Patch):
             return "调用方式不是 forward(hidden)"
         if self.module.training and self.train_reason is not None:
             return self.train_reason
-        return experts.input_reason(args[0]) or state_reason(self.module, self.adapter)
+        reason = experts.input_reason(args[0], "moe_route", "moe_experts_list")
+        return reason or state_reason(self.module, self.adapter, args[0])
 
 
 def route(module: nn.Module, adapter: MoeAdapter, x: Tensor) -> tuple[Tensor, ...]:
@@ -112,8 +113,10 @@ def own_reason(module: nn.Module, adapter: MoeAdapter) -> str | None:
         return f"没有登记里写的属性：{error}"
 
 
-def state_reason(module: nn.Module, adapter: MoeAdapter) -> str | None:
-    """专家此刻的权重与状态不能用的原因；每次调用都看。"""
+def state_reason(
+    module: nn.Module, adapter: MoeAdapter, hidden: Tensor | None = None
+) -> str | None:
+    """专家此刻的权重与状态（给了输入时连同设备）不能用的原因；每次调用都看。"""
     first = None
     for index, expert in enumerate(resolve(module, adapter.experts)):
         if has_hooks(expert):
@@ -122,7 +125,11 @@ def state_reason(module: nn.Module, adapter: MoeAdapter) -> str | None:
             reason = _linear_reason(resolve(expert, path), first)
             if reason is not None:
                 return f"专家 {index} 的 {path} {reason}"
-            first = resolve(expert, path).weight if first is None else first
+            weight = resolve(expert, path).weight
+            first = weight if first is None else first
+            where = first.device if hidden is None else hidden.device
+            if weight.device != where:
+                return f"专家 {index} 的 {path} 在 {weight.device} 上，应在 {where} 上"
     for path in _projections(adapter):
         biased = {resolve(e, path).bias is not None for e in resolve(module, adapter.experts)}
         if len(biased) > 1:
@@ -224,11 +231,15 @@ def _probe(patch: OwnMoePatch) -> str | None:
     """一小批随机词元；近乎平局、选择不定的词元不比。"""
     module, adapter = patch.module, patch.adapter
     weight = resolve(resolve(module, adapter.experts)[0], adapter.gate_proj).weight
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    devices, kind = [weight.device] if weight.is_cuda else [], weight.device.type
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(kind, enabled=False):
         torch.manual_seed(0)
         x = torch.randn(1, _PROBE_TOKENS, weight.shape[1])
         x[:, -_PROBE_SCALED:] *= 30.0  # 会碰到截断
-        x = x.to(weight.dtype)
+        x = x.to(weight.device, weight.dtype)
+        reason = ops.missing(x, "moe_route", "moe_experts_list")
+        if reason is not None:
+            return reason
         try:
             with _untouched(module) as touched:
                 actual = type(module).forward(module, x)
@@ -245,7 +256,8 @@ def _clear(module: nn.Module, adapter: MoeAdapter, x: Tensor) -> Tensor:
     """[T]：logits 上加一点随机数，选择不变的词元。"""
     logits, _, indices, _ = route(module, adapter, x)
     logits = logits.float()
-    noisy = logits + torch.randn(logits.shape) * (logits.abs().mean() * 0.02 + 1e-6)
+    noise = torch.randn(logits.shape).to(logits.device)
+    noisy = logits + noise * (logits.abs().mean() * 0.02 + 1e-6)
     again = _choose(module, adapter, noisy)[2]
     return (indices.sort(-1).values == again.sort(-1).values).all(-1)
 

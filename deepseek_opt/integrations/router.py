@@ -28,7 +28,7 @@ class RouterPatch(Patch):
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.runtime.require_moe()
-        reason = "有额外的参数" if args or kwargs else input_reason(hidden_states)
+        reason = "有额外的参数" if args or kwargs else input_reason(hidden_states, "moe_route")
         if reason is None and self.module.weight.device != hidden_states.device:
             reason = "路由权重与输入不在同一设备上"
         if reason is not None:
@@ -85,12 +85,17 @@ def install(module: nn.Module, runtime: Runtime, name: str) -> None:
 def _probe(module: nn.Module) -> str | None:
     """随机词元走一遍原来的 forward，选择、权重、logits 都要相同；偏置取随机值，免得全 0 时看不出差别。"""
     weight, bias = module.weight, module._buffers.get("e_score_correction_bias")
-    if weight.device.type != "cpu":
-        return f"路由权重在 {weight.device.type} 上，没有 MoE 核"
+    if weight.is_meta:
+        return "路由权重还在 meta 设备上"
+    with torch.no_grad():
+        reason = ops.missing(weight, "moe_route")
+    if reason is not None:
+        return reason
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=generator).to(weight.dtype)
+    x = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=generator)
+    x = x.to(weight.device, weight.dtype)
     saved = None if bias is None else bias.clone()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
             if bias is not None:
                 bias.copy_(torch.randn(bias.shape, generator=generator) * 0.1)

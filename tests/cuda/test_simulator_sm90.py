@@ -174,6 +174,36 @@ extern "C" int run(const void *x, uint16_t *y, int steps, int bug) {
 }
 """
 
+# 一个 warp 用 cp.async 拷，各线程写完时到达 mbarrier，另一个 warp 等它。bug：1 先到达再拷，2 不等，3 多等一次到达。
+COPIES = """
+#include <ptx_sm90.cuh>
+#include "mma.cuh"
+using namespace dso;
+static void kernel(const uint16_t *x, uint16_t *y, int steps, int bug) {
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + 512), *empty = full + 1;
+  int t = threadIdx.x, lane = t % 32;
+  if (t == 0) mbarrier_init(full, bug == 3 ? 33 : 32), mbarrier_init(empty, 1);
+  __syncthreads();
+  for (int step = 0; step < steps; step++) {
+    if (t < 32) {
+      mbarrier_wait(empty, step % 2 ^ 1);
+      if (bug == 1) mbarrier_arrive_copies(full);
+      cp_async_16(tile + lane * 16, x + step * 256 + lane * 8, true);
+      if (bug != 1) mbarrier_arrive_copies(full);
+    } else {
+      if (bug != 2) mbarrier_wait(full, step % 2);
+      for (int i = lane; i < 256; i += 32)
+        y[step * 256 + i] = reinterpret_cast<uint16_t *>(tile)[255 - i];
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(empty);
+    }
+  }
+}
+extern "C" int run(const uint16_t *x, uint16_t *y, int steps, int bug) {
+  return launch(kernel, dim3(1), dim3(64), 512 + 16, nullptr, x, y, steps, bug);
+}
+"""
 
 # 3 组各 128 个线程：每线程 168 个寄存器，一组让出来，两组增加。
 REGISTERS = """
@@ -296,6 +326,27 @@ def test_planted_fault_is_reported(bug, reason):
     library = simulate(RING)
     assert library.run(pointer(x), pointer(y), 7, bug) == FAILED
     assert reason in library.dso_host_failure().decode()
+
+
+def copied(bug=0):
+    """(返回码, 核的结果, 应得的)。"""
+    x, y = randn(5, 256, dtype=torch.bfloat16), torch.zeros(5, 256, dtype=torch.bfloat16)
+    return simulate(COPIES).run(pointer(x), pointer(y), 5, bug), y, x.flip(1)
+
+
+@pytest.mark.usefixtures("mode")
+def test_copies_arrive_on_the_barrier():
+    code, got, want = copied()
+    assert code == 0 and torch.equal(got, want)
+    assert copied(3)[0] == FAILED
+    assert "死锁" in simulate(COPIES).dso_host_failure().decode()
+
+
+@pytest.mark.parametrize("bug", [1, 2], ids=["先到达再拷", "不等"])
+def test_copies_that_are_not_waited_for(monkeypatch, bug):
+    monkeypatch.setenv("DSO_HOST_ASYNC", "lazy")
+    code, got, want = copied(bug)
+    assert code != 0 or not torch.equal(got, want)
 
 
 @pytest.mark.usefixtures("mode")

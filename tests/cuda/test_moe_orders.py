@@ -1,0 +1,56 @@
+"""MoE 的 CUDA 核在主机模拟上：线程、warp 与异步完成的次序怎样打乱，结果都逐位相同；没有共享内存的库冲突。"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from deepseek_opt import ops
+from tests import test_moe_quantized as quantized
+from tests.cuda import host_library
+from tests.cuda.test_gpu_moe import skewed
+from tests.cuda.test_orders import same_in_every_order
+from tests.moe_cases import Layout, experts
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
+)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _no_bank_conflicts():
+    library = host_library.load()
+    library.dso_host_reset_conflicts()
+    yield
+    assert library.dso_host_conflicts() == 0
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_route(monkeypatch, tokens):
+    x, weight, bias = torch.randn(tokens, 33), torch.randn(24, 33), torch.randn(24)
+    options = {"top_k": 5, "n_group": 6, "topk_group": 3}
+    same_in_every_order(monkeypatch, lambda: ops.moe_route(x, weight, bias, bias, **options))
+
+
+@pytest.mark.parametrize("tokens", [20, 150, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_experts(monkeypatch, tokens, dtype):
+    """一个 CTA 的排序、几个 CTA 的排序；词元少、多的路径；通用路径。"""
+    ways = (Layout(), Layout("clipped", transposed=True, interleaved=True))
+    for way in ways if tokens < 1000 else ():
+        case = experts((tokens, 72, 40, 48), 6, dtype=dtype, layout=way, bias=True)
+        same_in_every_order(monkeypatch, lambda case=case: (case.run(),))
+    if tokens == 1000:
+        case = experts((tokens, 8, 8, 8), 6, 5, dtype=dtype)
+        same_in_every_order(monkeypatch, lambda: (case.run(),))
+
+
+@pytest.mark.parametrize("tokens", [5, 150])
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
+def test_quantized(monkeypatch, tokens, form):
+    case = quantized.make((tokens, 96, 48, 40), form, dtype=BF16, count=5)
+    case = case.but(indices=skewed(tokens, 5))
+    same_in_every_order(monkeypatch, lambda: (case.run(),))
