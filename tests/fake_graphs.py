@@ -90,6 +90,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def can_record(plan: Any, step: Any) -> bool:
         collects = plan.collected.scores is not None or plan.collected.logits is not None
-        return plan.chooser.on_device and not collects and step.adapter.capturable(step.rows)
+        return plan.chooser.on_device and not collects and step.adapter.capturable(step.rows, 1)
 
     monkeypatch.setattr(graphs, "_can_record", can_record)

@@ -53,7 +53,7 @@ def test_a_step_never_waits(monkeypatch, name, kind):
         step = Step(model.mtp, ROWS, CUDA)
         step.chooser = chooser_of(kind, model, Rows(tokens, None, 40, 8, 0))
         with model.mtp.adapter.generating():
-            assert model.mtp.adapter.capturable(ROWS) == (name == "deepseek_v3")
+            assert model.mtp.adapter.capturable(ROWS, 5) == (name == "deepseek_v3")
             with Watch() as watch:
                 step.prefill(tokens, [7, 5, 7])
             assert not watch.reads  # 送过去的：各行的长度，第一次用到的专家计数

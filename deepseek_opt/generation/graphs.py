@@ -65,7 +65,7 @@ def _can_record(plan: Any, step: Step) -> bool:
     if torch.cuda.is_current_stream_capturing() or len(plan.predictor.layers) != 1:
         return False
     collects = plan.collected.scores is not None or plan.collected.logits is not None
-    return plan.chooser.on_device and not collects and step.adapter.capturable(step.rows)
+    return plan.chooser.on_device and not collects and step.adapter.capturable(step.rows, 1)
 
 
 def _stamp(plan: Any, step: Step) -> tuple:
@@ -134,7 +134,8 @@ class StepGraphs:
         width = window.hidden.shape[1] if length else 0
         key = (length, width)
         if key not in self._recorded:
-            if key not in self._seen:
+            steps = max(length + 1, width)
+            if key not in self._seen or not self.step.adapter.capturable(self.step.rows, steps):
                 self._seen.add(key)
                 return self.step.run(length)
             self._record(key)

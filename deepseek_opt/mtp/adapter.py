@@ -154,9 +154,9 @@ class MTPAdapter:
         """一次生成在这个块内进行：其间参数与钩子不变，可以把检查只做一次。"""
         return nullcontext()
 
-    def capturable(self, rows: int) -> bool:
-        """rows 行的一步（主模型与 MTP 层）能不能录进 CUDA graph：不等设备，地址不变。缺省不能。"""
-        del rows
+    def capturable(self, rows: int, steps: int) -> bool:
+        """rows 行、每行 steps 个词元的一步（主模型与 MTP 层）能不能录进 CUDA graph：不等设备，地址不变。缺省不能。"""
+        del rows, steps
         return False
 
     def reserve_positions(self, count: int) -> Any:

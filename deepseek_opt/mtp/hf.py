@@ -225,10 +225,10 @@ class HFAdapter(MTPAdapter):
         """块内能直接调用算子的层不再经过各模块，见 integrations/steady.py。"""
         return self._steady.during(self)
 
-    def capturable(self, rows: int) -> bool:
+    def capturable(self, rows: int, steps: int) -> bool:
         """主模型与 MTP 层是否都能直接调用算子。"""
         blocks = [layer.block for layer in self.model.mtp.layers]
-        return all(self._steady.find(layer, rows, 1) is not None for layer in (None, *blocks))
+        return all(self._steady.find(layer, rows, steps) is not None for layer in (None, *blocks))
 
     def reserve_positions(self, count: int) -> Any:
         """角度的表。"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
@@ -10,19 +9,11 @@ import torch
 
 from deepseek_opt import _native, ops, reference
 from tests.cuda.cases import CACHE_SHAPES, DTYPES, NORM_SHAPES, ROPE_SHAPES, randn
+from tests.cuda.device import DEVICE, ON_GPU, marks, needs_gpu
 from tests.op_cases import QUANTIZED, attention, bits, paged
 from tests.tolerances import tol
 
-# 没有 GPU 时在主机模拟上跑（scripts/cuda_host.sh）：同样的测试，只有流、图、多卡要真卡。
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not ON_GPU and os.environ.get("DSO_HOST") != "1", reason="没有 CUDA 设备，也不在主机模拟里"
-    ),
-]
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="要真的 GPU")
+pytestmark = marks
 EPS = 1e-6
 # 真卡上才跑的大形状：模拟太慢。
 BIG_NORMS = [(1000, 2048), (4096, 7168), (100_003, 512)] if ON_GPU else []

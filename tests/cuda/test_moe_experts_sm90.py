@@ -139,10 +139,10 @@ def wide(case):
 def eager(case):
     """transformers 的写法：逐个专家，每一步都舍入到 bf16。"""
     y = torch.zeros(len(case.x), case.down.shape[1], dtype=BF16)
-    for e in range(len(case.gate_up)):
+    for e, (gate_up, down) in enumerate(zip(case.gate_up, case.down, strict=True)):
         token, slot = torch.where(case.indices == e)
-        gate, up = (case.x[token] @ case.gate_up[e].T).chunk(2, -1)
-        out = (torch.nn.functional.silu(gate) * up) @ case.down[e].T
+        gate, up = (case.x[token] @ gate_up.T).chunk(2, -1)
+        out = (torch.nn.functional.silu(gate) * up) @ down.T
         y.index_add_(0, token, (out * case.weights[token, slot, None]).to(BF16))
     return y
 
