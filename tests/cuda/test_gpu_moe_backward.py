@@ -67,6 +67,14 @@ def test_depths(depth):
         check(experts((20, depth, depth, 16), 3, dtype=BF16, layout=way))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_deep(transposed):
+    """各步都多于流水的级数，一块里两组都有行，一个专家有几块：Hopper 上两组错开、CTA 常驻。"""
+    way = Layout(transposed=transposed)
+    index = torch.randint(2, (400, 1))
+    check(experts((400, 264, 136, 328), 2, dtype=BF16, layout=way, bias=True, indices=index))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_nothing_to_do(dtype):
     """没有词元、全是哨兵、没有选择：梯度是 0，不是没有写过的数。"""
