@@ -214,9 +214,9 @@ def _forward(count: int, env: Env, sm80: bool = False) -> Iterator[Row]:
 
 def _train(count: int, env: Env) -> Iterator[Row]:
     """前向加反向：对 x、权重、两个权重矩阵求导；核对几个词元的 dx（其余的在测试里核对）。"""
-    dims, key = _dims(env), f"moe.forward_backward.t{count}"
+    dims, key = dims_of(env), f"moe.forward_backward.t{count}"
     count = count // 256 if env.quick else count
-    weights = _weights(env, dims, "bf16")
+    weights = make_weights(env, dims, "bf16")
 
     def step(forward: Callable, x: Tensor, indices: Tensor, mix: Tensor, grad: Tensor) -> tuple:
         leaves = [t.detach().requires_grad_() for t in (x, mix, weights.gate_up, weights.down)]
@@ -224,7 +224,7 @@ def _train(count: int, env: Env) -> Iterator[Row]:
         return torch.autograd.grad(out, leaves, grad)
 
     def make() -> tuple[Tensor, ...]:
-        return *_inputs(env, dims, count), env.randn(count, dims.hidden)
+        return *make_inputs(env, dims, count), env.randn(count, dims.hidden)
 
     def pairs(args: tuple, found: tuple[Tensor, ...]) -> Pairs:
         x, indices, mix, grad = args
