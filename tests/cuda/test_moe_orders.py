@@ -35,10 +35,10 @@ def test_route(monkeypatch, tokens):
     same_in_every_order(monkeypatch, lambda: ops.moe_route(x, weight, bias, bias, **options))
 
 
-@pytest.mark.parametrize("tokens", [20, 150, 1000])
+@pytest.mark.parametrize("tokens", [3, 20, 150, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_experts(monkeypatch, tokens, dtype):
-    """一个 CTA 的排序、几个 CTA 的排序；词元少、多的路径；通用路径。"""
+    """不排序、一个 CTA 排序、几个 CTA 排序；词元少、多的路径；通用路径。"""
     ways = (Layout(), Layout("clipped", transposed=True, interleaved=True))
     for way in ways if tokens < 1000 else ():
         case = experts((tokens, 72, 40, 48), 6, dtype=dtype, layout=way, bias=True)
@@ -48,7 +48,7 @@ def test_experts(monkeypatch, tokens, dtype):
         same_in_every_order(monkeypatch, lambda: (case.run(),))
 
 
-@pytest.mark.parametrize("tokens", [5, 150])
+@pytest.mark.parametrize("tokens", [4, 5, 150])
 @pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
 def test_quantized(monkeypatch, tokens, form):
     case = quantized.make((tokens, 96, 48, 40), form, dtype=BF16, count=5)
