@@ -34,6 +34,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     mla_decode,
     mla_prefill,
     moe,
+    moe_train,
     mtp_ops,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
@@ -47,6 +48,7 @@ GROUPS: dict[str, ModuleType] = {
     "mla_decode": mla_decode,
     "mla_prefill": mla_prefill,
     "moe": moe,
+    "moe_train": moe_train,
     "decode_step": decode_step,
     "memory": memory,
     "length": length,

@@ -49,8 +49,9 @@ cudaError_t bias_grads(const BackwardParams &p, bool down, cudaStream_t stream) 
   int64_t columns = down ? p.in.n : gate_up_columns(p.in);
   dim3 grid(static_cast<unsigned>(p.in.routing.experts),
             static_cast<unsigned>(ceil_div(columns, WARP)));
-  const void *wanted = down ? p.grad.first.down_bias : p.grad.first.gate_bias;
-  if (grid.x == 0 || grid.y == 0 || !wanted) return cudaSuccess;
+  // 单独给出的专家里，第一个的中间宽可以是 0（指针为空），别的仍有偏置。
+  const void *one = down ? p.grad.first.down_bias : p.grad.first.gate_bias;
+  if (grid.x == 0 || grid.y == 0 || (!one && !p.grad.list)) return cudaSuccess;
   return launch(moe_bias_grads, grid, dim3(BIAS_WARPS * WARP), 0, stream, p, down);
 }
 

@@ -77,11 +77,11 @@ def cases(_: Env) -> list[Case]:
 # ---- 专家 ----
 
 
-def _dims(env: Env) -> Dims:
+def dims_of(env: Env) -> Dims:
     return Dims(8, 64, 32, 2) if env.quick else Dims()
 
 
-def _weights(env: Env, dims: Dims, form: str) -> Weights:
+def make_weights(env: Env, dims: Dims, form: str) -> Weights:
     gate_up = env.randn(dims.experts, 2 * dims.inner, dims.hidden) * dims.hidden**-0.5
     down = env.randn(dims.experts, dims.hidden, dims.inner) * dims.inner**-0.5
     if FORMS[form] is None:
@@ -92,7 +92,7 @@ def _weights(env: Env, dims: Dims, form: str) -> Weights:
     return Weights(gate_up, down, up_codes, down_codes)
 
 
-def _inputs(env: Env, dims: Dims, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(env: Env, dims: Dims, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """x、下标、权重：每个词元随机的 K 个不同的专家。"""
     scores = torch.rand(count, dims.experts, device=env.device)
     weights, indices = scores.topk(dims.top_k, dim=-1)
@@ -101,12 +101,12 @@ def _inputs(env: Env, dims: Dims, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _work(env: Env, dims: Dims, count: int, form: str, key: str) -> Work:
-    weights = _weights(env, dims, form)
+    weights = make_weights(env, dims, form)
     used = dims.experts * (1 - (1 - dims.top_k / dims.experts) ** count)  # 期望碰到几个专家
     return Work(
         key,
         torch.bfloat16,
-        lambda: _inputs(env, dims, count),
+        lambda: make_inputs(env, dims, count),
         partial(_ours, weights),
         _peers(weights, dims),
         partial(_pairs, weights),
@@ -145,7 +145,7 @@ def _pairs(weights: Weights, args: tuple, out: Tensor) -> Pairs:
 def _peers(weights: Weights, dims: Dims) -> dict[str, Callable]:
     return {
         "torch._grouped_mm": partial(grouped, weights),
-        "transformers": partial(_transformers, weights, dims),
+        "transformers": partial(transformers_experts, weights, dims=dims),
     }
 
 
@@ -166,7 +166,9 @@ def grouped(weights: Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor
     return (out[back].view(count, top_k, -1) * mix[..., None]).sum(1).to(x.dtype)
 
 
-def _transformers(weights: Weights, dims: Dims, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:
+def transformers_experts(
+    weights: Weights, x: Tensor, indices: Tensor, mix: Tensor, *, dims: Dims
+) -> Tensor:
     """transformers 的 grouped_mm 实现，用它自己的 Experts 类。"""
     from transformers.integrations.moe import grouped_mm_experts_forward
     from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -178,8 +180,8 @@ def _transformers(weights: Weights, dims: Dims, x: Tensor, indices: Tensor, mix:
         )
         with torch.device("meta"):
             module = Qwen3MoeExperts(config)
-        module.gate_up_proj = nn.Parameter(weights.gate_up, requires_grad=False)
-        module.down_proj = nn.Parameter(weights.down, requires_grad=False)
+        del module.gate_up_proj, module.down_proj  # 换成普通的张量：训练的对照要对它们求导
+        module.gate_up_proj, module.down_proj = weights.gate_up, weights.down
         weights.module = module  # type: ignore[attr-defined]
     return grouped_mm_experts_forward(weights.module, x, indices, mix.to(x.dtype))
 
@@ -200,7 +202,7 @@ def _forced(major: str | None) -> Iterator[None]:
 
 
 def _forward(count: int, env: Env, sm80: bool = False) -> Iterator[Row]:
-    dims, name = _dims(env), "sm80" if sm80 else "forward"
+    dims, name = dims_of(env), "sm80" if sm80 else "forward"
     with _forced("8" if sm80 else None):
         work = _work(
             env, dims, count // 256 if env.quick else count, "bf16", f"moe.{name}.t{count}"
@@ -250,7 +252,7 @@ def _train(count: int, env: Env) -> Iterator[Row]:
 
 
 def _decode(count: int, form: str, env: Env) -> Iterator[Row]:
-    row = measure(env, _work(env, _dims(env), count, form, f"moe.decode.{form}.t{count}"))
+    row = measure(env, _work(env, dims_of(env), count, form, f"moe.decode.{form}.t{count}"))
     yield row.judge(row.gbps / env.copy_gbps, BANDWIDTH.unit, BANDWIDTH)
 
 

@@ -87,6 +87,21 @@ def test_deterministic(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nan_stays_with_its_experts(transposed, dtype):
+    """一个词元里的 NaN 不进别的词元的 dx、别的专家的权重：块里越过专家末尾的行不读。"""
+    case = experts((150, 40, 48, 24), 4, 1, dtype=dtype, layout=Layout(transposed=transposed))
+    case.x[7, 3] = torch.nan
+    used = case.indices[7, 0].item()
+    got = on_device(case).gradients(randn(150, 24, dtype=dtype).to(DEVICE))
+    others, experts_left = torch.arange(150) != 7, torch.arange(4) != used
+    assert got["x"].cpu()[others].isfinite().all() and got["x"][7].isnan().any()
+    for name in ("gate_up", "down"):
+        assert got[name].cpu()[experts_left].isfinite().all(), name
+        assert got[name][used].isnan().any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("joint", [False, True])
 def test_lists(joint, dtype):
     """每个专家是单独的张量：与成叠的逐位相同。"""

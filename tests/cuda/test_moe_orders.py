@@ -54,3 +54,33 @@ def test_quantized(monkeypatch, tokens, form):
     case = quantized.make((tokens, 96, 48, 40), form, dtype=BF16, count=5)
     case = case.but(indices=skewed(tokens, 5))
     same_in_every_order(monkeypatch, lambda: (case.run(),))
+
+
+@pytest.mark.parametrize("tokens", [20, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_experts_backward(monkeypatch, tokens, dtype):
+    """按行的三步、权重的梯度、偏置、混合权重；中间宽与 K 都跨过一块。"""
+    ways = (Layout(), Layout("clipped", transposed=True, interleaved=True))
+    for way in ways:
+        shared = 0 if way.transposed else 4
+        sizes = (tokens, 136, 31 if shared else 72, 48)
+        case = experts(sizes, 5, dtype=dtype, layout=way, bias=True, shared=shared)
+        if shared:  # 路由专家的宽度另取，都对齐
+            case = case.but(
+                gate_up=case.gate_up[:, :48].contiguous(),
+                gate_up_bias=case.gate_up_bias[:, :48].contiguous(),
+                down=case.down[..., :24].contiguous(),
+            )
+        grad = torch.randn(tokens, 48).to(dtype)
+        case = case.but(indices=skewed(tokens, 5))
+        same_in_every_order(monkeypatch, lambda c=case, g=grad: tuple(c.gradients(g).values()))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_route_backward(monkeypatch, score):
+    logits, index = torch.randn(50, 37), torch.randint(37, (50, 5))
+    given = torch.randn(50, 37), torch.randn(50, 5)
+    backward = torch.ops.deepseek_opt.moe_route_backward
+    same_in_every_order(
+        monkeypatch, lambda: (backward(*given, logits, index, score, True, False, 2.0, 1e-20),)
+    )
