@@ -1,7 +1,7 @@
 """GPU 上的基准：各算子、显存、整个模型解码一步，对照与屋顶线都在同一次运行里量。
 
     python benchmarks/gpu.py --output benchmarks/results/gpu.json
-    python benchmarks/gpu.py --only mla_decode,mla_prefill
+    python benchmarks/gpu.py --only mla_decode,mla_prefill --match h128
 
 先核对结果（fp64 参考，只算几行几头），不对的记为失败，不计时，退出码为 1；没有的算子、放不下的、超出
 ``--budget-s`` 的记为跳过。每得一行就写一次 JSON，中途被打断也留下已有的。
@@ -28,11 +28,13 @@ from benchmarks.gpu_cases import (  # noqa: E402
     compiled,
     decode_step,
     dense,
+    generation,
     length,
     memory,
     mla_decode,
     mla_prefill,
     moe,
+    mtp_ops,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Row  # noqa: E402
@@ -49,6 +51,8 @@ GROUPS: dict[str, ModuleType] = {
     "memory": memory,
     "length": length,
     "dense": dense,
+    "mtp_ops": mtp_ops,
+    "generation": generation,
     "compiled": compiled,
 }
 BUDGET_SECONDS = 240.0
@@ -100,6 +104,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="很小的形状，只检查能不能跑")
+    parser.add_argument("--match", default="", help="只跑名字含有其中之一的项，逗号分隔")
     parser.add_argument("--only", help=f"只跑这几组，逗号分隔：{'、'.join(GROUPS)}")
     parser.add_argument(
         "--budget-s", type=float, default=BUDGET_SECONDS, help="过了这么多秒，余下的项不再运行"
@@ -134,7 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(args.output, header, env.rows)
     for name in args.groups:
         for case in GROUPS[name].cases(env):
-            run_case(env, case, report.add)
+            if any(part in case.key for part in args.match.split(",")):
+                run_case(env, case, report.add)
     if args.device == "cuda":
         header["smi_after"] = smi()
     report.write(complete=True)

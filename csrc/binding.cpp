@@ -124,7 +124,8 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def(
       "mla_decode(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor "
       "spans,"
-      " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True) -> Tensor");
+      " Tensor? kv_mask, float softmax_scale, int v_head_dim, bool causal=True, Tensor? "
+      "block_table=None) -> Tensor");
   m.def(
       "mla_prefill(Tensor q, Tensor latent, Tensor rope, Tensor? scale, Tensor kv_b_weight, Tensor "
       "spans,"

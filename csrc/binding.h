@@ -42,6 +42,8 @@ inline const char *dtype_name(ScalarType type) {
       return "float64";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Bool:
       return "bool";
     case ScalarType::Long:

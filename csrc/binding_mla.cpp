@@ -139,11 +139,13 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
                   const std::optional<Tensor> &scale, const Tensor &kv_b, const Tensor &spans,
                   const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
-                  bool causal) {
+                  bool causal, const std::optional<Tensor> &block_table) {
+  const char *op = "mla_decode";
   MlaInputs m;
-  fill("mla_decode", m, q, latent, rope_keys, scale, kv_b, kv_mask,
-       {softmax_scale, v_head_dim, causal});
-  use_spans("mla_decode", m, spans);
+  fill(op, m, q, latent, rope_keys, scale, kv_b, kv_mask, {softmax_scale, v_head_dim, causal},
+       block_table);
+  use_spans(op, m, spans);
+  if (block_table) check_pages(op, m, m.in.spans, m.in.n_spans);
   Tensor out = torch::stable::new_empty(q, {m.in.b, m.in.t, m.in.heads, m.in.v_dim});
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
   if (m.in.b * m.in.t > 0) execute(dso_mla_decode, &p);

@@ -51,7 +51,28 @@ inline dso_rope_params rope_params(const char *op, const Tensor &x, Tensor &y, c
 }
 
 inline dso_dtype latent_dtype(const char *op, const char *name, const Tensor &t) {
-  return t.scalar_type() == ScalarType::Char ? DSO_I8 : float_dtype(op, name, t);
+  switch (t.scalar_type()) {
+    case ScalarType::Char:
+      return DSO_I8;
+    case ScalarType::Float8_e4m3fn:
+      return DSO_F8;
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return float_dtype(op, name, t);
+    default:
+      expect(false, op, "：", name,
+             " 的类型应为 float32、bfloat16、float16、int8 或 float8_e4m3fn，实际是 ",
+             dtype_name(t.scalar_type()), "。");
+      return DSO_F32;
+  }
+}
+
+// 量化的（int8、float8_e4m3fn）带着每词元的尺度，其余没有。
+inline void expect_scale(const char *op, const char *latent, const char *scale, dso_dtype dtype,
+                         bool given) {
+  expect((dso_quantized_latent(dtype) != 0) == given, op, "：", latent,
+         " 为 int8 或 float8_e4m3fn 时必须给出 ", scale, "，否则不能给。");
 }
 
 // offsets [B] int64、连续、在 CPU 上：每行要写的 t 个槽位都应在缓存之内。
@@ -83,10 +104,8 @@ inline CacheWrite cache_write_of(const char *op, Tensor &latent_cache, Tensor &r
   CacheWrite w{row_major(latent), row_major(rope_keys), {}};
   dso_mla_cache_write_params &p = w.p;
   p.latent_cache_dtype = latent_dtype(op, "latent_cache", latent_cache);
-  const bool quantized = p.latent_cache_dtype == DSO_I8;
-  expect(quantized == scale_cache.has_value(), op,
-         "：latent_cache 为 int8 时必须给出 scale_cache，否则不能给。");
-  if (quantized) {
+  expect_scale(op, "latent_cache", "scale_cache", p.latent_cache_dtype, scale_cache.has_value());
+  if (scale_cache) {
     expect_shape(op, "scale_cache", *scale_cache, {b, slots});
     expect_type(op, "scale_cache", *scale_cache, ScalarType::Float);
     expect(scale_cache->stride(1) == 1 || slots <= 1, op, "：scale_cache 的最后一维步长应为 1。");
@@ -135,7 +154,7 @@ inline void check_spans(const char *op, const dso_mla_inputs &in, const dso_span
 
 // 张量与由它们得到的结构体；张量要活到执行结束。spans 另由 CPU、CUDA 各自填写。
 struct MlaInputs {
-  Tensor q, latent, rope, scale, kv_b, mask, spans;
+  Tensor q, latent, rope, scale, kv_b, mask, spans, pages;
   std::vector<dso_span> list;
   dso_mla_inputs in{};
 };
@@ -146,6 +165,34 @@ struct MlaOptions {
   bool causal;
 };
 
+// 分页的缓存：latent [页数, 每页的槽位数, r]，block_table [B, 每行的页数]。
+inline void fill_pages(const char *op, MlaInputs &m, const Tensor &latent, const Tensor &table) {
+  dso_mla_inputs &in = m.in;
+  expect_shape(op, "latent", latent, {-1, -1, -1});
+  expect_shape(op, "block_table", table, {in.b, -1});
+  expect_type(op, "block_table", table, ScalarType::Int);
+  expect(latent.size(1) > 0, op, "：latent 每页的槽位数（第 1 维）应大于 0。");
+  m.pages = row_major(table);
+  in.pages = static_cast<const int32_t *>(m.pages.const_data_ptr());
+  in.pages_bs = m.pages.stride(0), in.page_size = latent.size(1);
+}
+
+// spans 要读的页都应存在；用不到的页号不看。页表在 CPU 上，spans 已经检查过。
+inline void check_pages(const char *op, const MlaInputs &m, const dso_span *spans, int64_t count) {
+  const dso_mla_inputs &in = m.in;
+  for (int64_t i = 0; i < count; i++) {
+    const dso_span &s = spans[i];
+    if (s.q_begin == s.q_end || s.kv_begin == s.kv_end) continue;
+    const int64_t row = s.kv_begin / in.s, slot = s.kv_begin % in.s;
+    const int64_t end = slot + s.kv_end - s.kv_begin;
+    for (int64_t j = slot / in.page_size; j * in.page_size < end; j++) {
+      const int64_t page = in.pages[row * in.pages_bs + j];
+      expect(0 <= page && page < m.latent.size(0), op, "：block_table[", row, ", ", j,
+             "] 应是 0 到 ", m.latent.size(0) - 1, " 的页号，实际是 ", page, "。");
+    }
+  }
+}
+
 inline void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const Tensor &rope_keys,
                        const std::optional<Tensor> &scale, const std::optional<Tensor> &kv_mask) {
   dso_mla_inputs &in = m.in;
@@ -155,8 +202,7 @@ inline void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const
   in.rope = m.rope.const_data_ptr(), in.rope_bs = m.rope.stride(0), in.rope_ts = m.rope.stride(1);
   in.latent_dtype = latent_dtype(op, "latent", latent);
   in.rope_dtype = float_dtype(op, "rope", rope_keys);
-  expect((in.latent_dtype == DSO_I8) == scale.has_value(), op,
-         "：latent 为 int8 时必须给出 scale，否则不能给。");
+  expect_scale(op, "latent", "scale", in.latent_dtype, scale.has_value());
   if (scale) {
     expect_shape(op, "scale", *scale, {latent.size(0), latent.size(1)});
     expect_type(op, "scale", *scale, ScalarType::Float);
@@ -175,13 +221,17 @@ inline void fill_cache(const char *op, MlaInputs &m, const Tensor &latent, const
 
 inline void fill(const char *op, MlaInputs &m, const Tensor &q, const Tensor &latent,
                  const Tensor &rope_keys, const std::optional<Tensor> &scale, const Tensor &kv_b,
-                 const std::optional<Tensor> &kv_mask, const MlaOptions &options) {
+                 const std::optional<Tensor> &kv_mask, const MlaOptions &options,
+                 const std::optional<Tensor> &block_table = std::nullopt) {
   dso_mla_inputs &in = m.in;
   expect_shape(op, "q", q, {-1, -1, -1, -1});
-  expect_shape(op, "latent", latent, {q.size(0), -1, -1});
-  in.b = q.size(0), in.t = q.size(1), in.heads = q.size(2), in.s = latent.size(1),
-  in.rank = latent.size(2);
-  expect_shape(op, "rope", rope_keys, {in.b, in.s, -1});
+  in.b = q.size(0), in.t = q.size(1), in.heads = q.size(2);
+  if (block_table)
+    fill_pages(op, m, latent, *block_table);
+  else
+    expect_shape(op, "latent", latent, {in.b, -1, -1});
+  in.s = latent.size(1) * (block_table ? block_table->size(1) : 1), in.rank = latent.size(2);
+  expect_shape(op, "rope", rope_keys, {latent.size(0), latent.size(1), -1});
   in.rope_dim = rope_keys.size(2), in.nope_dim = q.size(3) - in.rope_dim,
   in.v_dim = options.v_head_dim;
   expect(in.nope_dim >= 0, op, "：q 的最后一维 ", q.size(3), " 应不小于 rope 的最后一维 ",

@@ -197,14 +197,6 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
   return {common.x, common.weights, d_gate_up, d_down, d_bias, d_down_bias, common.shared};
 }
 
-// 加进已有的梯度：布局要与权重一致，才能用同样的位置。
-void expect_grad(const char *op, const char *name, const Tensor &grad, const Tensor &weight) {
-  expect_shape(op, name, grad, {weight.size(0), weight.size(1), weight.size(2)});
-  expect_type(op, name, grad, weight.scalar_type());
-  expect(grad.is_contiguous() && weight.is_contiguous(), op, "：", name,
-         " 与它的权重都应是连续的。");
-}
-
 // 改写输入的算子不能返回列表，所以共享专家的四个逐个给出，没有的为空。
 using OtherGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -112,4 +112,69 @@ inline void fill_route(const char *op, Route &r, const Tensor &x,
          static_cast<int64_t *>(r.counts.mutable_data_ptr())};
 }
 
+// 反向的一次调用；张量要活到执行结束。
+struct RouteBackward {
+  Tensor logits, indices, d_logits, d_weights, out;
+  dso_moe_route_backward_params p{};
+};
+
+struct RouteBackwardOptions {
+  std::string score;
+  bool normalize, softmax_after;
+  double scaling, eps;
+};
+
+constexpr const char *kRouteBackward = "moe_route_backward";
+
+inline Tensor float_grad(const char *name, const std::optional<Tensor> &t, int64_t tokens,
+                         int64_t width) {
+  if (!t) return Tensor();
+  expect_shape(kRouteBackward, name, *t, {tokens, width});
+  expect_type(kRouteBackward, name, *t, ScalarType::Float);
+  return torch::stable::contiguous(*t);
+}
+
+// 检查（下标的内容除外），分配输出，填参数。
+inline void fill_route_backward(RouteBackward &r, const std::optional<Tensor> &d_logits,
+                                const std::optional<Tensor> &d_weights, const Tensor &logits,
+                                const Tensor &indices, const RouteBackwardOptions &o) {
+  const char *op = kRouteBackward;
+  expect_shape(op, "logits", logits, {-1, -1});
+  expect_type(op, "logits", logits, ScalarType::Float);
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  expect_shape(op, "indices", indices, {tokens, -1});
+  expect_type(op, "indices", indices, ScalarType::Long);
+  const int64_t top_k = indices.size(1);
+  const dso_route_rule rule{score_kind(op, o.score),
+                            o.normalize,
+                            o.softmax_after,
+                            0,
+                            top_k,
+                            1,
+                            1,
+                            static_cast<float>(o.scaling),
+                            static_cast<float>(o.eps)};
+  check_rule(op, rule, o.eps, o.scaling);
+  r.logits = torch::stable::contiguous(logits), r.indices = torch::stable::contiguous(indices);
+  r.d_logits = float_grad("d_logits", d_logits, tokens, experts),
+  r.d_weights = float_grad("d_weights", d_weights, tokens, top_k);
+  r.out = torch::stable::new_empty(logits, {tokens, experts});
+  r.p = {tokens,
+         experts,
+         rule,
+         static_cast<const float *>(r.logits.const_data_ptr()),
+         static_cast<const int64_t *>(r.indices.const_data_ptr()),
+         floats(d_logits, r.d_logits),
+         floats(d_weights, r.d_weights),
+         static_cast<float *>(r.out.mutable_data_ptr())};
+}
+
+// 下标在主机上时看内容：都在 [0, experts)。
+inline void expect_indices(const RouteBackward &r) {
+  const int64_t top_k = r.p.rule.top_k, experts = r.p.experts;
+  for (int64_t i = 0; i < r.p.tokens * top_k; i++)
+    expect(r.p.indices[i] >= 0 && r.p.indices[i] < experts, kRouteBackward, "：indices[", i / top_k,
+           ", ", i % top_k, "] 应在 [0, ", experts, ") 内，实际是 ", r.p.indices[i], "。");
+}
+
 }  // namespace dso

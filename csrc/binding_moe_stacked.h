@@ -101,4 +101,13 @@ inline dso_act check_experts(const char *op, Experts &m, const Tensor &x, const 
   return act;
 }
 
+// 加进已有的梯度：布局要与权重一致，才能用同样的位置。
+inline void expect_grad(const char *op, const char *name, const Tensor &grad,
+                        const Tensor &weight) {
+  expect_shape(op, name, grad, {weight.size(0), weight.size(1), weight.size(2)});
+  expect_type(op, name, grad, weight.scalar_type());
+  expect(grad.is_contiguous() && weight.is_contiguous(), op, "：", name,
+         " 与它的权重都应是连续的。");
+}
+
 }  // namespace dso

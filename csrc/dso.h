@@ -20,8 +20,16 @@
 extern "C" {
 #endif
 
-/* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。 */
-typedef enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_F16 = 2, DSO_I8 = 3, DSO_I4 = 4 } dso_dtype;
+/* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。
+ * DSO_F8 是 e4m3fn（没有无穷，0x7f、0xff 是 NaN，最大 448），只用于缓存里的潜变量。 */
+typedef enum {
+  DSO_F32 = 0,
+  DSO_BF16 = 1,
+  DSO_F16 = 2,
+  DSO_I8 = 3,
+  DSO_I4 = 4,
+  DSO_F8 = 5
+} dso_dtype;
 
 typedef struct {
   int64_t stages;      /* 阶段数 */
@@ -145,6 +153,13 @@ typedef struct {
   void *q_latent, *latent, *rope; /* 连续，与 x 同 dtype */
 } dso_mla_qkv_a_params;
 
+/* 潜变量的量化：int8 与 fp8 都是逐词元对称的，尺度 = 最大绝对值 / 最大的码。 */
+enum { DSO_I8_MOST = 127, DSO_F8_MOST = 448 };
+
+static inline int dso_quantized_latent(dso_dtype dtype) {
+  return dtype == DSO_I8 || dtype == DSO_F8;
+}
+
 /* 把 latent [B, T, r]、rope [B, T, dr] 写到 offsets[b] 起的槽位。 */
 typedef struct {
   int64_t b, t, rank, rope_dim;
@@ -154,7 +169,7 @@ typedef struct {
   void *latent_cache, *rope_cache;
   int64_t latent_cache_bs, latent_cache_ts, rope_cache_bs, rope_cache_ts;
   dso_dtype latent_cache_dtype, rope_cache_dtype;
-  float *scale_cache; /* int8 时 [B, C] */
+  float *scale_cache; /* 量化时 [B, C] */
   int64_t scale_cache_bs;
   const int64_t *offsets;
 } dso_mla_cache_write_params;
@@ -173,7 +188,7 @@ typedef struct {
   const void *latent, *rope; /* [B, S, r]、[B, S, dr] */
   int64_t latent_bs, latent_ts, rope_bs, rope_ts;
   dso_dtype latent_dtype, rope_dtype;
-  const float *scale; /* int8 潜变量的每词元尺度 [B, S]，否则 NULL */
+  const float *scale; /* 量化的潜变量的每词元尺度 [B, S]，否则 NULL */
   int64_t scale_bs;
   dso_mat kv_b;           /* [H * (dn + dv), r] */
   const uint8_t *kv_mask; /* [B, S]，1 可见；可为 NULL */
@@ -182,7 +197,7 @@ typedef struct {
   int64_t n_spans;
   float softmax_scale;
   int causal;
-  /* 分页的缓存（只有 CUDA 的 mla_decode）：latent、rope、scale 是 [页数, page_size, ...]，第 b 行的槽位 i 在
+  /* 分页的缓存（只有 mla_decode）：latent、rope、scale 是 [页数, page_size, ...]，第 b 行的槽位 i 在
    * 第 pages[b, i / page_size] 页；s 是页表的宽乘 page_size。NULL 为连续的缓存。 */
   const int32_t *pages;
   int64_t pages_bs, page_size;
@@ -329,8 +344,8 @@ typedef struct {
   dso_dtype dtype;
 } dso_positions;
 
-/* 逐行核对草稿 draft [R, D]（前 draft_len[r] 个有效，其余不看）：accepted 是从头连续接受的个数，next 是
- * 其后的词元。next < 0 是出错：位置 -1 - next 上的数不对，accepted 是 dso_mtp_fault。 */
+/* 逐行核对草稿 draft [R, D]（前 draft_len[r] 个有效，其余不看；NULL 为都有效）：accepted 是从头连续接受的
+ * 个数，next 是其后的词元。next < 0 是出错：位置 -1 - next 上的数不对，accepted 是 dso_mtp_fault。 */
 typedef struct {
   int64_t rows, drafts, vocab;
   const int64_t *draft, *draft_len; /* [R, D]、[R] */
@@ -362,9 +377,9 @@ typedef struct {
 } dso_mtp_input_params;
 
 /* 各行的草稿 token[r] = argmax_v (W x_r + b)_v，v 在候选 vocabulary [count] 里（NULL 为 0 到 count - 1）；
- * 相同时取靠前的候选。token < 0 是出错：分数里有 NaN。 */
+ * 相同时取靠前的候选。token < 0 是出错：分数里有 NaN，或（只在 CUDA，内容没有先查）候选越界。 */
 typedef struct {
-  int64_t m, k, count;
+  int64_t m, k, vocab, count;
   dso_mat x, weight;         /* [M, K]、[V, K] */
   const void *bias;          /* [V]，与 weight 同 dtype；没有则 NULL */
   const int64_t *vocabulary; /* [count]，都在 [0, V) 内 */
@@ -376,9 +391,9 @@ typedef struct {
 typedef struct {
   int64_t rows, positions, vocab;
   dso_positions logits;
-  const int64_t *token; /* [R, L] 已有的词元；不在 [0, V) 的不算。没有则 NULL */
-  int64_t token_rs;
-  const int64_t *token_len; /* [R, P]：各位置看前几个 */
+  const int64_t *token;     /* [R, L] 已有的词元；不在 [0, V) 的不算。没有则 NULL */
+  int64_t token_rs, tokens; /* 行距；L */
+  const int64_t *token_len; /* [R, P]：各位置看前几个；NULL 为全部 */
   float penalty, temperature, min_p;
   int64_t top_k;
   double top_p;

@@ -1,5 +1,5 @@
 /* 把新词元的潜变量与旋转键写进缓存：行 b 的第 t 个词元写到槽位 offsets[b] + t。
- * int8 潜变量逐词元对称量化：scale = amax / 127；旋转部分保持 16 或 32 位。 */
+ * int8、fp8 的潜变量逐词元对称量化：scale = amax / 最大的码；旋转部分保持 16 或 32 位。 */
 #include <string.h>
 
 #include "isa/isa.h"
@@ -28,12 +28,12 @@ static void copy_row(const dso_isa *isa, void *dst, dso_dtype to, const void *sr
   isa->from_f32(dst, to, row, n);
 }
 
-static void quantize_row(const dso_isa *isa, int8_t *dst, float *scale, const void *src,
+static void quantize_row(const dso_isa *isa, void *dst, dso_dtype to, float *scale, const void *src,
                          dso_dtype from, int64_t n, float *row) {
   isa->to_f32(row, src, from, n);
-  *scale = isa->vamax(row, n) / 127.0f;
+  *scale = isa->vamax(row, n) / (to == DSO_I8 ? DSO_I8_MOST : DSO_F8_MOST);
   for (int64_t i = 0; i < n && *scale > 0.0f; i++) row[i] /= *scale;
-  isa->from_f32(dst, DSO_I8, row, n);
+  isa->from_f32(dst, to, row, n);
 }
 
 static void write_token(const dso_ctx *ctx, int64_t token) {
@@ -45,9 +45,9 @@ static void write_token(const dso_ctx *ctx, int64_t token) {
                         b * p->latent_cache_bs + slot * p->latent_cache_ts);
   void *rope_to = dso_at_mut(p->rope_cache, p->rope_cache_dtype,
                              b * p->rope_cache_bs + slot * p->rope_cache_ts);
-  if (p->latent_cache_dtype == DSO_I8)
-    quantize_row(ctx->isa, to, p->scale_cache + b * p->scale_cache_bs + slot, latent,
-                 p->latent_dtype, p->rank, ctx->worker);
+  if (dso_quantized_latent(p->latent_cache_dtype))
+    quantize_row(ctx->isa, to, p->latent_cache_dtype, p->scale_cache + b * p->scale_cache_bs + slot,
+                 latent, p->latent_dtype, p->rank, ctx->worker);
   else
     copy_row(ctx->isa, to, p->latent_cache_dtype, latent, p->latent_dtype, p->rank, ctx->worker);
   copy_row(ctx->isa, rope_to, p->rope_cache_dtype, rope, p->rope_dtype, p->rope_dim, ctx->worker);

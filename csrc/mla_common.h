@@ -25,9 +25,9 @@ static inline int64_t dso_mla_visible(const dso_mla_inputs *in, const dso_mla_pl
   return in->causal ? at->kv_len - at->q_len + i + 1 : at->kv_len;
 }
 
-/* int8 潜变量反量化后按 bf16 参与计算：它自身的误差已大于 bf16 的舍入。 */
+/* 量化的潜变量还原后按 bf16 参与计算：它自身的误差已大于 bf16 的舍入。 */
 static inline dso_dtype dso_mla_format(const dso_isa *isa, const dso_mla_inputs *in) {
-  int latent = in->latent_dtype == DSO_BF16 || in->latent_dtype == DSO_I8;
+  int latent = in->latent_dtype == DSO_BF16 || dso_quantized_latent(in->latent_dtype);
   return dso_compute_format(isa, latent && in->q_dtype == DSO_BF16 && in->rope_dtype == DSO_BF16 &&
                                      in->kv_b.dtype == DSO_BF16);
 }
@@ -56,6 +56,14 @@ static inline void dso_mla_copy(const dso_isa *isa, void *dst, dso_dtype fmt, in
   }
 }
 
+/* 第 row 行槽位 slot 的起点（元素）；bs、ts 是这个张量的步长。 */
+static inline int64_t dso_mla_slot_at(const dso_mla_inputs *in, int64_t row, int64_t slot,
+                                      int64_t bs, int64_t ts) {
+  if (!in->pages) return row * bs + slot * ts;
+  int64_t page = in->pages[row * in->pages_bs + slot / in->page_size];
+  return page * bs + slot % in->page_size * ts;
+}
+
 /* 一块键的潜变量与旋转部分，计算格式，行主序。 */
 typedef struct {
   const void *latent, *rope;
@@ -66,33 +74,39 @@ static inline size_t dso_mla_keys_bytes(const dso_mla_inputs *in, int64_t rows) 
   return (size_t)(rows * (in->rank + in->rope_dim + 4) + in->rank + in->rope_dim) * 4;
 }
 
-/* 读槽位 [slot, slot + n)：格式相同且无遮盖时直接用缓存；否则转到 buffer，被 kv_mask
- * 遮住的行清零（那里可能是未初始化的 NaN）。 */
+/* 读槽位 [slot, slot + n)，n 大于 0：格式相同、无遮盖而且在一页之内时直接用缓存；否则转到 buffer，被
+ * kv_mask 遮住的行清零（那里可能是未初始化的 NaN）。 */
 static inline dso_mla_keys dso_mla_load_keys(const dso_isa *isa, const dso_mla_inputs *in,
                                              dso_dtype fmt, int64_t row, int64_t slot, int64_t n,
                                              void *buffer) {
-  const void *latent =
-      dso_at(in->latent, in->latent_dtype, row * in->latent_bs + slot * in->latent_ts);
-  const void *rope = dso_at(in->rope, in->rope_dtype, row * in->rope_bs + slot * in->rope_ts);
   int64_t rank = dso_mla_pad(fmt, in->rank), width = dso_mla_pad(fmt, in->rope_dim);
   int exact =
       in->latent_dtype == fmt && in->rope_dtype == fmt && rank == in->rank && width == in->rope_dim;
-  if (exact && !in->kv_mask) return (dso_mla_keys){latent, rope, in->latent_ts, in->rope_ts};
+  int near = !in->pages || slot % in->page_size + n <= in->page_size;
+  if (exact && near && !in->kv_mask)
+    return (dso_mla_keys){
+        dso_at(in->latent, fmt, dso_mla_slot_at(in, row, slot, in->latent_bs, in->latent_ts)),
+        dso_at(in->rope, fmt, dso_mla_slot_at(in, row, slot, in->rope_bs, in->rope_ts)),
+        in->latent_ts, in->rope_ts};
   float *scratch = buffer;
   void *to = scratch + in->rank + in->rope_dim, *rope_to = dso_at_mut(to, fmt, n * rank);
   for (int64_t i = 0; i < n; i++) {
-    const void *from = dso_at(latent, in->latent_dtype, i * in->latent_ts);
+    const void *from = dso_at(in->latent, in->latent_dtype,
+                              dso_mla_slot_at(in, row, slot + i, in->latent_bs, in->latent_ts));
     void *dst = dso_at_mut(to, fmt, i * rank);
     if (in->scale) {
-      isa->to_f32(scratch, from, DSO_I8, in->rank);
-      isa->vscale(scratch, in->scale[row * in->scale_bs + slot + i], in->rank);
+      isa->to_f32(scratch, from, in->latent_dtype, in->rank);
+      isa->vscale(scratch, in->scale[dso_mla_slot_at(in, row, slot + i, in->scale_bs, 1)],
+                  in->rank);
       dso_mla_copy(isa, dst, fmt, rank, scratch, DSO_F32, 0, 1, in->rank, scratch);
     } else {
       dso_mla_copy(isa, dst, fmt, rank, from, in->latent_dtype, 0, 1, in->rank, scratch);
     }
+    from = dso_at(in->rope, in->rope_dtype,
+                  dso_mla_slot_at(in, row, slot + i, in->rope_bs, in->rope_ts));
+    dso_mla_copy(isa, dso_at_mut(rope_to, fmt, i * width), fmt, width, from, in->rope_dtype, 0, 1,
+                 in->rope_dim, scratch);
   }
-  dso_mla_copy(isa, rope_to, fmt, width, rope, in->rope_dtype, in->rope_ts, n, in->rope_dim,
-               scratch);
   for (int64_t i = 0; in->kv_mask && i < n; i++) {
     if (in->kv_mask[row * in->kv_mask_bs + slot + i]) continue;
     memset(dso_at_mut(to, fmt, i * rank), 0, (size_t)(rank * dso_size_of(fmt)));

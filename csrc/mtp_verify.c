@@ -22,6 +22,10 @@ static int64_t tasks(const void *params, int64_t stage) {
   return ((const dso_mtp_rows *)params)->rows; /* 两种参数都以 dso_mtp_rows 开头 */
 }
 
+static int64_t draft_count(const dso_mtp_rows *in, int64_t row) {
+  return in->draft_len ? in->draft_len[row] : in->drafts;
+}
+
 static void reject_row(const dso_mtp_rows *in, int64_t row, int64_t i, dso_mtp_fault fault) {
   in->accepted[row] = fault, in->next[row] = -1 - i;
 }
@@ -52,7 +56,7 @@ static int64_t argmax(const dso_isa *isa, const void *x, dso_dtype dtype, int64_
 
 static void greedy_run(const dso_ctx *ctx, int64_t row) {
   const dso_mtp_verify_greedy_params *p = ctx->params;
-  const int64_t *draft = p->in.draft + row * p->in.drafts, len = p->in.draft_len[row];
+  const int64_t *draft = p->in.draft + row * p->in.drafts, len = draft_count(&p->in, row);
   for (int64_t i = 0; i <= len; i++) {
     int64_t best = argmax(ctx->isa, position(&p->logits, row, i, 0), p->logits.dtype, p->in.vocab,
                           ctx->worker);
@@ -85,7 +89,7 @@ static float value_at(const dso_isa *isa, const dso_positions *x, int64_t row, i
 /* 从头接受的个数；出错时是 -1 - 位置，*fault 为原因。 */
 static int64_t accept(const dso_ctx *ctx, int64_t row, dso_mtp_fault *fault) {
   const dso_mtp_verify_sample_params *p = ctx->params;
-  const int64_t *draft = p->in.draft + row * p->in.drafts, len = p->in.draft_len[row];
+  const int64_t *draft = p->in.draft + row * p->in.drafts, len = draft_count(&p->in, row);
   const double *u = p->uniform + row * (p->in.drafts + 1);
   for (int64_t i = 0; i < len; i++) {
     float prob = value_at(ctx->isa, &p->target, row, i, draft[i]), q = 1.0f;
@@ -112,7 +116,7 @@ static void sample_run(const dso_ctx *ctx, int64_t row) {
                    .without = -1};
   double u = p->uniform[row * (p->in.drafts + 1) + p->in.drafts];
   int64_t token = DSO_PICK_NOTHING;
-  if (n < p->in.draft_len[row]) {
+  if (n < draft_count(&p->in, row)) {
     dso_weights rest = w;
     if (p->one_hot)
       rest.without = p->in.draft[row * p->in.drafts + n];

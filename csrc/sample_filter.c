@@ -67,7 +67,8 @@ static void penalize(const dso_sample_filter_params *p, int64_t task, float *s,
   if (!p->token || p->penalty == 1.0f) return;
   memset(seen, 0, (size_t)dso_ceil_div(p->vocab, 8));
   const int64_t *token = p->token + task / p->positions * p->token_rs;
-  for (int64_t j = 0; j < p->token_len[task]; j++) {
+  int64_t count = p->token_len ? p->token_len[task] : p->tokens;
+  for (int64_t j = 0; j < count; j++) {
     int64_t t = token[j];
     if (t < 0 || t >= p->vocab || (seen[t / 8] >> (t % 8) & 1)) continue;
     seen[t / 8] |= (unsigned char)(1 << (t % 8));

@@ -12,6 +12,9 @@ namespace dso {
 
 inline void check(const char *op, cudaError_t error) {
   if (error == cudaSuccess) return;
+  if (error == cudaErrorNoKernelImageForDevice)
+    throw std::runtime_error(std::string("deepseek_opt：") + op +
+                             " 启动失败：这块 GPU 太旧，需要计算能力 8.0（Ampere）及更新的。");
   throw std::runtime_error(std::string("deepseek_opt：") + op + " 启动失败：" +
                            cudaGetErrorString(error) + "。");
 }
@@ -51,8 +54,7 @@ class NoGrad {
 // 以下交给 torch（cuBLAS）；都是写进 out 的那一种：autocast 不管它们，类型就是我们给的。
 template <size_t N>
 void call_out(const char *name, const char *overload, std::array<StableIValue, N> stack) {
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
 }
 

@@ -89,11 +89,11 @@ namespace {
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,
                   const std::optional<Tensor> &scale, const Tensor &kv_b, const Tensor &spans,
                   const std::optional<Tensor> &kv_mask, double softmax_scale, int64_t v_head_dim,
-                  bool causal) {
+                  bool causal, const std::optional<Tensor> &block_table) {
   const char *op = "mla_decode";
   DeviceInputs m;
   fill_device(op, m, q, latent, rope_keys, scale, kv_b, kv_mask,
-              {softmax_scale, v_head_dim, causal});
+              {softmax_scale, v_head_dim, causal}, block_table);
   use_device_spans(op, m, spans);
   return decode(op, m);
 }

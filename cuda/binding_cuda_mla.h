@@ -1,6 +1,6 @@
 // MLA 各算子的 CUDA 绑定共用：填写参数与 spans；吸收、核、W_UV 三步的解码。
 //
-// spans、offsets 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
+// spans、offsets、block_table 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
 #pragma once
 
 #include "binding_cuda.h"
@@ -17,13 +17,15 @@ struct DeviceInputs : MlaInputs {
 inline void fill_device(const char *op, DeviceInputs &m, const Tensor &q, const Tensor &latent,
                         const Tensor &rope_keys, const std::optional<Tensor> &scale,
                         const Tensor &kv_b, const std::optional<Tensor> &kv_mask,
-                        const MlaOptions &options) {
-  fill(op, m, q, latent, rope_keys, scale, kv_b, kv_mask, options);
+                        const MlaOptions &options,
+                        const std::optional<Tensor> &block_table = std::nullopt) {
+  fill(op, m, q, latent, rope_keys, scale, kv_b, kv_mask, options, block_table);
   expect_device(op, "latent", latent, q);
   expect_device(op, "rope", rope_keys, q);
   expect_device(op, "kv_b_weight", kv_b, q);
   if (scale) expect_device(op, "scale", *scale, q);
   if (kv_mask) expect_device(op, "kv_mask", *kv_mask, q);
+  if (block_table && !on_host(*block_table)) expect_device(op, "block_table", *block_table, q);
   const dso_mla_inputs &in = m.in;
   expect(in.b * in.t * in.heads <= INT32_MAX && in.s <= INT32_MAX, op,
          "：B * T * H 与 S 都应小于 2^31，实际是 ", in.b * in.t * in.heads, " 与 ", in.s, "。");
@@ -34,6 +36,7 @@ inline void set_spans(DeviceInputs &m) {
   m.in.spans = static_cast<const dso_span *>(m.spans.const_data_ptr());
 }
 
+// 检查 spans 与它们要读的页，都送到设备上。
 inline void use_device_spans(const char *op, DeviceInputs &m, const Tensor &spans) {
   expect_spans(op, spans);
   m.spans = torch::stable::contiguous(spans);
@@ -41,6 +44,7 @@ inline void use_device_spans(const char *op, DeviceInputs &m, const Tensor &span
   if (on_host(m.spans)) {
     const auto *list = static_cast<const dso_span *>(m.spans.const_data_ptr());
     check_spans(op, m.in, list, spans.size(0));
+    if (m.in.page_size > 0 && on_host(m.pages)) check_pages(op, m, list, spans.size(0));
     int64_t covered = 0;
     m.longest = 0;
     for (int64_t i = 0; i < spans.size(0); i++) {
@@ -54,6 +58,9 @@ inline void use_device_spans(const char *op, DeviceInputs &m, const Tensor &span
     expect_device(op, "spans", m.spans, m.q);
   }
   set_spans(m);
+  if (m.in.page_size == 0) return;
+  m.pages = torch::stable::to(m.pages, m.q.device());
+  m.in.pages = static_cast<const int32_t *>(m.pages.const_data_ptr());
 }
 
 // offsets [B]：在 CPU 上就检查；返回设备上的。
@@ -76,10 +83,10 @@ inline void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos
   check(op, dso_cuda_rope(&p, Launch(x).stream()));
 }
 
-// 计算用的类型：全是同一种 16 位就用它（潜变量可以是 int8），否则 fp32。
+// 计算用的类型：全是同一种 16 位就用它（潜变量可以是量化的），否则 fp32。
 inline ScalarType compute_type(const dso_mla_inputs &in) {
   const bool same = in.q_dtype == in.rope_dtype && in.q_dtype == in.kv_b.dtype &&
-                    (in.latent_dtype == in.q_dtype || in.latent_dtype == DSO_I8);
+                    (in.latent_dtype == in.q_dtype || dso_quantized_latent(in.latent_dtype));
   if (!same) return ScalarType::Float;
   return in.q_dtype == DSO_BF16  ? ScalarType::BFloat16
          : in.q_dtype == DSO_F16 ? ScalarType::Half

@@ -1,8 +1,6 @@
 // moe_experts、moe_experts_list、moe_experts_quantized 的 CUDA 绑定。
-#include "binding_cuda_moe.h"
-#include "binding_moe_list.h"
+#include "binding_cuda_moe_fill.h"
 #include "binding_moe_quantized.h"
-#include "binding_moe_stacked.h"
 
 namespace dso {
 namespace {
@@ -13,23 +11,10 @@ Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights
                    std::vector<Tensor> shared, std::string activation, double alpha, double limit,
                    bool transposed, bool interleaved, bool gated) {
   const char *op = "moe_experts";
-  DeviceExperts m;
-  expect_device(op, "gate_up", gate_up, x);
-  expect_device(op, "down", down, x);
-  if (gate_up_bias) expect_device(op, "gate_up_bias", *gate_up_bias, x);
-  if (down_bias) expect_device(op, "down_bias", *down_bias, x);
-  expect_devices(op, "shared", shared, x);
   const NoGrad off;
-  const StackedOptions options{activation, alpha, limit, {transposed, interleaved, gated}};
-  const dso_act act =
-      check_experts(op, m, x, gate_up, gate_up_bias, down, down_bias, shared, options);
-  fill_device_routing(op, m, indices, weights, !shared.empty());
-  for (int64_t e = 0; e < m.routed; e++)
-    m.list.push_back(
-        expert_at(m, options.layout, gate_up_bias.has_value(), down_bias.has_value(), e));
-  use_stack(m);
-  if (!shared.empty()) add_shared(op, m, shared);
-  finish_params(op, m, act, add_shared_scale(op, m, shared));
+  DeviceExperts m;
+  fill_stacked(op, m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
+               {activation, alpha, limit, {transposed, interleaved, gated}});
   return run_experts(op, m, Launch(x).stream());
 }
 
@@ -38,19 +23,12 @@ Tensor moe_experts_list(const Tensor &x, const Tensor &indices, const Tensor &we
                         Tensors down_bias, Tensors shared, std::string activation, double alpha,
                         double limit, bool gated) {
   const char *op = "moe_experts_list";
+  const NoGrad off;
+  const Launch launch(x);
   DeviceExperts m;
   Lists w{gate, up, down, gate_bias, up_bias, down_bias};
-  expect_devices(op, "gate", gate, x), expect_devices(op, "up", up, x);
-  expect_devices(op, "down", down, x), expect_devices(op, "gate_bias", gate_bias, x);
-  expect_devices(op, "up_bias", up_bias, x), expect_devices(op, "down_bias", down_bias, x);
-  expect_devices(op, "shared", shared, x);
-  const NoGrad off;
-  const dso_act act = check_experts(op, m, w, x, shared, {activation, alpha, limit, gated});
-  fill_device_routing(op, m, indices, weights, !shared.empty());
-  const Launch launch(x);
-  use_list(op, m, launch.stream());
-  if (!shared.empty()) add_shared(op, m, shared);
-  finish_params(op, m, act, add_shared_scale(op, m, shared));
+  fill_list(op, m, w, x, indices, weights, shared, {activation, alpha, limit, gated},
+            launch.stream());
   return run_experts(op, m, launch.stream());
 }
 

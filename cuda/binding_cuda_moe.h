@@ -107,11 +107,12 @@ inline Tensor run_experts(const char *op, DeviceExperts &m, cudaStream_t stream)
   const dso_cuda_moe_routing &r = p.routing;
   Tensor y = torch::stable::new_empty(m.x, {r.tokens, p.n});
   if (r.tokens == 0 || p.n == 0) return y;
-  sort_rows(op, m, dso_cuda_moe_tile_rows(&p), stream);
+  const int64_t tile_rows = dso_cuda_moe_tile_rows(&p);
+  if (tile_rows > 0) sort_rows(op, m, tile_rows, stream);
   const ScalarType type = p.dtype == DSO_F32 ? ScalarType::Float : m.x.scalar_type();
   const int64_t slots = r.tokens * r.top_k, shared = r.shared ? r.tokens : 0;
   m.hidden = torch::stable::new_empty(m.x, {slots * p.h_rs + shared * p.w.shared.inner}, type);
-  m.out = torch::stable::new_empty(m.x, {slots + shared, p.n}, type);
+  m.out = torch::stable::new_empty(m.x, {tile_rows > 0 ? slots + shared : 0, p.n}, type);
   p.h = m.hidden.mutable_data_ptr(), p.o = m.out.mutable_data_ptr(), p.y = y.mutable_data_ptr();
   check(op, dso_cuda_moe_experts(&p, stream));
   return y;

@@ -1,4 +1,4 @@
-// moe_route 的 CUDA 绑定：logits 由矩阵乘得到（词元少时用自己的核），其余是一个核。
+// moe_route 及其反向的 CUDA 绑定：logits 由矩阵乘得到（词元少时用自己的核），其余是一个核。
 #include "binding_cuda.h"
 #include "binding_moe_route.h"
 
@@ -42,7 +42,27 @@ Routing moe_route(const Tensor &x, const std::optional<Tensor> &weight,
   return {r.logits, r.weights, r.indices, r.counts};
 }
 
+Tensor moe_route_backward(const std::optional<Tensor> &d_logits,
+                          const std::optional<Tensor> &d_weights, const Tensor &logits,
+                          const Tensor &indices, std::string score, bool normalize,
+                          bool softmax_after, double scaling, double eps) {
+  const char *op = kRouteBackward;
+  expect_device(op, "indices", indices, logits);
+  if (d_logits) expect_device(op, "d_logits", *d_logits, logits);
+  if (d_weights) expect_device(op, "d_weights", *d_weights, logits);
+  const NoGrad off;
+  RouteBackward r;
+  fill_route_backward(r, d_logits, d_weights, logits, indices,
+                      {score, normalize, softmax_after, scaling, eps});
+  if (on_host(r.indices)) expect_indices(r);
+  check(op, dso_cuda_moe_route_backward(&r.p, Launch(logits).stream()));
+  return r.out;
+}
+
 }  // namespace
 }  // namespace dso
 
-DSO_DEVICE_LIBRARY(m) { m.impl("moe_route", TORCH_BOX(&dso::moe_route)); }
+DSO_DEVICE_LIBRARY(m) {
+  m.impl("moe_route", TORCH_BOX(&dso::moe_route));
+  m.impl("moe_route_backward", TORCH_BOX(&dso::moe_route_backward));
+}

@@ -45,6 +45,15 @@ Tensor group_weight(const DeviceInputs &m, ScalarType type, int64_t first, int64
   return to_type(part, type);
 }
 
+// 核不写没有键可看的查询：rows [B, T, H, ...] 写 0，lse 写 -inf。
+void clear_unseen(const char *op, const DeviceInputs &m, const Tensor &rows, float *lse,
+                  const Launch &launch) {
+  if (m.covered) return;
+  dso_cuda_mla_unseen_params p{m.in, rows.mutable_data_ptr(), m.in.heads * rows.size(3),
+                               float_dtype(op, "q", rows), lse};
+  check(op, dso_cuda_mla_clear_unseen(&p, launch.stream()));
+}
+
 std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
                                        const Tensor &rope_keys, const std::optional<Tensor> &scale,
                                        const Tensor &kv_b, const Tensor &spans,
@@ -58,12 +67,9 @@ std::tuple<Tensor, Tensor> mla_prefill(const Tensor &q, const Tensor &latent,
   const dso_mla_inputs &in = m.in;
   Tensor out = torch::stable::new_empty(q, {in.b, in.t, in.heads, in.v_dim});
   Tensor lse = torch::stable::new_empty(q, {in.b, in.t, in.heads}, ScalarType::Float);
-  if (!m.covered) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -INFINITY);
-  }
-  if (in.b * in.t == 0 || in.s == 0) return {out, lse};
   const Launch launch(q);
+  clear_unseen(op, m, out, static_cast<float *>(lse.mutable_data_ptr()), launch);
+  if (in.b * in.t == 0 || in.s == 0) return {out, lse};
   const ScalarType type = prefill_type(op, in, false);
   const int64_t group = heads_per_group(in, type), width = in.nope_dim + in.v_dim;
   // 被遮住的槽位可能是没有初始化的 NaN：展开之前清零，核就不必逐个避开。
@@ -92,7 +98,7 @@ struct Gradients {
   Tensor dq, dlatent, drope, dkv_b;
 };
 
-// 一组头的反向：dq 直接写好；dlatent、drope 累加（fp32）；dkv_b 是这组头的那些行。
+// 一组头的反向：dq 直接写好；dlatent、drope 各组累加（fp32，只有一组时就是它）；dkv_b 是这组头的那些行。
 void backward_group(const char *op, DeviceInputs &m, dso_cuda_mla_prefill_backward_params &p,
                     const Tensor &rows, ScalarType type, Gradients &grads, const Launch &launch) {
   const dso_mla_inputs &in = m.in;
@@ -105,13 +111,15 @@ void backward_group(const char *op, DeviceInputs &m, dso_cuda_mla_prefill_backwa
   p.in.kv = kv.const_data_ptr(), p.in.dtype = float_dtype(op, "q", kv);
   p.dkv = dkv.mutable_data_ptr(), p.drope = static_cast<float *>(drope.mutable_data_ptr());
   check(op, dso_cuda_mla_prefill_backward(&p, launch.stream()));
+  const bool first = p.in.first_head == 0;
   const int64_t axes[] = {1};
-  grads.drope = sum_of(grads.drope, torch::stable::sum(drope, axes));
+  Tensor part = torch::stable::sum(drope, axes);
+  grads.drope = first ? part : sum_of(grads.drope, part);
   mm_into(torch::stable::narrow(grads.dkv_b, 0, p.in.first_head * width, heads * width),
           torch::stable::transpose(dkv, 0, 1), rows);
   Tensor dlatent = torch::stable::new_empty(m.q, {slots, in.rank}, type);
   mm_into(dlatent, dkv, weight);
-  grads.dlatent = sum_of(grads.dlatent, dlatent);
+  grads.dlatent = first ? dlatent : sum_of(to_type(grads.dlatent, ScalarType::Float), dlatent);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
@@ -133,11 +141,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_prefill_backward(
   const ScalarType type = prefill_type(op, in, true);
   const int64_t slots = in.b * in.s;
   Gradients grads{torch::stable::new_empty(q, {in.b, in.t, in.heads, in.nope_dim + in.rope_dim}),
-                  torch::stable::new_zeros(q, {slots, in.rank}, ScalarType::Float),
-                  torch::stable::new_zeros(q, {slots, in.rope_dim}, ScalarType::Float),
-                  torch::stable::new_zeros(q, {kv_b.size(0), in.rank}, type)};
-  if (!m.covered) torch::stable::zero_(grads.dq);
-  if (in.b * in.t > 0 && in.s > 0 && in.n_spans > 0) {
+                  {},
+                  {},
+                  torch::stable::new_empty(q, {kv_b.size(0), in.rank}, type)};
+  clear_unseen(op, m, grads.dq, nullptr, launch);
+  if (in.b * in.t == 0 || in.s == 0 || in.n_spans == 0) {
+    grads.dlatent = torch::stable::new_zeros(q, {slots, in.rank}, type);
+    grads.drope = torch::stable::new_zeros(q, {slots, in.rope_dim}, type);
+    torch::stable::zero_(grads.dkv_b);
+  } else {
     Tensor delta = torch::stable::new_empty(q, {in.b * in.t * in.heads}, ScalarType::Float);
     dso_cuda_mla_prefill_backward_params p{};
     p.in.in = in, p.in.out = o.mutable_data_ptr(), p.in.out_dtype = in.q_dtype;

@@ -30,6 +30,21 @@ constexpr int GENERAL_THREADS = 256;
 constexpr int COMBINE_THREADS = 256;
 constexpr int COMBINE_EACH = 4;
 
+// ---- 采样与 MTP ----
+
+// 一行词表按 4096 个切开，每块 256 个线程：fp32 正好 16 KiB 共享内存，8 行 5 个位置、词表 32 000 已有 320 块。
+constexpr int VOCAB_CHUNK = 4096;
+constexpr int VOCAB_THREADS = 256;
+// top-k、top-p 的细找一行一块：先用每 64 个分数的最大值略过大半，余下的少，线程多只为藏住延迟。
+constexpr int SELECT_BLOCK = 64;
+constexpr int SELECT_THREADS = 1024;
+constexpr int SELECT_BINS = 1 << 11;  // 直方图 24 KiB；键 32 位分三遍
+// 草稿的输出头：一块 32 个候选（两个 m16 的片段，x 的片段读一次用两次），8 个 warp 分 K；
+// 词表只剩 2048 个时还有 64 块。x 一次 8 行（解码）或 32 行。
+constexpr int HEAD_TOKENS = 32;
+constexpr int HEAD_WARPS = 8;
+constexpr int HEAD_ROWS = 8, HEAD_MANY_ROWS = 32;
+
 // ---- mla_prefill 与其反向 ----
 
 // 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，
@@ -42,6 +57,17 @@ constexpr int PREFILL_KEYS_SM90 = 128;
 constexpr int PREFILL_PRODUCER_REGISTERS = 40, PREFILL_CONSUMER_REGISTERS = 232;
 // 反向的两个核都以 64 x 64 的得分块计算：dK、dV（或 dQ）的累加器 8 个 warp 每线程至多 128 个。
 constexpr int BACKWARD_TILE = 64;
+// Hopper 的反向，192/128 维、每个 SM 每周期 2048 次乘加、共享内存每周期 128 字节：
+// dkv 一块 128 个键（两组各 64），一次 64 个查询：K、V 80 KiB，三级 Q、dO 120 KiB。每线程 dK 96、dV 64 个累加器，
+// S（dP）32，P、dS 各 16，共 224，所以查询不能再多。一组一步的 wgmma 占 1280 周期（S 384、dP 256、dV 256、dK 384），
+// 从共享内存读 960 周期，两组加上搬入共 2240 / 2560。
+constexpr int BACKWARD_KEYS_SM90 = 128, BACKWARD_QUERIES_SM90 = 64, BACKWARD_STAGES_SM90 = 3;
+// dq 一块 128 个查询，一次 128 个键：Q、dO 80 KiB，两级 K 96 KiB，一级 V 32 KiB（V 用完得早：两次使用之间隔着
+// 四分之三步）。每线程 dQ 96 个累加器，S（dP）64，P、dS 各 32，共 224。一组一步 2048 周期（S 768、dP 512、
+// dQ 768），共享内存两组加上搬入 3328 / 4096；64 个键时是 1984 / 2048。
+constexpr int BACKWARD_DQ_ROWS = 128, BACKWARD_DQ_KEYS = 128, BACKWARD_DQ_STAGES = 2;
+// 三组共 504 个寄存器（上限 512）。
+constexpr int BACKWARD_DKV_PRODUCER = 24, BACKWARD_DKV_CONSUMER = 240;
 // 按头分组展开 K、V：一组的 K、V 不超过这么多字节（至少一个头）。大于 L2 才有足够多的块占满卡，
 // 又不随头数增长。
 constexpr long long EXPAND_BYTES = 64LL << 20;
@@ -62,6 +88,12 @@ constexpr int MOE_GROUP = 16;
 // 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
 // 不多于 64 个词元，或平均一个专家不到 16 行时用它。
 constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
+// 至多 4 个词元时不排序，每个 slot 自己一块：选中同一个专家的少，重复的读也在 L2 里，省下排序与求和两个核。
+constexpr int MOE_DIRECT_TOKENS = 4;
+// Hopper 的反向：128 x 256 的块、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB。两边都用 cp.async，生产者的地址多，
+// 所以它的寄存器比只发 TMA 的多；三组共 504 个（上限 504）。
+constexpr int MOE_BACKWARD_COLUMNS_SM90 = 256, MOE_BACKWARD_STAGES_SM90 = 4;
+constexpr int MOE_BACKWARD_PRODUCER_REGISTERS = 56, MOE_BACKWARD_CONSUMER_REGISTERS = 224;
 // Hopper 的分组矩阵乘：128 行 x 256 列权重、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB 共 224 KiB。一级算 1024 个
 // 周期，每周期读 48 字节：列再少就受限于 L2。两个消费者组各 128 个累加器；三组共 504 个寄存器（上限 504）。
 constexpr int MOE_COLUMNS_SM90 = 256, MOE_STAGES_SM90 = 4;

@@ -105,9 +105,48 @@ cudaError_t dso_cuda_mla_backward_delta(const dso_cuda_mla_prefill_backward_para
 cudaError_t dso_cuda_mla_prefill_backward(const dso_cuda_mla_prefill_backward_params *p,
                                           cudaStream_t stream);
 
+/* 没有键可看的查询：rows [B, T, width] 写 0，lse [B, T, H]（可以是 NULL）写 -inf；其余不动。 */
+typedef struct {
+  dso_mla_inputs in; /* 只用 b、t、heads、spans、n_spans */
+  void *rows;
+  int64_t width;
+  dso_dtype dtype;
+  float *lse;
+} dso_cuda_mla_unseen_params;
+
+cudaError_t dso_cuda_mla_clear_unseen(const dso_cuda_mla_unseen_params *p, cudaStream_t stream);
+
 /* in 的潜变量还原、清理成 [B, S, r]，见 mla_latents.cu；to 由调用者先清零。 */
 cudaError_t dso_cuda_mla_latents(const dso_mla_inputs *in, void *to, dso_dtype dtype,
                                  cudaStream_t stream);
+
+/* ---- MTP 与采样 ----
+ *
+ * 参数结构体同 CPU，指针（草稿、长度、均匀随机数、输出）都在设备上，内容没有先查：长度截到范围之内，越界的词元不读。
+ * 数不对时记在输出里，不报错：next、token 为负，fault 为 1（这一行的 probs 全是 NaN）。scratch 16 字节对齐。 */
+size_t dso_cuda_mtp_verify_greedy_scratch(const dso_mtp_rows *in);
+cudaError_t dso_cuda_mtp_verify_greedy(const dso_mtp_verify_greedy_params *p, void *scratch,
+                                       cudaStream_t stream);
+
+size_t dso_cuda_mtp_verify_sample_scratch(const dso_mtp_rows *in);
+cudaError_t dso_cuda_mtp_verify_sample(const dso_mtp_verify_sample_params *p, void *scratch,
+                                       cudaStream_t stream);
+
+size_t dso_cuda_mtp_draft_head_scratch(const dso_mtp_draft_head_params *p);
+cudaError_t dso_cuda_mtp_draft_head(const dso_mtp_draft_head_params *p, void *scratch,
+                                    cudaStream_t stream);
+
+size_t dso_cuda_sample_tokens_scratch(const dso_sample_tokens_params *p);
+cudaError_t dso_cuda_sample_tokens(const dso_sample_tokens_params *p, void *scratch,
+                                   cudaStream_t stream);
+
+size_t dso_cuda_sample_filter_scratch(const dso_sample_filter_params *p);
+cudaError_t dso_cuda_sample_filter(const dso_sample_filter_params *p, void *scratch,
+                                   cudaStream_t stream);
+
+/* rows [M, 2 K] = [norm(embedding), norm(hidden)]：mtp_input 里矩阵乘之前的一步，乘 p->weight 由调用者交给 cuBLAS。
+ * rows 与 embedding 同类型；p->weight、p->y 不用。 */
+cudaError_t dso_cuda_mtp_input(const dso_mtp_input_params *p, void *rows, cudaStream_t stream);
 
 /* ---- MoE ---- */
 
@@ -173,10 +212,35 @@ typedef struct {
  * 各行按 16 字节读。 */
 int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
                       dso_dtype dtype);
-/* 前向的各核一块多少行：dtype、各形状已填好。 */
+/* 前向的各核一块多少行：dtype、各形状已填好。0：不必排序（词元极少），routing 只用到 index，o 也不用。 */
 int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
 /* 从排好的行到 y。 */
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream);
+
+/* 反向：gate、up 重算，A = dY down（不乘混合权重），dw = <A, h>，其余由 A 得到。in 同前向，dtype 同样选；in.h 放
+ * w h，in.o 放各行的 dx [行的上界, k]，in.y 是 dx [tokens, k]，不要时为 NULL。
+ * gu：各行的 gate、up，随后换成它们的梯度；路由行距 2 h_rs，gate 之后隔 h_rs（共享的接在后面，隔 shared.inner）
+ * 是 up；没有门时行距 h_rs。16 位而且 paired 时 gate、up 相间，同权重。
+ * grad 与 in.w 同样写，指针换成梯度的，不要的为 NULL；类型同权重。add：加到 gate、up、down 原有的值上。 */
+typedef struct {
+  dso_cuda_moe_experts_params in;
+  dso_mat dy; /* [tokens, N] */
+  void *gu;
+  float *partial; /* [行的上界, dso_cuda_moe_backward_blocks] */
+  dso_cuda_moe_weights grad;
+  int add;
+  float *dweights; /* [tokens, top_k] */
+  float *dscale;   /* [tokens]；没有共享专家的系数时为 NULL */
+} dso_cuda_moe_experts_backward_params;
+
+/* in.dtype 为 16 位时，dy 与主机上的各专家的梯度 grad [count] 能不能也按 16 字节读写。 */
+int dso_cuda_moe_backward_fits(const dso_cuda_moe_experts_backward_params *p,
+                               const dso_expert *grad, int64_t count);
+int64_t dso_cuda_moe_backward_tile_rows(const dso_cuda_moe_experts_backward_params *p);
+int64_t dso_cuda_moe_backward_blocks(const dso_cuda_moe_experts_backward_params *p);
+/* 从排好的行到各梯度；没有词元时权重的梯度也写成 0。 */
+cudaError_t dso_cuda_moe_experts_backward(const dso_cuda_moe_experts_backward_params *p,
+                                          cudaStream_t stream);
 
 /* 把主机上的专家写进设备上的表：作为核的参数带过去，所以可以录进 CUDA graph。 */
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,
@@ -185,6 +249,8 @@ cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert
 /* 由 logits 到权重、下标、计数：p 与 CPU 的相同；has_weight 时 p->logits 已是 x Wᵀ（还没有加偏置），否则由 x
  * 转来。p->x、p->weight 在 has_weight 时不读。 */
 cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
+cudaError_t dso_cuda_moe_route_backward(const dso_moe_route_backward_params *p,
+                                        cudaStream_t stream);
 /* 词元少时的 logits = x Wᵀ，fp32 累加，任意类型。 */
 cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
 

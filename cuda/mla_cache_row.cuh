@@ -21,7 +21,7 @@ __device__ void copy_row(void *to, dso_dtype to_dtype, int64_t to_at, const Row 
     store<V>(to, to_dtype, to_at + i, row(i));
 }
 
-// 对称量化：scale = amax / 127；全零行的 scale 为 0。NaN 传到 scale，读出时仍是 NaN。
+// 对称量化：scale = amax / 最大的码；全零行的 scale 为 0。NaN 传到 scale，读出时仍是 NaN。
 template <int V, class Row>
 __device__ void quantize_row(const dso_mla_cache_write_params &p, int64_t to_at, const Row &row,
                              float *scale_to) {
@@ -31,16 +31,17 @@ __device__ void quantize_row(const dso_mla_cache_write_params &p, int64_t to_at,
 #pragma unroll
     for (int j = 0; j < V; j++) amax = max_nan(amax, fabsf(x.v[j]));
   }
-  float scale = warp_max(amax) / 127.0f;
+  bool f8 = p.latent_cache_dtype == DSO_F8;
+  float scale = warp_max(amax) / (f8 ? DSO_F8_MOST : DSO_I8_MOST);
   if (threadIdx.x == 0) *scale_to = scale;
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * V; i < p.rank; i += WARP * V) {
     Vec<V> x = row(i);
 #pragma unroll
     for (int j = 0; j < V; j++) {
-      float q = scale > 0 ? rintf(x.v[j] / scale) : 0.0f;
-      x.v[j] = fminf(fmaxf(q, -127.0f), 127.0f);
+      float q = scale > 0 ? x.v[j] / scale : 0.0f;
+      x.v[j] = f8 ? q : fminf(fmaxf(rintf(q), -127.0f), 127.0f);
     }
-    store<V>(p.latent_cache, DSO_I8, to_at + i, x);
+    store<V>(p.latent_cache, p.latent_cache_dtype, to_at + i, x);
   }
 }
 
@@ -49,7 +50,7 @@ template <int V, class Row>
 __device__ void write_latent(const dso_mla_cache_write_params &p, int64_t b, int64_t slot,
                              const Row &row) {
   int64_t to = b * p.latent_cache_bs + slot * p.latent_cache_ts;
-  if (p.latent_cache_dtype == DSO_I8)
+  if (quantized(p.latent_cache_dtype))
     quantize_row<V>(p, to, row, p.scale_cache + b * p.scale_cache_bs + slot);
   else
     copy_row<V>(p.latent_cache, p.latent_cache_dtype, to, row, p.rank);

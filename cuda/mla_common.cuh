@@ -75,6 +75,16 @@ __device__ Found find_span_by(const dso_mla_inputs &in, Units units, Wanted want
   return {in.n_spans, before};
 }
 
+// 第 token 个查询（展平）有没有键可看；整个 warp 一起调用，结果一致。
+__device__ inline bool token_seen(const dso_mla_inputs &in, int64_t token) {
+  bool seen = false;
+  for (int64_t i = threadIdx.x % WARP; i < in.n_spans; i += WARP) {
+    dso_span span = in.spans[i];
+    seen |= span.q_begin <= token && token < span.q_end && span.kv_begin < span.kv_end;
+  }
+  return __any_sync(ALL_LANES, seen) != 0;
+}
+
 __device__ inline const char *element(const void *base, dso_dtype dtype, int64_t i) {
   return static_cast<const char *>(base) + i * bytes_of(dtype);
 }

@@ -4,7 +4,7 @@
 // 一块 32 个键读进共享内存一次，既当键又当值：
 //   S [ROWS, 32] = Q [ROWS, r + dr] · 块ᵀ，WARPS_N 个 warp 各算 8 个键；
 //   P 经共享内存交换之后，O [ROWS, r] += P · 块的前 r 列，每个 warp 管 r / WARPS 列。
-// int8 的潜变量先原样拷进它那一行的后半，再由一个 warp 就地展开成 16 位。
+// 量化的潜变量先原样拷进它那一行的后半，再由一个 warp 就地展开成 16 位。
 #include <cstddef>
 
 #include "config.cuh"
@@ -103,8 +103,7 @@ struct Attend {
 
   // 发出一块键的拷贝；范围之外与被遮住的键填 0（那里可能是没有初始化的 NaN）。
   __device__ void load_keys(const Piece &piece, int block) {
-    bool quantized = in.latent_dtype == DSO_I8;
-    int bytes = quantized ? 1 : 2;
+    int bytes = static_cast<int>(bytes_of(in.latent_dtype));
     int chunks = static_cast<int>(in.rank) * bytes / 16;
     for (int key = warp; key < S::KEYS; key += S::WARPS) {
       int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
@@ -113,7 +112,7 @@ struct Attend {
       const char *latent =
           element(in.latent, in.latent_dtype,
                   ok ? slot_at(in, piece.at.row, slot, in.latent_bs, in.latent_ts) : 0);
-      char *latent_to = reinterpret_cast<char *>(to) + (quantized ? RANK : 0);
+      char *latent_to = reinterpret_cast<char *>(to) + (2 - bytes) * RANK;
       for (int c = lane; c < RANK * bytes / 16; c += WARP) {
         bool inside = ok && c < chunks;
         cp_async_16(latent_to + c * 16, latent + (inside ? c * 16 : 0), inside);
@@ -128,24 +127,30 @@ struct Attend {
     cp_async_commit();
   }
 
-  // int8 的一块就地展开：一个 warp 一行，整行读进寄存器之后才写。
+  // 量化的一块就地展开：一个 warp 一行，整行读进寄存器之后才写。
   __device__ void expand(const Piece &piece, int block) {
-    constexpr int EACH = RANK / WARP;  // 每个线程的元素数
+    // 一个线程一次处理相邻的几个：写出至多 16 字节，各线程相接，没有库冲突。
+    constexpr int EACH = RANK / WARP < 8 ? RANK / WARP : 8, STEPS = RANK / (WARP * EACH);
     for (int key = warp; key < S::KEYS; key += S::WARPS) {
       int index = piece.key_begin + block * S::KEYS + key, slot = piece.at.slot + index;
       bool ok = index < piece.key_end && slot_seen(in, piece.at, slot);
       float scale = ok ? in.scale[slot_at(in, piece.at.row, slot, in.scale_bs, 1)] : 0.0f;
       uint16_t *to = tile(block) + key * layout.stride;
-      const auto *raw = reinterpret_cast<const signed char *>(to) + RANK + lane * EACH;
-      signed char values[EACH];
+      const auto *raw = reinterpret_cast<const Bytes<EACH> *>(to + RANK / 2);
+      Bytes<EACH> codes[STEPS];
 #pragma unroll
-      for (int i = 0; i < EACH; i++) values[i] = raw[i];
+      for (int i = 0; i < STEPS; i++) codes[i] = raw[i * WARP + lane];
       __syncwarp();
-      auto *pairs = reinterpret_cast<uint32_t *>(to + lane * EACH);
 #pragma unroll
-      for (int i = 0; i < EACH / 2; i++)
-        pairs[i] = E::pack(scale * static_cast<float>(values[2 * i]),
-                           scale * static_cast<float>(values[2 * i + 1]));
+      for (int i = 0; i < STEPS; i++) {
+        Words<EACH / 2> pairs;
+#pragma unroll
+        for (int j = 0; j < EACH / 2; j++) {
+          float2 x = byte_pair(in.latent_dtype, codes[i].v[2 * j], codes[i].v[2 * j + 1]);
+          pairs.v[j] = E::pack(scale * x.x, scale * x.y);
+        }
+        reinterpret_cast<Words<EACH / 2> *>(to)[i * WARP + lane] = pairs;
+      }
       __syncwarp();
     }
   }
@@ -304,7 +309,7 @@ struct Attend {
       cp_async_wait<0>();
       __syncthreads();  // 这一块到齐；上一块的读者也都过去了，可以重写它的缓冲
       if (block + 1 < piece.units) load_keys(piece, block + 1);
-      if (in.latent_dtype == DSO_I8) {
+      if (quantized(in.latent_dtype)) {
         expand(piece, block);
         __syncthreads();
       }
@@ -495,13 +500,8 @@ __device__ void combine_row(const DecodeArgs &args, int cta, int row) {
 __device__ void clear_unseen(const DecodeArgs &args, int64_t token) {
   const dso_mla_inputs &in = args.in;
   if (token >= in.b * in.t) return;
+  if (token_seen(in, token)) return;
   int lane = static_cast<int>(threadIdx.x) % WARP;
-  bool seen = false;
-  for (int64_t i = lane; i < in.n_spans; i += WARP) {
-    dso_span span = in.spans[i];
-    seen |= span.q_begin <= token && token < span.q_end && span.kv_begin < span.kv_end;
-  }
-  if (__any_sync(ALL_LANES, seen)) return;
   int64_t width = in.heads * in.rank;
   for (int64_t i = lane; i < width; i += WARP) store_one(args.o, args.dtype, token * width + i, 0);
 }
@@ -526,7 +526,7 @@ bool chunks_ok(const void *data, dso_dtype dtype, int64_t bs, int64_t ts) {
 bool mma_ok(const dso_cuda_mla_decode_params *p) {
   const dso_mla_inputs &in = p->in;
   if (p->dtype == DSO_F32 || in.q_dtype != p->dtype || in.rope_dtype != p->dtype) return false;
-  if (in.latent_dtype != p->dtype && in.latent_dtype != DSO_I8) return false;
+  if (in.latent_dtype != p->dtype && !quantized(in.latent_dtype)) return false;
   int64_t each = 16 / bytes_of(in.latent_dtype);
   return in.rank <= 512 && in.rank % each == 0 && in.rope_dim % 8 == 0 && in.nope_dim % 8 == 0 &&
          chunks_ok(in.latent, in.latent_dtype, in.latent_bs, in.latent_ts) &&

@@ -161,7 +161,7 @@ struct Consumer {
   // 发出这一块的得分；行少时左边是键，行多时左边是查询。
   template <int R>
   __device__ void score(Ring at, float (&s)[R]) {
-    uint64_t keys = stay_inside(k_major(tile(at))), queries = stay_inside(k_major(shared.queries));
+    uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
 #pragma unroll
     for (int box = 0; box <= S::BOXES; box++) {
       if (box % S::HALF == 0) {
@@ -170,8 +170,8 @@ struct Consumer {
       }
 #pragma unroll
       for (int k = 0; k < BOX_ROW; k += 32) {
-        uint64_t key = keys + (box * S::BOX + k) / 16;
-        uint64_t query = queries + (box * S::QUERY_BOX + k) / 16;
+        uint64_t key = advance(keys, box * S::BOX + k);
+        uint64_t query = advance(queries, box * S::QUERY_BOX + k);
         wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, box + k > 0);
       }
     }
@@ -316,15 +316,15 @@ struct Few : Consumer<E, RANK, ROWS> {
   }
 
   __device__ void accumulate() {
-    uint64_t values = stay_inside(mn_major(tile(ring), S::BOX));
-    uint64_t p = stay_inside(k_major(tile(ring) + S::BOXES * S::BOX));
+    uint64_t values = uniform(mn_major(tile(ring), S::BOX));
+    uint64_t p = uniform(k_major(tile(ring) + S::BOXES * S::BOX));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < S::KEYS; k += 16)
 #pragma unroll
       for (int box = 0; box < S::BOXES; box++)
-        wgmma<Base::BF16, 1, 0>(o[box], values + (box * S::BOX + k * BOX_ROW) / 16, p + k * 2 / 16,
-                                true);
+        wgmma<Base::BF16, 1, 0>(o[box], advance(values, box * S::BOX + k * BOX_ROW),
+                                advance(p, k * 2), true);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -474,12 +474,12 @@ struct Many : Consumer<E, RANK, ROWS> {
 #pragma unroll
       for (int i = 0; i < RANK / 8; i++) o[i / 2 * 4 + 2 * h + i % 2] *= keep;
     }
-    uint64_t values = stay_inside(mn_major(tile(at) + W * S::HALF * S::BOX, S::BOX));
-    uint64_t p = stay_inside(k_major(tile(at) + S::BOXES * S::BOX));
+    uint64_t values = uniform(mn_major(tile(at) + W * S::HALF * S::BOX, S::BOX));
+    uint64_t p = uniform(k_major(tile(at) + S::BOXES * S::BOX));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < S::KEYS; k += 16)
-      wgmma<Base::BF16, 0, 1>(o, p + k * 2 / 16, values + k * BOX_ROW / 16, true);
+      wgmma<Base::BF16, 0, 1>(o, advance(p, k * 2), advance(values, k * BOX_ROW), true);
     wgmma_commit();
   }
 

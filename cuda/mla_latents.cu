@@ -1,4 +1,4 @@
-// 干净的潜变量：转成计算用的类型（int8 还原），没有任何 span 看得见的、被 kv_mask 遮住的槽位为 0
+// 干净的潜变量：转成计算用的类型（量化的还原），没有任何 span 看得见的、被 kv_mask 遮住的槽位为 0
 // （那里可能是没有初始化的 NaN，而 0 * NaN 会混进权重的梯度）。
 #include "dso_cuda.h"
 #include "mla_common.cuh"

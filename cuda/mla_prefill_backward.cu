@@ -14,17 +14,22 @@ constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int WARPS_N = 2;  // 结果块按行 4 份（各 16 行）、按列 2 份
 constexpr int S_TILES = TILE / WARPS_N / 8;
 constexpr int P_STRIDE = TILE + TILE_PAD;
+constexpr int STAGES = 2;  // 至多
 
 using Params = dso_cuda_mla_prefill_backward_params;
 
-// 共享内存：查询与键各一块（Q、dO；K、V），P 与 dS 轮流用的一块，lse、delta。192/128 维时 96 KiB。
+// 共享内存：自己的一块（dkv 是 K、V，dq 是 Q、dO），另一边的各级，P 与 dS，各级的 lse、delta。192/128 维时
+// 一级 96 KiB；放得下的卡上两级，145 KiB：下一块一边搬一边算，P 与 dS 各占一块，少两次同步。
 template <int QK, int DV>
 struct Layout {
   static constexpr int stride = QK + TILE_PAD, v_stride = DV + TILE_PAD;
-  static constexpr int q = 0, g = q + TILE * stride * 2;
-  static constexpr int k = g + TILE * v_stride * 2, v = k + TILE * stride * 2;
-  static constexpr int p = v + TILE * v_stride * 2, lse = p + TILE * P_STRIDE * 2;
-  static constexpr int delta = lse + TILE * 4, bytes = delta + TILE * 4;
+  static constexpr int v = TILE * stride * 2, block = v + TILE * v_stride * 2;
+  static constexpr int rows = block, swap = rows + STAGES * 2 * TILE * 4;  // rows：lse、delta
+  static constexpr int swap_bytes = TILE * P_STRIDE * 2;
+  __host__ __device__ static constexpr int others(int stages) { return swap + stages * swap_bytes; }
+  __host__ __device__ static constexpr int bytes(int stages) {
+    return others(stages) + stages * block;
+  }
 };
 
 // 一个得分块的结果，成对的 16 位：线程的 2 行、S_TILES 个 8 列。
@@ -36,29 +41,35 @@ struct Backward {
 
   const Params &p;
   const dso_mla_inputs &in;
-  int head, warp, warp_m, warp_n;
-  uint16_t *q, *g, *k, *v, *swap;
-  float *lse, *delta;
+  int stages, head, warp, warp_m, warp_n;
+  unsigned char *shared = dynamic_shared();
+  float next_lse = 0.0f, next_delta = 0.0f;  // 正在搬的一块里这个线程的查询
 
-  __device__ explicit Backward(const Params &params)
+  __device__ Backward(const Params &params, int n)
       : p(params),
         in(params.in.in),
+        stages(n),
         head(static_cast<int>(blockIdx.y)),
         warp(static_cast<int>(threadIdx.x) / WARP),
         warp_m(warp / WARPS_N),
-        warp_n(warp % WARPS_N) {
-    unsigned char *shared = dynamic_shared();
-    q = reinterpret_cast<uint16_t *>(shared + L::q),
-    g = reinterpret_cast<uint16_t *>(shared + L::g);
-    k = reinterpret_cast<uint16_t *>(shared + L::k),
-    v = reinterpret_cast<uint16_t *>(shared + L::v);
-    swap = reinterpret_cast<uint16_t *>(shared + L::p);
-    lse = reinterpret_cast<float *>(shared + L::lse);
-    delta = reinterpret_cast<float *>(shared + L::delta);
-  }
+        warp_n(warp % WARPS_N) {}
 
-  // 查询 [first, first + TILE)（span 内）：Q、dO、lse、delta；超出的填 0。
-  __device__ void load_queries(const Place &at, int first) {
+  // 自己的、另一边第 stage 级的 K（Q）；V（dO）在它之后 L::v 字节。
+  __device__ uint16_t *own() const { return reinterpret_cast<uint16_t *>(shared); }
+  __device__ uint16_t *other(int stage) const {
+    return reinterpret_cast<uint16_t *>(shared + L::others(stages) + stage * L::block);
+  }
+  __device__ static uint16_t *second(uint16_t *block) { return block + L::v / 2; }
+  __device__ float *lse(int stage) const {
+    return reinterpret_cast<float *>(shared + L::rows) + stage * 2 * TILE;
+  }
+  __device__ float *delta(int stage) const { return lse(stage) + TILE; }
+  // P、dS：一级时是同一块。
+  __device__ uint16_t *prob_tile() const { return reinterpret_cast<uint16_t *>(shared + L::swap); }
+  __device__ uint16_t *ds_tile() const { return prob_tile() + (stages - 1) * L::swap_bytes / 2; }
+
+  // 查询 [first, first + TILE)（span 内）的 Q、dO；超出的填 0。lse、delta 先读进寄存器。
+  __device__ void load_queries(const Place &at, int first, uint16_t *q) {
     int width = static_cast<int>(in.nope_dim + in.rope_dim);
     for (int i = warp; i < TILE; i += WARPS) {
       const uint16_t *from = nullptr, *grad = nullptr;
@@ -69,7 +80,7 @@ struct Backward {
                (token * in.heads + p.in.first_head + head) * in.v_dim;
       }
       copy_row_async(q + i * L::stride, from, width, QK);
-      copy_row_async(g + i * L::v_stride, grad, static_cast<int>(in.v_dim), DV);
+      copy_row_async(second(q) + i * L::v_stride, grad, static_cast<int>(in.v_dim), DV);
     }
     cp_async_commit();
     int i = static_cast<int>(threadIdx.x);
@@ -77,12 +88,17 @@ struct Backward {
     bool real = first + i < at.q_len;
     int64_t row = real ? (at.q_begin + first + i) * in.heads + p.in.first_head + head : 0;
     // 以 2 为底；什么都没看见的查询（lse = -inf）没有概率，取 0 即可（它的得分都被置为 -inf）。
-    lse[i] = real ? finite_max(p.in.lse[row]) * LOG2_E : 0.0f;
-    delta[i] = real ? p.delta[row] : 0.0f;
+    next_lse = real ? finite_max(p.in.lse[row]) * LOG2_E : 0.0f;
+    next_delta = real ? p.delta[row] : 0.0f;
+  }
+
+  __device__ void put_rows(int stage) {
+    int i = static_cast<int>(threadIdx.x);
+    if (i < TILE) lse(stage)[i] = next_lse, delta(stage)[i] = next_delta;
   }
 
   // 槽位 [first, first + TILE)：K、V；[begin, end) 之外与被遮住的填 0。
-  __device__ void load_keys(int row, int first, int begin, int end) {
+  __device__ void load_keys(int row, int first, int begin, int end, uint16_t *k) {
     int nope = static_cast<int>(in.nope_dim), rope = static_cast<int>(in.rope_dim);
     for (int i = warp; i < TILE; i += WARPS) {
       int slot = first + i;
@@ -94,7 +110,7 @@ struct Backward {
       }
       copy_row_async(k + i * L::stride, from, nope, nope);
       copy_row_async(k + i * L::stride + nope, r, rope, QK - nope);
-      copy_row_async(v + i * L::v_stride, value, static_cast<int>(in.v_dim), DV);
+      copy_row_async(second(k) + i * L::v_stride, value, static_cast<int>(in.v_dim), DV);
     }
     cp_async_commit();
   }
@@ -117,16 +133,21 @@ struct Backward {
   }
 
   // P = exp(S - lse)、dS = P (dP - delta)；first 是第一个查询，key 是第一个键（都在 span 内，key 可以为负）。
-  __device__ void probabilities(const Place &at, int first, int key, Pairs &prob, Pairs &ds) {
+  __device__ void probabilities(const Place &at, int first, int key, uint16_t *q, uint16_t *k,
+                                int stage, Pairs &prob, Pairs &ds) {
     float s[S_TILES][4] = {}, dp[S_TILES][4] = {};
     product<QK>(q, k, L::stride, s);
-    product<DV>(g, v, L::v_stride, dp);
+    product<DV>(second(q), second(k), L::v_stride, dp);
     float scale = score_scale(in);
+    int own = first + warp_m * 16;
+    // 只有跨过因果的边、到了两端或有遮盖的块才逐个判断。
+    bool all = !in.kv_mask && key >= 0 && own + 16 <= at.q_len && key + TILE <= at.kv_len &&
+               key + TILE <= visible_keys(in, at, own);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int row = warp_m * 16 + fragment_row() + 8 * i;
       int limit = first + row < at.q_len ? visible_keys(in, at, first + row) : 0;
-      float base = lse[row], shift = delta[row];
+      float base = lse(stage)[row], shift = delta(stage)[row];
 #pragma unroll
       for (int n = 0; n < S_TILES; n++) {
         int column = warp_n * S_TILES * 8 + n * 8 + fragment_column();
@@ -134,7 +155,7 @@ struct Backward {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           int index = key + column + e;
-          bool seen = index >= 0 && index < limit && slot_seen(in, at, at.slot + index);
+          bool seen = all || (index >= 0 && index < limit && slot_seen(in, at, at.slot + index));
           x[e] = seen ? fast_exp2(s[n][2 * i + e] * scale - base) : 0.0f;
           y[e] = seen ? x[e] * (dp[n][2 * i + e] - shift) * in.softmax_scale : 0.0f;
         }
@@ -143,14 +164,14 @@ struct Backward {
     }
   }
 
-  __device__ void put(const Pairs &pairs) {
+  __device__ void put(uint16_t *tile, const Pairs &pairs) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int n = 0; n < S_TILES; n++) {
         int row = warp_m * 16 + fragment_row() + 8 * i;
         int column = warp_n * S_TILES * 8 + n * 8 + fragment_column();
-        *reinterpret_cast<uint32_t *>(swap + row * P_STRIDE + column) = pairs[i][n];
+        *reinterpret_cast<uint32_t *>(tile + row * P_STRIDE + column) = pairs[i][n];
       }
   }
 };
@@ -178,11 +199,11 @@ __device__ void accumulate(const uint16_t *a_tile, int row, const uint16_t *b_ti
 
 // 每块 64 个槽位、一个头：dK、dV。没有人看的槽位写 0。
 template <class E, int QK, int DV>
-__global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params) {
+__global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params, int stages) {
   using B = Backward<E, QK, DV>;
   using L = Layout<QK, DV>;
   constexpr int NK = QK / WARPS_N / 8, NV = DV / WARPS_N / 8;
-  B b(params);
+  B b(params, stages);
   const dso_mla_inputs &in = b.in;
   int tiles = static_cast<int>((in.s + TILE - 1) / TILE);
   int row = static_cast<int>(blockIdx.x) / tiles,
@@ -197,21 +218,38 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params) {
     int from = in.causal ? key - (at.kv_len - at.q_len) : 0;
     from = from > 0 ? from / TILE * TILE : 0;
     __syncthreads();  // 上一个 span 的读者都过去了
-    b.load_keys(row, first, at.slot, end);
+    b.load_keys(row, first, at.slot, end, b.own());
+    b.load_queries(at, from, b.other(0));
+    int stage = 0;
     for (int query = from; query < at.q_len; query += TILE) {
-      __syncthreads();
-      b.load_queries(at, query);
+      uint16_t *q = b.other(stage);
+      bool next = query + TILE < at.q_len;
+      b.put_rows(stage);
       cp_async_wait<0>();
       __syncthreads();
+      if (next && stages > 1) b.load_queries(at, query + TILE, b.other(1 - stage));
       Pairs prob, ds;
-      b.probabilities(at, query, key, prob, ds);
-      b.put(prob);
+      b.probabilities(at, query, key, q, b.own(), stage, prob, ds);
+      b.put(b.prob_tile(), prob);
+      auto add_dv = [&] {
+        accumulate<E, NV, true>(b.prob_tile(), b.warp_m * 16, B::second(q), L::v_stride,
+                                b.warp_n * NV * 8, dv);
+      };
+      if (stages == 1) {
+        __syncthreads();
+        add_dv();
+        __syncthreads();
+      }
+      b.put(b.ds_tile(), ds);
       __syncthreads();
-      accumulate<E, NV, true>(b.swap, b.warp_m * 16, b.g, L::v_stride, b.warp_n * NV * 8, dv);
-      __syncthreads();
-      b.put(ds);
-      __syncthreads();
-      accumulate<E, NK, true>(b.swap, b.warp_m * 16, b.q, L::stride, b.warp_n * NK * 8, dk);
+      if (stages > 1) add_dv();
+      accumulate<E, NK, true>(b.ds_tile(), b.warp_m * 16, q, L::stride, b.warp_n * NK * 8, dk);
+      if (stages > 1) {
+        stage = 1 - stage;
+      } else if (next) {
+        __syncthreads();
+        b.load_queries(at, query + TILE, q);
+      }
     }
   }
   int nope = static_cast<int>(in.nope_dim), rope = static_cast<int>(in.rope_dim);
@@ -241,11 +279,11 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params) {
 
 // 每块 64 个查询、一个头：dQ。
 template <class E, int QK, int DV>
-__global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params) {
+__global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params, int stages) {
   using B = Backward<E, QK, DV>;
   using L = Layout<QK, DV>;
   constexpr int NK = QK / WARPS_N / 8;
-  B b(params);
+  B b(params, stages);
   const dso_mla_inputs &in = b.in;
   Place at;
   int first;
@@ -253,17 +291,30 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params) {
   int last = first + TILE < at.q_len ? first + TILE : at.q_len;
   int end = visible_keys(in, at, last - 1);
   float dq[NK][4] = {};
-  b.load_queries(at, first);
+  auto load = [&](int key, int stage) {
+    b.load_keys(at.row, at.slot + key, at.slot, at.slot + at.kv_len, b.other(stage));
+  };
+  b.load_queries(at, first, b.own());
+  b.put_rows(0);
+  if (end > 0) load(0, 0);
+  int stage = 0;
   for (int key = 0; key < end; key += TILE) {
-    __syncthreads();
-    b.load_keys(at.row, at.slot + key, at.slot, at.slot + at.kv_len);
+    uint16_t *k = b.other(stage);
+    bool next = key + TILE < end;
     cp_async_wait<0>();
     __syncthreads();
+    if (next && stages > 1) load(key + TILE, 1 - stage);
     Pairs prob, ds;
-    b.probabilities(at, first, key, prob, ds);
-    b.put(ds);
+    b.probabilities(at, first, key, b.own(), k, 0, prob, ds);
+    b.put(b.ds_tile(), ds);
     __syncthreads();
-    accumulate<E, NK, false>(b.swap, b.warp_m * 16, b.k, L::stride, b.warp_n * NK * 8, dq);
+    accumulate<E, NK, false>(b.ds_tile(), b.warp_m * 16, k, L::stride, b.warp_n * NK * 8, dq);
+    if (stages > 1) {
+      stage = 1 - stage;
+    } else if (next) {
+      __syncthreads();
+      load(key + TILE, 0);
+    }
   }
   cp_async_wait<0>();
   int width = static_cast<int>(in.nope_dim + in.rope_dim);
@@ -282,18 +333,26 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params) {
   }
 }
 
-// ---- delta：一个 warp 一行 ----
+// ---- delta：8 个线程一行，一次各读 V 个 ----
 
+constexpr int DELTA_LANES = 8, DELTA_ROWS = THREADS / DELTA_LANES;
+
+template <int V>
 __global__ void mla_backward_delta(Params p) {
   const dso_mla_inputs &in = p.in.in;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= in.b * in.t * in.heads) return;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * DELTA_ROWS + threadIdx.x / DELTA_LANES;
+  bool real = row < in.b * in.t * in.heads;
   float sum = 0.0f;
-  for (int64_t c = threadIdx.x; c < in.v_dim; c += WARP)
-    sum += load_one(p.grad, in.q_dtype, row * in.v_dim + c) *
-           load_one(p.in.out, in.q_dtype, row * in.v_dim + c);
-  sum = warp_sum(sum);
-  if (threadIdx.x == 0) p.delta[row] = sum;
+  for (int64_t c = threadIdx.x % DELTA_LANES * V; real && c < in.v_dim; c += DELTA_LANES * V) {
+    Vec<V> x = load<V>(p.grad, in.q_dtype, row * in.v_dim + c),
+           y = load<V>(p.in.out, in.q_dtype, row * in.v_dim + c);
+#pragma unroll
+    for (int i = 0; i < V; i++) sum += x.v[i] * y.v[i];
+  }
+#pragma unroll
+  for (int step = DELTA_LANES / 2; step > 0; step /= 2)
+    sum += __shfl_xor_sync(ALL_LANES, sum, step);
+  if (real && threadIdx.x % DELTA_LANES == 0) p.delta[row] = sum;
 }
 
 // ---- 通用路径：fp32，任何维度；一个 warp 一行（查询或键），另一边每个线程一个 ----
@@ -462,20 +521,23 @@ __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_backward_dkv_general(P
 struct Launches {
   dim3 dkv, dq;
   cudaStream_t stream;
-  int *bytes;  // 不为空时只算共享内存的大小，不启动
+  int *bytes;  // 不为空时只算至少要多少共享内存，不启动
+  int shared_limit;
 };
 
 template <class E, int QK, int DV>
 cudaError_t run_mma(const Params *p, const Launches &to) {
-  auto bytes = static_cast<size_t>(Layout<QK, DV>::bytes);
+  using L = Layout<QK, DV>;
   if (to.bytes) {
-    *to.bytes = Layout<QK, DV>::bytes;
+    *to.bytes = L::bytes(1);
     return cudaSuccess;
   }
+  int stages = L::bytes(STAGES) <= to.shared_limit ? STAGES : 1;
+  auto bytes = static_cast<size_t>(L::bytes(stages));
   cudaError_t error =
-      launch(mla_backward_dkv<E, QK, DV>, to.dkv, dim3(THREADS), bytes, to.stream, *p);
+      launch(mla_backward_dkv<E, QK, DV>, to.dkv, dim3(THREADS), bytes, to.stream, *p, stages);
   if (error != cudaSuccess) return error;
-  return launch(mla_backward_dq<E, QK, DV>, to.dq, dim3(THREADS), bytes, to.stream, *p);
+  return launch(mla_backward_dq<E, QK, DV>, to.dq, dim3(THREADS), bytes, to.stream, *p, stages);
 }
 
 template <class E>
@@ -500,15 +562,18 @@ cudaError_t run_general(const Params *p, const Launches &to) {
 cudaError_t dso_cuda_mla_backward_delta(const Params *p, cudaStream_t stream) {
   int64_t rows = p->in.in.b * p->in.in.t * p->in.in.heads;
   if (rows == 0) return cudaSuccess;
-  return launch(mla_backward_delta, dim3(static_cast<unsigned>(ceil_div(rows, WARPS))),
-                dim3(WARP, WARPS), 0, stream, *p);
+  dim3 grid(static_cast<unsigned>(ceil_div(rows, DELTA_ROWS)));
+  const dso_mla_inputs &in = p->in.in;
+  bool wide = wide_ok(p->grad, in.q_dtype, in.v_dim) && wide_ok(p->in.out, in.q_dtype, in.v_dim);
+  return wide ? launch(mla_backward_delta<8>, grid, dim3(THREADS), 0, stream, *p)
+              : launch(mla_backward_delta<1>, grid, dim3(THREADS), 0, stream, *p);
 }
 
 int dso_cuda_mla_prefill_backward_shared(const dso_mla_inputs *in, dso_dtype dtype) {
   int bytes = GeneralLayout(*in).bytes;
   Params p{};
   p.in.in = *in;
-  if (dtype != DSO_F32) pick<Bf16>(&p, {dim3(), dim3(), nullptr, &bytes});
+  if (dtype != DSO_F32) pick<Bf16>(&p, {dim3(), dim3(), nullptr, &bytes, 0});
   return bytes;
 }
 
@@ -520,7 +585,12 @@ cudaError_t dso_cuda_mla_prefill_backward(const Params *p, cudaStream_t stream) 
   auto heads = static_cast<unsigned>(p->in.heads);
   Launches to{dim3(static_cast<unsigned>(in.b * ceil_div(in.s, tile)), heads),
               dim3(static_cast<unsigned>(ceil_div(in.b * in.t, tile) + in.n_spans), heads), stream,
-              nullptr};
+              nullptr, 0};
   if (!mma) return run_general(p, to);
+  Device device;
+  cudaError_t error = device_of(&device);
+  if (error != cudaSuccess) return error;
+  if (backward_sm90_fits(in, device)) return run_backward_sm90(p, stream);
+  to.shared_limit = device.shared_limit;
   return p->in.dtype == DSO_BF16 ? pick<Bf16>(p, to) : pick<F16>(p, to);
 }

@@ -157,6 +157,7 @@ struct Consumer {
   const dso_mla_inputs &in;
   S shared;
   int group, warp, lane;
+  uint64_t queries;        // 描述符
   int turn = 0, base = 0;  // 第几块工作；这块工作的第 0 块键是第几块
   Place at;
   int head, first, blocks, row;  // row：这个线程的第一行（span 内），另一行再加 8
@@ -171,7 +172,8 @@ struct Consumer {
         in(params.in),
         group(static_cast<int>(threadIdx.x) / GROUP),
         warp(static_cast<int>(threadIdx.x) / WARP),
-        lane(static_cast<int>(threadIdx.x) % WARP) {
+        lane(static_cast<int>(threadIdx.x) % WARP),
+        queries(uniform(k_major(shared.base + group * 64 * BOX_ROW))) {
     if (group == 1) named_barrier_arrive(TURN_BARRIER, CONSUMERS);  // 第 0 组先走
   }
 
@@ -187,20 +189,24 @@ struct Consumer {
     if (lane == 0) mbarrier_arrive(barrier);
   }
 
-  __device__ void score(int block) {
-    uint64_t q = k_major(shared.base + group * 64 * BOX_ROW), k = k_major(shared.k(base + block));
+  // 第 block 块的键、值的描述符；轮到之前先算好。
+  __device__ uint64_t keys_at(int block) const { return uniform(k_major(shared.k(base + block))); }
+  __device__ uint64_t values_at(int block) const {
+    return uniform(mn_major(shared.v(base + block), L::KEY_BOX));
+  }
+
+  __device__ void score(uint64_t keys) {
 #pragma unroll
     for (int c = 0; c < L::K_BOXES * 4; c++)
-      wgmma<BF16, 0, 0>(s, advance(q, c / 4 * L::Q_BOX + c % 4 * 32),
-                        advance(k, c / 4 * L::KEY_BOX + c % 4 * 32), c > 0);
+      wgmma<BF16, 0, 0>(s, advance(queries, c / 4 * L::Q_BOX + c % 4 * 32),
+                        advance(keys, c / 4 * L::KEY_BOX + c % 4 * 32), c > 0);
     wgmma_commit();
   }
 
-  __device__ void accumulate(int block) {
-    uint64_t v = mn_major(shared.v(base + block), L::KEY_BOX);
+  __device__ void accumulate(uint64_t values) {
 #pragma unroll
     for (int c = 0; c < KEYS / 16; c++)
-      wgmma<BF16, 1>(o, prob[c], advance(v, c * 16 * BOX_ROW), true);
+      wgmma<BF16, 1>(o, prob[c], advance(values, c * 16 * BOX_ROW), true);
     wgmma_commit();
   }
 
@@ -292,7 +298,7 @@ struct Consumer {
   __device__ void attend() {
     mbarrier_wait(shared.k_full(base), S::parity(base));
     wgmma_fence();
-    score(0);
+    score(keys_at(0));
     wgmma_wait<0>();
     wgmma_settle(s);
     release(shared.k_empty(base));
@@ -302,10 +308,11 @@ struct Consumer {
       int now = base + block;
       mbarrier_wait(shared.k_full(now), S::parity(now));
       mbarrier_wait(shared.v_full(now - 1), S::parity(now - 1));
+      uint64_t keys = keys_at(block), values = values_at(block - 1);
       named_barrier_sync(TURN_BARRIER + group, CONSUMERS);
       wgmma_fence();
-      score(block);
-      accumulate(block - 1);
+      score(keys);
+      accumulate(values);
       named_barrier_arrive(TURN_BARRIER + 1 - group, CONSUMERS);
       wgmma_wait<1>();
       wgmma_settle(s);
@@ -321,7 +328,7 @@ struct Consumer {
     mbarrier_wait(shared.v_full(last), S::parity(last));
     clear_tail();
     wgmma_fence();
-    accumulate(blocks - 1);
+    accumulate(values_at(blocks - 1));
     wgmma_wait<0>();
     wgmma_settle(o);
     release(shared.v_empty(last));

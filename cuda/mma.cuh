@@ -15,6 +15,10 @@ constexpr int TILE_PAD = 8;
 struct Bf16 {
   static constexpr dso_dtype dtype = DSO_BF16;
   __device__ static uint32_t pack(float a, float b) { return pack_bf16(a, b); }
+  __device__ static float low(uint32_t pair) { return bf16_bits(static_cast<uint16_t>(pair)); }
+  __device__ static float high(uint32_t pair) {
+    return bf16_bits(static_cast<uint16_t>(pair >> 16));
+  }
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(d, a, b0, b1);
   }
@@ -30,6 +34,10 @@ struct Bf16 {
 struct F16 {
   static constexpr dso_dtype dtype = DSO_F16;
   __device__ static uint32_t pack(float a, float b) { return pack_f16(a, b); }
+  __device__ static float low(uint32_t pair) { return half_bits(static_cast<uint16_t>(pair)); }
+  __device__ static float high(uint32_t pair) {
+    return half_bits(static_cast<uint16_t>(pair >> 16));
+  }
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_f16(d, a, b0, b1);
   }

@@ -42,4 +42,53 @@ __device__ __forceinline__ float activate(const dso_act &act, bool gated, float 
   return g * sigmoid_of<FAST>((shifted ? act.alpha : 1.0f) * g) * (u + (shifted ? 1.0f : 0.0f));
 }
 
+// a(x) 与 a'(x)，没有截断的激活。
+template <bool FAST>
+__device__ __forceinline__ float plain_act_slope(dso_act_kind kind, float x, float *slope) {
+  float s;
+  switch (kind) {
+    case DSO_GELU:
+      s = 0.5f * erfcf(-x * 0.70710678f);
+      *slope = s + x * 0.39894228f * expf(-0.5f * x * x);
+      return x * s;
+    case DSO_GELU_TANH:
+      s = sigmoid_of<FAST>(1.5957691f * x * (1.0f + 0.044715f * x * x));
+      *slope = s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 3 * 0.044715f * x * x);
+      return x * s;
+    case DSO_RELU:
+      *slope = x > 0.0f ? 1.0f : 0.0f;
+      return x < 0.0f ? 0.0f : x;
+    case DSO_RELU2:
+      s = x < 0.0f ? 0.0f : x;
+      *slope = 2.0f * s;
+      return s * s;
+    default:
+      s = sigmoid_of<FAST>(x);
+      *slope = s + x * s * (1.0f - s);
+      return x * s;
+  }
+}
+
+struct Activated {
+  float h, gate, up;  // h 与 gate、up 的梯度
+};
+
+// grad 是 h 的梯度；没有门时不看 up。NaN 不算没有截断：同 torch 的 clamp，它的梯度为 0。
+template <bool FAST>
+__device__ __forceinline__ Activated activate_backward(const dso_act &act, bool gated, float gate,
+                                                       float up, float grad) {
+  float u = gated ? up : 1.0f, slope, a;
+  if (act.kind != DSO_CLIPPED && act.kind != DSO_CLIPPED_SILU) {
+    a = plain_act_slope<FAST>(act.kind, gate, &slope);
+    return {a * u, grad * u * slope, grad * a};
+  }
+  bool shifted = act.kind == DSO_CLIPPED, gate_free = gate <= act.limit,
+       up_free = up <= act.limit && up >= -act.limit;
+  float alpha = shifted ? act.alpha : 1.0f, g = gate > act.limit ? act.limit : gate;
+  u = (up < -act.limit ? -act.limit : up > act.limit ? act.limit : up) + (shifted ? 1.0f : 0.0f);
+  float s = sigmoid_of<FAST>(alpha * g);
+  a = g * s, slope = s + alpha * a * (1.0f - s);
+  return {a * u, gate_free ? grad * u * slope : 0.0f, up_free ? grad * a : 0.0f};
+}
+
 }  // namespace dso

@@ -77,8 +77,8 @@ __host__ __device__ inline bool is_quantized(dso_dtype dtype) {
   return dtype == DSO_I8 || dtype == DSO_I4;
 }
 
-// 主机侧：h 至多多少列（连同共享专家）。
-inline int64_t hidden_columns(const dso_cuda_moe_experts_params &p) {
+// h 至多多少列（连同共享专家）。
+__host__ __device__ inline int64_t hidden_columns(const dso_cuda_moe_experts_params &p) {
   int64_t shared = p.routing.shared ? p.w.shared.inner : 0;
   return shared > p.widest ? shared : p.widest;
 }

@@ -26,17 +26,9 @@ __global__ __launch_bounds__(THREADS) void moe_combine_kernel(dso_cuda_moe_exper
   };
 #pragma unroll 4
   for (int64_t slot = token * r.top_k; slot < (token + 1) * r.top_k; slot++)
-    if (r.row[slot] >= 0) add(r.row[slot], p.weights[slot]);
+    if (r.row[slot] >= 0) add(r.row[slot], p.weights ? p.weights[slot] : 1.0f);
   if (r.shared) add(r.tokens * r.top_k + token, p.w.shared_scale ? p.w.shared_scale[token] : 1.0f);
   store<V>(p.y, p.x.dtype, token * p.n + column, sum);
-}
-
-cudaError_t combine(const dso_cuda_moe_experts_params &p, cudaStream_t stream) {
-  bool wide = wide_ok(p.o, p.dtype, p.n) && wide_ok(p.y, p.x.dtype, p.n);
-  int64_t count = p.routing.tokens * p.n / (wide ? 8 : 1);
-  dim3 grid(static_cast<unsigned>(ceil_div(count, THREADS)));
-  if (wide) return launch(moe_combine_kernel<8>, grid, dim3(THREADS), 0, stream, p);
-  return launch(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
 }
 
 // 一行 k 个权重（或转置的）能按 16 字节读。量化的行不转置：int8 一行 k 字节，int4 一行是 16 的倍数。
@@ -61,6 +53,15 @@ __global__ void moe_table_kernel(Table table, int count, dso_expert *to) {
 
 }  // namespace
 
+cudaError_t dso::moe_combine(const dso_cuda_moe_experts_params &p, cudaStream_t stream) {
+  bool wide = wide_ok(p.o, p.dtype, p.n) && wide_ok(p.y, p.x.dtype, p.n);
+  int64_t count = p.routing.tokens * p.n / (wide ? 8 : 1);
+  dim3 grid(static_cast<unsigned>(ceil_div(count, THREADS)));
+  if (grid.x == 0) return cudaSuccess;
+  if (wide) return launch(moe_combine_kernel<8>, grid, dim3(THREADS), 0, stream, p);
+  return launch(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
+}
+
 int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,
                       dso_dtype dtype) {
   if (dtype == DSO_F32 || p->x.dtype != dtype || p->k % 8 != 0 || p->n % 8 != 0) return 0;
@@ -77,13 +78,14 @@ int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *ex
 
 namespace {
 
-enum Path { GENERAL, SMALL, MMA, SM90 };
+enum Path { GENERAL, DIRECT, SMALL, MMA, SM90 };
 
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
   if (p.w.transposed) return MMA;
   int64_t slots = p.routing.tokens * p.routing.top_k;
   int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
+  if (moe_direct_fits(p)) return DIRECT;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
   if (few) return SMALL;
   // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
@@ -98,6 +100,8 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
   switch (path_of(*p)) {
     case GENERAL:
       return MOE_GENERAL_ROWS;
+    case DIRECT:
+      return 0;
     case SMALL:
       return p->routing.tokens <= 8 ? 8 : MOE_SMALL_ROWS;
     default:
@@ -108,11 +112,11 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream) {
   if (p->routing.tokens == 0 || p->n == 0) return cudaSuccess;
   Path path = path_of(*p);
-  decltype(&moe_mma) products[] = {moe_general, moe_small, moe_mma, moe_sm90};
+  decltype(&moe_mma) products[] = {moe_general, moe_small, moe_small, moe_mma, moe_sm90};
   auto product = products[path];
   cudaError_t error = product(*p, true, stream);
   if (error == cudaSuccess) error = product(*p, false, stream);
-  return error == cudaSuccess ? combine(*p, stream) : error;
+  return error == cudaSuccess && path != DIRECT ? moe_combine(*p, stream) : error;
 }
 
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,

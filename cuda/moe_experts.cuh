@@ -17,6 +17,11 @@ cudaError_t moe_sm90(const dso_cuda_moe_experts_params &p, bool hidden, cudaStre
 
 // 词元少、不转置时：受限于读权重的带宽。
 cudaError_t moe_small(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream);
+// 词元极少：不排序（tile_rows 为 0），算 o 的一步直接得到 y。
+bool moe_direct_fits(const dso_cuda_moe_experts_params &p);
+
+// y = 各词元的行之和：weights、shared_scale 为 NULL 时系数是 1。
+cudaError_t moe_combine(const dso_cuda_moe_experts_params &p, cudaStream_t stream);
 
 // 一次启动做哪些块：共享专家的权重与路由的存法不同时分两次。
 enum Part { ALL, ROUTED, SHARED };

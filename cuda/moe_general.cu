@@ -1,28 +1,12 @@
 // moe_experts 的通用路径：fp32 计算，任何类型、维度、布局与量化格式；一块 64 行、64 列。
-#include "config.cuh"
 #include "moe_act.cuh"
 #include "moe_experts.cuh"
+#include "moe_general.cuh"
 
 namespace {
 
 using namespace dso;
-
-constexpr int ROWS = MOE_GENERAL_ROWS, COLUMNS = 64, DEPTH = MOE_GENERAL_DEPTH;
-constexpr int THREADS = 256, SIDE = 16;  // 16 x 16 个线程各 4 行 4 列
-constexpr int STRIDE = ROWS + 1;
-
-// 一个专家的一个权重矩阵，看成 [列][k]。
-struct Weight {
-  dso_mat mat;
-  dso_quant quant;
-  bool transposed;
-  int step;  // 列的间隔，paired 时是 2
-
-  __device__ float at(int64_t n, int64_t k) const {
-    if (is_quantized(mat.dtype)) return quantized_at(mat, quant, n, k);
-    return load_one(mat.data, mat.dtype, transposed ? k * mat.rs + n * step : n * mat.rs + k);
-  }
-};
+using namespace dso::general;
 
 struct Tile {
   const dso_cuda_moe_experts_params &p;
@@ -30,7 +14,7 @@ struct Tile {
   bool hidden;
   dso_expert expert;
   int column, columns, depth;  // 第一列、专家的列数、K
-  float (*a)[STRIDE], (*b)[STRIDE], (*c)[STRIDE];
+  Block a, b, c;
 
   __device__ Weight weight(bool up) const {
     bool shared = tile.expert >= p.routing.experts, transposed = p.w.transposed && !shared;
@@ -49,44 +33,21 @@ struct Tile {
   }
 
   __device__ void load_left(int k0) {
-    for (int i = static_cast<int>(threadIdx.x); i < ROWS * DEPTH; i += THREADS) {
-      int row = i / DEPTH, k = i % DEPTH;
-      a[k][row] = row < tile.rows && k0 + k < depth ? left(row, k0 + k) : 0.0f;
-    }
+    load_block(a, k0, depth, true,
+               [&](int row, int k) { return row < tile.rows ? left(row, k) : 0.0f; });
   }
 
-  // 相邻线程读相邻的地址。
-  __device__ void load_right(float (*to)[STRIDE], const Weight &w, int k0) {
-    for (int i = static_cast<int>(threadIdx.x); i < COLUMNS * DEPTH; i += THREADS) {
-      int n = w.transposed ? i % COLUMNS : i / DEPTH, k = w.transposed ? i / COLUMNS : i % DEPTH;
-      bool inside = column + n < columns && k0 + k < depth;
-      to[k][n] = inside ? w.at(column + n, k0 + k) : 0.0f;
-    }
+  __device__ void load_right(Block to, const Weight &w, int k0) {
+    load_block(to, k0, depth, !w.transposed,
+               [&](int n, int k) { return column + n < columns ? w.at(column + n, k) : 0.0f; });
   }
 
-  __device__ void multiply(const float (*right)[STRIDE], float (&sum)[4][4]) const {
-    int row = static_cast<int>(threadIdx.x) / SIDE, n = static_cast<int>(threadIdx.x) % SIDE;
-    float part[4][4] = {};
-#pragma unroll 4
-    for (int k = 0; k < DEPTH; k++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) part[i][j] += a[k][row + i * SIDE] * right[k][n + j * SIDE];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) sum[i][j] += part[i][j];
-  }
-
-  __device__ void store(const float (&g)[4][4], const float (&u)[4][4]) const {
-    int thread = static_cast<int>(threadIdx.x);
+  __device__ void store(const Sums &g, const Sums &u) const {
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int row = thread / SIDE + i * SIDE, n = column + thread % SIDE + j * SIDE;
+        int row = row_at(i), n = column + column_at(j);
         if (row >= tile.rows || n >= columns) continue;
         int64_t at = tile.row + row;
         if (hidden) {
@@ -103,15 +64,15 @@ struct Tile {
   }
 
   __device__ void run() {
-    float g[4][4] = {}, u[4][4] = {};
+    Sums g = {}, u = {};
     Weight first = weight(false), second = weight(true);
     for (int k0 = 0; k0 < depth; k0 += DEPTH) {
       load_left(k0);
       load_right(b, first, k0);
       if (gated()) load_right(c, second, k0);
       __syncthreads();
-      multiply(b, g);
-      if (gated()) multiply(c, u);
+      multiply(a, b, g);
+      if (gated()) multiply(a, c, u);
       __syncthreads();
     }
     store(g, u);

@@ -1,29 +1,17 @@
 // moe_experts 的 sm_80 路径：分组的矩阵乘，cp.async 多级流水加 mma；h、o 两步是同一个核。
 //
-// 一块 128 行 x 128 列权重、4 个 warp 各 64 x 64，一级 32 个 k。x 的行由 token 直接收集；有门时 128 列是 64 列 gate 加
+// 块的划分见 moe_gemm.cuh。x 的行由 token 直接收集；有门时 128 列是 64 列 gate 加
 // 对应的 64 列 up（每个 warp 32 + 32 列），激活在写出时，没有 gate、up 的中间结果。权重的三种存法只差读入：
 // [列][k]（nn.Linear）、[k][列]（转置，交错的成对）、量化的（读进寄存器，反量化后写进共享内存）。
-#include "config.cuh"
-#include "mma.cuh"
 #include "moe_act.cuh"
 #include "moe_experts.cuh"
+#include "moe_gemm.cuh"
 
 namespace {
 
 using namespace dso;
+using namespace dso::gemm;
 
-constexpr int ROWS = MOE_ROWS, COLUMNS = 128, DEPTH = MOE_DEPTH, STAGES = MOE_STAGES;
-constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int TILE = 64;                         // 一个 warp 的行数、列数
-constexpr int STRIDE = DEPTH + TILE_PAD;         // [行或列][k]
-constexpr int WIDE_STRIDE = COLUMNS + TILE_PAD;  // [k][列]
-constexpr int A_ELEMS = ROWS * STRIDE;
-constexpr int B_ELEMS = COLUMNS * STRIDE;  // 不小于 DEPTH * WIDE_STRIDE
-constexpr int PIPELINE = STAGES * (A_ELEMS + B_ELEMS) * 2;
-constexpr int RESULT_STRIDE = COLUMNS + 4;          // fp32 的结果
-constexpr int COPIES = ROWS * DEPTH / 8 / THREADS;  // 每线程每级拷几段（16 字节）
-static_assert(DEPTH * WIDE_STRIDE <= B_ELEMS, "转置的权重放不下");
-static_assert(ROWS * RESULT_STRIDE * 4 <= PIPELINE, "结果放不下");
 static_assert(DEPTH == 32, "int4 一行一级正好一段");
 
 enum Weights { ROW_MAJOR, TRANSPOSED, INT8, INT4 };
@@ -58,10 +46,7 @@ struct Gemm {
   const uint16_t *a_row[COPIES];  // 各段在 k = 0 的地址；越界的为空
   const uint16_t *b_row[COPIES];
   uint4 codes[2];  // 量化的：下一级的码（int4 只用一个）
-  float acc[TILE / 16][TILE / 8][4] = {};
-
-  __device__ uint16_t *a_tile(int stage) const { return shared + stage * (A_ELEMS + B_ELEMS); }
-  __device__ uint16_t *b_tile(int stage) const { return a_tile(stage) + A_ELEMS; }
+  Sums acc = {};
 
   // 共享内存里的第 r 列是专家的第几列；有门时还分 gate、up。
   __device__ int column_of(int r) const {
@@ -131,15 +116,16 @@ struct Gemm {
       for (int i = 0; i < COPIES; i++) {
         int chunk = thread + i * THREADS, row = chunk / (DEPTH / 8), k = chunk % (DEPTH / 8) * 8;
         bool inside = a_row[i] && k0 + k < depth;
-        cp_async_16(a_tile(stage) + row * STRIDE + k, inside ? a_row[i] + k0 + k : nullptr, inside);
+        cp_async_16(a_tile(shared, stage) + row * STRIDE + k, inside ? a_row[i] + k0 + k : nullptr,
+                    inside);
         if (W == ROW_MAJOR) {
           inside = b_row[i] && k0 + k < depth;
-          cp_async_16(b_tile(stage) + row * STRIDE + k, inside ? b_row[i] + k0 + k : nullptr,
-                      inside);
+          cp_async_16(b_tile(shared, stage) + row * STRIDE + k,
+                      inside ? b_row[i] + k0 + k : nullptr, inside);
         } else if (W == TRANSPOSED) {
           int at = chunk / (COLUMNS / 8), r = chunk % (COLUMNS / 8) * 8;
           inside = b_row[0] && k0 + at < depth;
-          cp_async_16(b_tile(stage) + at * WIDE_STRIDE + r,
+          cp_async_16(b_tile(shared, stage) + at * WIDE_STRIDE + r,
                       inside ? b_row[0] + (k0 + at) * gate.rs : nullptr, inside);
         }
       }
@@ -171,7 +157,7 @@ struct Gemm {
   __device__ __forceinline__ void put(int block) {
     int k0 = block * DEPTH, n = column_of(thread);
     if (k0 >= depth) return;
-    uint16_t *to = b_tile(block % STAGES) + thread * STRIDE;
+    uint16_t *to = b_tile(shared, block % STAGES) + thread * STRIDE;
     uint32_t out[DEPTH / 2];
     if (W == INT8) {
 #pragma unroll
@@ -208,50 +194,7 @@ struct Gemm {
           make_uint4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
   }
 
-  // ---- 乘 ----
-
-  __device__ __forceinline__ void multiply(int stage) {
-    const uint16_t *a = a_tile(stage), *b = b_tile(stage);
-    int row = warp / 2 * TILE, column = warp % 2 * TILE;
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-      uint32_t left[TILE / 16][4];
-#pragma unroll
-      for (int i = 0; i < TILE / 16; i++) load_a(left[i], a, STRIDE, row + i * 16, k);
-#pragma unroll
-      for (int j = 0; j < TILE / 16; j++) {
-        uint32_t right[4];
-        if (W == TRANSPOSED)
-          load_b_trans(right, b, WIDE_STRIDE, k, column + j * 16);
-        else
-          load_b_16x16(right, b, STRIDE, column + j * 16, k);
-#pragma unroll
-        for (int i = 0; i < TILE / 16; i++) {
-          E::mma(acc[i][2 * j], left[i], right[0], right[1]);
-          E::mma(acc[i][2 * j + 1], left[i], right[2], right[3]);
-        }
-      }
-    }
-  }
-
-  // ---- 写出：fp32 的结果先放进共享内存（流水的缓冲），再逐行成段写 ----
-
-  __device__ float *result(int row) const {
-    return reinterpret_cast<float *>(shared) + row * RESULT_STRIDE;
-  }
-
-  __device__ __forceinline__ void stage_result() {
-    int row = warp / 2 * TILE + fragment_row(), column = warp % 2 * TILE + fragment_column();
-#pragma unroll
-    for (int i = 0; i < TILE / 16; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int j = 0; j < TILE / 8; j++) {
-          float *to = result(row + i * 16 + half * 8) + column + j * 8;
-          to[0] = acc[i][j][2 * half], to[1] = acc[i][j][2 * half + 1];
-        }
-  }
+  // ---- 写出 ----
 
   // 第 i 列（从 first 起）的 gate（或普通的一列）、up 在共享内存的第几列。
   __device__ int gate_at(int i) const {
@@ -274,9 +217,7 @@ struct Gemm {
 
   __device__ __forceinline__ void store() {
     int width = split || paired ? COLUMNS / 2 : COLUMNS, chunks = width / 8;
-    __syncthreads();  // 流水的缓冲都读完了
-    stage_result();
-    __syncthreads();
+    stage_result(acc, shared);
 #pragma unroll 1
     for (int i = thread; i < tile.rows * chunks; i += THREADS) {
       int row = i / chunks, column = i % chunks * 8;
@@ -284,7 +225,8 @@ struct Gemm {
       uint4 out = make_uint4(0, 0, 0, 0);  // 依次从末尾推进来
 #pragma unroll 1
       for (int j = 0; j < 8; j += 2) {
-        float x = value(result(row), column + j), y = value(result(row), column + j + 1);
+        float x = value(result_row(shared, row), column + j),
+              y = value(result_row(shared, row), column + j + 1);
         out = make_uint4(out.y, out.z, out.w, E::pack(x, y));
       }
       int64_t at = tile.row + row;
@@ -309,7 +251,8 @@ struct Gemm {
       int next = block + STAGES - 1;
       load(next);
       if (QUANTIZED) fetch(next);
-      multiply(block % STAGES);
+      multiply<E, false, W == TRANSPOSED>(acc, a_tile(shared, block % STAGES),
+                                          b_tile(shared, block % STAGES));
       if (QUANTIZED) put(next);
     }
     cp_async_wait<0>();

@@ -4,6 +4,8 @@
 // 权重是 mma 的 M，词元是 N。k 在一步里怎样排列无关紧要，只要两个操作数相同：每个线程连续读 16 字节，
 // 就当作它在片段里的那几个 k。一个 CTA 的 4 个 warp 各管 K 的一段，最后按次序相加。
 // int8 的码在 16 位里是精确的，尺度最后乘；int4 一步正好一组，码减零点之后是精确的整数，尺度乘在一组的和上。
+#include <assert.h>
+
 #include "config.cuh"
 #include "mma.cuh"
 #include "moe_act.cuh"
@@ -17,19 +19,17 @@ constexpr int WARPS = 4, THREADS = WARPS * WARP;
 
 enum Kind { PLAIN, INT8, INT4_32, INT4_64, INT4_128 };
 
-// 一步里每个线程读多少个字（4 字节）、多少个 k；int4 一步就是一组。一个 warp 管几份 16 行：int4 的权重少，
-// 读 x 就显得多，两份共用。
+// 一步里每个线程读多少个字（4 字节）、多少个 k；int4 一步就是一组。
 template <Kind K>
 struct Step {
   static constexpr bool int4 = K >= INT4_32;
   static constexpr int words = K == INT4_32 ? 1 : K == INT4_64 ? 2 : 4;
   static constexpr int lane_k = K == PLAIN ? 8 : K == INT8 ? 16 : 8 * words;
   static constexpr int k = 4 * lane_k;
-  static constexpr int sets = int4 ? 2 : 1;
-  // 一次发出几步的读（连同尺度），占 32 个寄存器左右：每个 SM 上 64 到 100 KiB 在途
-  static constexpr int unroll = K == INT4_128 ? 2 : 4;
-  // 至多 8 个词元时一个 SM 上至少几块
-  static constexpr int resident = int4 ? 4 : 6;
+  // 一次发出几步的读（连同尺度），占 32 个寄存器左右：每个 SM 上 64 到 100 KiB 在途。sets 份 16 行一起读时减半
+  __host__ __device__ static constexpr int unroll(int sets) {
+    return !int4 ? 4 : (K == INT4_128 ? 4 : 8) / sets;
+  }
 };
 
 template <int WORDS>
@@ -59,6 +59,21 @@ struct Rows {
   const uint8_t *top_zero, *bottom_zero;
 };
 
+// 不排序（tile_rows 为 0）：每个 slot 自己一块，行就是 slot；共享专家每个词元一块。
+__device__ __forceinline__ dso_cuda_moe_tile tile_at(const dso_cuda_moe_routing &r, int64_t i) {
+  if (r.tile_rows > 0) return r.tiles[i];
+  int64_t e = i < r.tokens * r.top_k ? r.index[i] : r.experts;
+  assert(e >= 0);
+  bool real = e < r.experts || i >= r.tokens * r.top_k;
+  return {static_cast<int32_t>(real ? e : r.experts), static_cast<int32_t>(i), real, 0};
+}
+
+__device__ __forceinline__ int64_t token_of(const dso_cuda_moe_routing &r, int64_t row) {
+  if (r.tile_rows > 0) return r.token[row];
+  int64_t slots = r.tokens * r.top_k;
+  return row < slots ? row / r.top_k : row - slots;
+}
+
 struct Work {
   const dso_cuda_moe_experts_params &p;
   dso_cuda_moe_tile tile;
@@ -69,7 +84,7 @@ struct Work {
   __device__ __forceinline__ const uint16_t *input(int row) const {
     if (row >= tile.rows) return nullptr;
     int64_t at = tile.row + row;
-    if (hidden) return static_cast<const uint16_t *>(p.x.data) + p.routing.token[at] * p.x.rs;
+    if (hidden) return static_cast<const uint16_t *>(p.x.data) + token_of(p.routing, at) * p.x.rs;
     return static_cast<const uint16_t *>(p.h) + hidden_at(p, at);
   }
 };
@@ -153,51 +168,48 @@ __device__ __forceinline__ int lane_offset(int c) {
   return c * Step<K>::lane_k;
 }
 
-template <class E, Kind K, int NT>
+// 一个 warp 的累加：SETS 份 16 行权重，NT 份 8 个词元。
+template <class E, Kind K, int NT, int SETS, int UNROLL>
 struct Stream {
   using S = Step<K>;
 
-  const Work &work;
-  int lane, warp;
-  float acc[S::sets][NT][4] = {};
+  int lane = static_cast<int>(threadIdx.x) % WARP, depth;
+  float acc[SETS][NT][4] = {};
 
-  __device__ __forceinline__ Stream(const Work &w)
-      : work(w),
-        lane(static_cast<int>(threadIdx.x) % WARP),
-        warp(static_cast<int>(threadIdx.x) / WARP) {}
+  __device__ __forceinline__ explicit Stream(int k) : depth(k) {}
 
   // 没有量化的、int8 的一步：w [份][上、下]。
-  __device__ __forceinline__ void step(const Words<S::words> (&w)[S::sets][2],
+  __device__ __forceinline__ void step(const Words<S::words> (&w)[SETS][2],
                                        const uint16_t *const (&x)[NT], int k0) {
     int k = k0 + lane_offset<K>(lane % 4);
     if constexpr (K == PLAIN) {
       Words<4> in[NT];
 #pragma unroll
-      for (int t = 0; t < NT; t++) in[t] = load_input<4>(x[t], k, work.depth);
+      for (int t = 0; t < NT; t++) in[t] = load_input<4>(x[t], k, depth);
       multiply_plain<E, NT>(acc[0], w[0][0], w[0][1], in);
     } else if constexpr (K == INT8) {
       Words<8> in[NT];
 #pragma unroll
-      for (int t = 0; t < NT; t++) in[t] = load_input<8>(x[t], k, work.depth);
+      for (int t = 0; t < NT; t++) in[t] = load_input<8>(x[t], k, depth);
       multiply_int8<E, NT>(acc[0], w[0][0], w[0][1], in);
     }
   }
 
   // int4 的一步：x 的低、高两段（相隔 16 个 k）配码的低、高 4 位。
-  __device__ __forceinline__ void step_int4(const Words<S::words> (&w)[S::sets][2],
-                                            const Group (&group)[S::sets], bool has_zero,
+  __device__ __forceinline__ void step_int4(const Words<S::words> (&w)[SETS][2],
+                                            const Group (&group)[SETS], bool has_zero,
                                             const uint16_t *const (&x)[NT], int k0) {
     int k = k0 + lane_offset<K>(lane % 4);
-    float part[S::sets][NT][4] = {};
+    float part[SETS][NT][4] = {};
 #pragma unroll
     for (int i = 0; i < S::words; i++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         Words<2> in[NT];
 #pragma unroll
-        for (int t = 0; t < NT; t++) in[t] = load_input<2>(x[t], k + 4 * i + 16 * h, work.depth);
+        for (int t = 0; t < NT; t++) in[t] = load_input<2>(x[t], k + 4 * i + 16 * h, depth);
 #pragma unroll
-        for (int s = 0; s < S::sets; s++) {
+        for (int s = 0; s < SETS; s++) {
           uint32_t u[2], d[2];
           int4_pairs<E>(u, w[s][0].v[i], h, zero_of(group[s].zeros & 255, has_zero), has_zero);
           int4_pairs<E>(d, w[s][1].v[i], h, zero_of(group[s].zeros >> 8, has_zero), has_zero);
@@ -207,7 +219,7 @@ struct Stream {
         }
       }
 #pragma unroll
-    for (int s = 0; s < S::sets; s++)
+    for (int s = 0; s < SETS; s++)
 #pragma unroll
       for (int t = 0; t < NT; t++)
 #pragma unroll
@@ -225,25 +237,22 @@ struct Stream {
     return g;
   }
 
-  __device__ __forceinline__ void run(const Rows (&rows)[S::sets]) {
-    const uint16_t *x[NT];
-#pragma unroll
-    for (int t = 0; t < NT; t++) x[t] = work.input(t * 8 + lane / 4);
-    int steps = (work.depth + S::k - 1) / S::k, each = (steps + WARPS - 1) / WARPS;
-    int begin = warp * each, end = min_of(steps, begin + each);
+  // 第 [begin, end) 步；x [t] 是第 8 t + lane / 4 个词元。
+  __device__ __forceinline__ void run(const Rows (&rows)[SETS], const uint16_t *const (&x)[NT],
+                                      int begin, int end) {
     // 一步的字节：16 位的 4 x 16；码同样（int4 每线程 4 words 字节）
     constexpr int BYTES = 4 * S::words;
     int at = lane % 4 * BYTES;
     bool has_zero = rows[0].top_zero != nullptr;
-    for (int i = begin; i < end; i += S::unroll) {
-      Words<S::words> w[S::unroll][S::sets][2];
-      Group group[S::unroll][S::sets];
+    for (int i = begin; i < end; i += UNROLL) {
+      Words<S::words> w[UNROLL][SETS][2];
+      Group group[UNROLL][SETS];
 #pragma unroll
-      for (int u = 0; u < S::unroll; u++) {
+      for (int u = 0; u < UNROLL; u++) {
         bool inside = i + u < end && tail_ok(i + u);
         int64_t byte = static_cast<int64_t>(i + u) * 4 * BYTES + at;
 #pragma unroll
-        for (int s = 0; s < S::sets; s++) {
+        for (int s = 0; s < SETS; s++) {
           w[u][s][0] = w[u][s][1] = {}, group[u][s] = {};
           if (!inside) continue;
           w[u][s][0] = load_words<S::words>(rows[s].top + byte);
@@ -252,7 +261,7 @@ struct Stream {
         }
       }
 #pragma unroll
-      for (int u = 0; u < S::unroll; u++) {
+      for (int u = 0; u < UNROLL; u++) {
         if (i + u >= end) break;
         if constexpr (S::int4)
           step_int4(w[u], group[u], has_zero, x, (i + u) * S::k);
@@ -264,24 +273,24 @@ struct Stream {
 
   // 16 位与 int8 的行正好 depth 个：最后一步里越过的不读。int4 补齐到组。
   __device__ __forceinline__ bool tail_ok(int i) const {
-    return S::int4 || i * S::k + lane_offset<K>(lane % 4) < work.depth;
+    return S::int4 || i * S::k + lane_offset<K>(lane % 4) < depth;
   }
 };
 
 // 各 warp 的部分和按次序相加，激活或加偏置，写出。
-template <class E, Kind K, int NT>
-__device__ __forceinline__ void finish(const Stream<E, K, NT> &stream, const Work &work,
+template <class E, Kind K, int NT, int SETS>
+__device__ __forceinline__ void finish(const float (&acc)[SETS][NT][4], const Work &work,
                                        const dso_expert &expert, float *sums) {
-  constexpr int SETS = Step<K>::sets, EACH = SETS * NT * 4 * WARP;
+  constexpr int EACH = SETS * NT * 4 * WARP;
   const dso_cuda_moe_experts_params &p = work.p;
+  int warp = static_cast<int>(threadIdx.x) / WARP, self = static_cast<int>(threadIdx.x) % WARP;
 #pragma unroll
   for (int s = 0; s < SETS; s++)
 #pragma unroll
     for (int t = 0; t < NT; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sums[stream.warp * EACH + ((s * NT + t) * 4 + i) * WARP + stream.lane] =
-            stream.acc[s][t][i];
+        sums[warp * EACH + ((s * NT + t) * 4 + i) * WARP + self] = acc[s][t][i];
   __syncthreads();
   auto total = [&](int set, int t, int i, int lane) {
     float sum = 0.0f;
@@ -334,10 +343,10 @@ __device__ __forceinline__ Rows rows_of(const dso_mat &top, const dso_quant &top
   return r;
 }
 
-template <class E, Kind K, int NT>
+template <class E, Kind K, int NT, int SETS>
 __device__ __forceinline__ void compute(const Work &work, const dso_expert &expert, float *sums) {
-  constexpr int SETS = Step<K>::sets;
-  int g = static_cast<int>(threadIdx.x) % WARP / 4, last = work.columns - 1;
+  int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
+  int g = lane / 4, last = work.columns - 1;
   Rows rows[SETS];
 #pragma unroll
   for (int s = 0; s < SETS; s++) {
@@ -351,21 +360,32 @@ __device__ __forceinline__ void compute(const Work &work, const dso_expert &expe
       rows[s] = rows_of(mat, quant, top, mat, quant, bottom);
     }
   }
-  Stream<E, K, NT> stream(work);
-  stream.run(rows);
-  finish(stream, work, expert, sums);
+  const uint16_t *x[NT];
+#pragma unroll
+  for (int t = 0; t < NT; t++) x[t] = work.input(t * 8 + g);
+  int steps = (work.depth + Step<K>::k - 1) / Step<K>::k, each = (steps + WARPS - 1) / WARPS;
+  Stream<E, K, NT, SETS, Step<K>::unroll(SETS)> stream(work.depth);
+  stream.run(rows, x, warp * each, min_of(steps, (warp + 1) * each));
+  finish<E, K, NT, SETS>(stream.acc, work, expert, sums);
 }
 
-// MOST：一块至多多少份（8 个）词元。
+// MOST：一块至多多少份（8 个）词元。一个 warp 管几份 16 行：int4 的权重少，词元多时读 x 就显得多，两份共用。
+template <Kind K, int MOST>
+constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
+
+// 一个 SM 上至少几块：再多寄存器就要溢出。
+template <Kind K, int MOST>
+constexpr int RESIDENT = MOST > 1     ? (Step<K>::int4 ? 2 : 3)
+                         : K == PLAIN ? 6
+                         : K == INT8  ? 5
+                                      : 4;
+
 template <class E, Kind K, int MOST>
-__global__ __launch_bounds__(THREADS, MOST == 1 ? Step<K>::resident
-                                      : Step<K>::int4
-                                          ? 2
-                                          : 3) void moe_small_kernel(dso_cuda_moe_experts_params p,
-                                                                     bool hidden, int column_blocks,
-                                                                     Part part) {
-  __shared__ float sums[WARPS * Step<K>::sets * MOST * 4 * WARP];
-  dso_cuda_moe_tile at = p.routing.tiles[blockIdx.x / static_cast<unsigned>(column_blocks)];
+__global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(
+    dso_cuda_moe_experts_params p, bool hidden, int column_blocks, Part part) {
+  constexpr int SETS = SETS_OF<K, MOST>;
+  __shared__ float sums[WARPS * SETS * MOST * 4 * WARP];
+  dso_cuda_moe_tile at = tile_at(p.routing, blockIdx.x / static_cast<unsigned>(column_blocks));
   if (skips(p, at, part)) return;
   dso_expert expert = expert_at(p.w, p.routing.experts, at.expert);
   bool paired = hidden && p.w.gated;
@@ -374,20 +394,96 @@ __global__ __launch_bounds__(THREADS, MOST == 1 ? Step<K>::resident
             at,
             hidden,
             paired,
-            block * (paired ? 8 : 16) * Step<K>::sets,
+            block * (paired ? 8 : 16) * SETS,
             columns_of(p, expert, hidden),
             static_cast<int>(hidden ? p.k : expert.inner)};
   if (work.first >= work.columns) return;
   if constexpr (MOST == 1) {
-    compute<E, K, 1>(work, expert, sums);
+    compute<E, K, 1, SETS>(work, expert, sums);
   } else {
     if (at.rows <= 8)
-      compute<E, K, 1>(work, expert, sums);
+      compute<E, K, 1, SETS>(work, expert, sums);
     else if (at.rows <= 16)
-      compute<E, K, 2>(work, expert, sums);
+      compute<E, K, 2, SETS>(work, expert, sums);
     else
-      compute<E, K, 4>(work, expert, sums);
+      compute<E, K, 4, SETS>(work, expert, sums);
   }
+}
+
+// ---- 词元极少、不排序时的 o 与求和：一个 CTA 一个词元的 16 列，全部专家 ----
+
+constexpr int DIRECT_WARPS = 8, DIRECT_THREADS = DIRECT_WARPS * WARP;
+
+// 一个 SM 上只有一两块，一次多发几步的读。
+template <Kind K>
+constexpr int DIRECT_UNROLL = K == PLAIN || K == INT4_32 ? 8 : 4;
+
+// 各专家的步排成一列平分给各 warp；一个 warp 的部分和按专家的次序加，各 warp 的再按次序加。
+template <class E, Kind K>
+__global__ __launch_bounds__(DIRECT_THREADS,
+                             2) void moe_direct_kernel(dso_cuda_moe_experts_params p) {
+  using S = Step<K>;
+  __shared__ float sums[DIRECT_WARPS][16];
+  const dso_cuda_moe_routing &r = p.routing;
+  int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
+  int64_t token = blockIdx.y, slots = r.tokens * r.top_k;
+  int first = static_cast<int>(blockIdx.x) * 16, last = static_cast<int>(p.n) - 1;
+  int top_k = static_cast<int>(r.top_k), count = top_k + (r.shared ? 1 : 0);
+  // 第 lane 个专家：编号、系数、从第几步起
+  int mine = -1, steps = 0;
+  float weight = 0.0f;
+  if (lane < count) {
+    int64_t row = lane < top_k ? token * r.top_k + lane : slots + token;
+    dso_cuda_moe_tile at = tile_at(r, row);
+    if (at.rows > 0) {
+      mine = at.expert;
+      weight = lane < top_k                  ? p.weights[row]
+               : p.w.shared_scale != nullptr ? p.w.shared_scale[token]
+                                             : 1.0f;
+      int depth = static_cast<int>(expert_at(p.w, r.experts, mine).inner);
+      steps = (depth + S::k - 1) / S::k;
+    }
+  }
+  int end = steps;
+#pragma unroll
+  for (int step = 1; step < WARP; step *= 2) {
+    int other = __shfl_up_sync(ALL_LANES, end, static_cast<unsigned>(step));
+    if (lane >= step) end += other;
+  }
+  int all = __shfl_sync(ALL_LANES, end, WARP - 1), each = (all + DIRECT_WARPS - 1) / DIRECT_WARPS;
+  int from = warp * each, to = min_of(all, from + each);
+  float top_sum = 0.0f, bottom_sum = 0.0f;
+  int g = lane / 4, top = min_of(first + g, last), bottom = min_of(first + g + 8, last);
+  for (int j = 0; j < count; j++) {
+    int stop = __shfl_sync(ALL_LANES, end, j), start = stop - __shfl_sync(ALL_LANES, steps, j);
+    int id = __shfl_sync(ALL_LANES, mine, j);
+    float factor = __shfl_sync(ALL_LANES, weight, j);
+    int begin = start > from ? start : from, finish = min_of(stop, to);
+    if (id < 0 || begin >= finish) continue;
+    dso_expert expert = expert_at(p.w, r.experts, id);
+    Rows rows[1] = {
+        rows_of(expert.down, expert.down_quant, top, expert.down, expert.down_quant, bottom)};
+    int64_t row = j < top_k ? token * r.top_k + j : slots + token;
+    const uint16_t *x[1] = {g == 0 ? static_cast<const uint16_t *>(p.h) + hidden_at(p, row)
+                                   : nullptr};
+    Stream<E, K, 1, 1, DIRECT_UNROLL<K>> stream(static_cast<int>(expert.inner));
+    stream.run(rows, x, begin - start, finish - start);
+    float a = stream.acc[0][0][0], b = stream.acc[0][0][2];  // 第 0 个词元，只有 lane % 4 == 0 的是
+    if (K == INT8) a *= expert.down_quant.scale[top], b *= expert.down_quant.scale[bottom];
+    if (begin == start) {
+      a += bias_at(expert.down_bias, expert.bias_dtype, top);
+      b += bias_at(expert.down_bias, expert.bias_dtype, bottom);
+    }
+    top_sum += factor * a, bottom_sum += factor * b;
+  }
+  if (lane % 4 == 0) sums[warp][g] = top_sum, sums[warp][g + 8] = bottom_sum;
+  __syncthreads();
+  int i = static_cast<int>(threadIdx.x);
+  if (i >= 16 || first + i > last) return;
+  float y = 0.0f;
+#pragma unroll
+  for (int w = 0; w < DIRECT_WARPS; w++) y += sums[w][i];
+  store_one(p.y, p.x.dtype, token * p.n + first + i, y);
 }
 
 struct Call {
@@ -400,8 +496,10 @@ struct Call {
 template <class E, Kind K, int MOST>
 cudaError_t run(const Call &c) {
   int64_t wide = c.hidden ? hidden_columns(c.p) : c.p.n;
-  int64_t blocks = ceil_div(wide, (c.hidden && c.p.w.gated ? 8 : 16) * Step<K>::sets);
-  dim3 grid(static_cast<unsigned>(c.p.routing.most_tiles * blocks));
+  int64_t blocks = ceil_div(wide, (c.hidden && c.p.w.gated ? 8 : 16) * SETS_OF<K, MOST>);
+  const dso_cuda_moe_routing &r = c.p.routing;
+  int64_t tiles = r.tile_rows > 0 ? r.most_tiles : r.tokens * (r.top_k + (r.shared ? 1 : 0));
+  dim3 grid(static_cast<unsigned>(tiles * blocks));
   if (grid.x == 0) return cudaSuccess;
   return launch(moe_small_kernel<E, K, MOST>, grid, dim3(THREADS), 0, c.stream, c.p, c.hidden,
                 static_cast<int>(blocks), c.part);
@@ -409,6 +507,11 @@ cudaError_t run(const Call &c) {
 
 template <class E, Kind K>
 cudaError_t run(const Call &c) {
+  if (c.p.routing.tile_rows == 0 && !c.hidden) {
+    dim3 grid(static_cast<unsigned>(ceil_div(c.p.n, 16)),
+              static_cast<unsigned>(c.p.routing.tokens));
+    return launch(moe_direct_kernel<E, K>, grid, dim3(DIRECT_THREADS), 0, c.stream, c.p);
+  }
   return c.p.routing.tile_rows <= 8 ? run<E, K, 1>(c) : run<E, K, 4>(c);
 }
 
@@ -439,6 +542,11 @@ cudaError_t choose(const Call &c, Kind kind) {
 }
 
 }  // namespace
+
+bool dso::moe_direct_fits(const dso_cuda_moe_experts_params &p) {
+  return p.routing.tokens <= MOE_DIRECT_TOKENS && p.routing.top_k < WARP &&
+         (!p.routing.shared || p.routing.experts == 0 || kind_of(p.w.first) == kind_of(p.w.shared));
+}
 
 cudaError_t dso::moe_small(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream) {
   Kind routed = kind_of(p.w.first), shared = p.routing.shared ? kind_of(p.w.shared) : routed;

@@ -80,6 +80,15 @@ __device__ inline uint32_t pack_f16(float a, float b) {
   return r;
 }
 
+// 一对 e4m3fn（低字节在前）转成一对 fp16；更早的架构没有这条指令，见 vec.cuh 的 byte_pair。
+#if __CUDA_ARCH__ >= 890
+__device__ inline uint32_t unpack_e4m3(unsigned short pair) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+#endif
+
 // 成对的 16 位 a - b，逐个舍入。sm_80 的 bf16 只有乘加：a - b = b * -1 + a。
 __device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
   uint32_t r;

@@ -149,12 +149,6 @@ __device__ inline void wgmma_settle(float (&d)[R]) {
   for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// 循环里不变的描述符：不许编译器把加上各个偏移之后的几十个值都提到循环之外，占着寄存器。
-__device__ inline uint64_t stay_inside(uint64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
-
 // 内联汇编不能带数组：N / 2 个累加器逐个写出。
 #define DSO_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DSO_OUT8(i) DSO_OUT4(i), DSO_OUT4(i + 4)
@@ -162,6 +156,7 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 #define DSO_OUT32(i) DSO_OUT16(i), DSO_OUT16(i + 16)
 #define DSO_OUT64(i) DSO_OUT32(i), DSO_OUT32(i + 32)
 #define DSO_OUT128(i) DSO_OUT64(i), DSO_OUT64(i + 64)
+#define DSO_OUT96(i) DSO_OUT64(i), DSO_OUT32(i + 64)
 #define DSO_TEN(t) \
   "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define DSO_REG4 "%0,%1,%2,%3"
@@ -171,6 +166,7 @@ __device__ inline uint64_t stay_inside(uint64_t x) {
 #define DSO_REG60 \
   DSO_TEN() "," DSO_TEN(1) "," DSO_TEN(2) "," DSO_TEN(3) "," DSO_TEN(4) "," DSO_TEN(5)
 #define DSO_REG64 DSO_REG60 ",%60,%61,%62,%63"
+#define DSO_REG96 DSO_REG60 "," DSO_TEN(6) "," DSO_TEN(7) "," DSO_TEN(8) ",%90,%91,%92,%93,%94,%95"
 #define DSO_REG128                                                                   \
   DSO_REG60 "," DSO_TEN(6) "," DSO_TEN(7) "," DSO_TEN(8) "," DSO_TEN(9) "," DSO_TEN( \
       10) "," DSO_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
@@ -220,11 +216,13 @@ __device__ inline void wgmma(float (&d)[R], uint64_t a, uint64_t b, bool accumul
 // a 是 m16n8k16 的左片段，各 warp 管自己的 16 行。
 template <bool BF16, int TRANS_B, int R>
 __device__ inline void wgmma(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(R == 32 || R == 64 || R == 128, "N = 2 R");
+  static_assert(R == 32 || R == 64 || R == 96 || R == 128, "N = 2 R");
   if constexpr (R == 32) {
     DSO_WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37, 38);
   } else if constexpr (R == 64) {
     DSO_WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
+  } else if constexpr (R == 96) {
+    DSO_WGMMA_RS(192, 96, 96, 97, 98, 99, 100, 101, 102);
   } else {
     DSO_WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134);
   }
@@ -236,6 +234,7 @@ __device__ inline void wgmma(float (&d)[R], const uint32_t (&a)[4], uint64_t b, 
 #undef DSO_OUT32
 #undef DSO_OUT64
 #undef DSO_OUT128
+#undef DSO_OUT96
 #undef DSO_TEN
 #undef DSO_REG4
 #undef DSO_REG8
@@ -243,6 +242,7 @@ __device__ inline void wgmma(float (&d)[R], const uint32_t (&a)[4], uint64_t b, 
 #undef DSO_REG32
 #undef DSO_REG60
 #undef DSO_REG64
+#undef DSO_REG96
 #undef DSO_REG128
 #undef DSO_WGMMA_TYPE
 #undef DSO_WGMMA

@@ -1,34 +1,14 @@
 // RMS 归一化（可先加残差）与反向；公式与舍入次序同 csrc/rms_norm.c、csrc/rms_norm_backward.c。
 #include "dso_cuda.h"
-#include "vec.cuh"
+#include "rms_norm.cuh"
 
 namespace {
 
 using namespace dso;
 
-constexpr int ROW_THREADS = 256;     // 长行：一个线程块一行，8 个 warp 足够藏住访存延迟
-constexpr int64_t SHORT_ROW = 1024;  // 这么短的行一个 warp 一行，不必跨 warp 归约
 constexpr int COLUMN_GROUP = 8;      // dweight：一个块 32 列，8 组线程分摊行
 constexpr int64_t MAX_CHUNKS = 128;  // dweight 的行块数上限：够占满卡，部分和又小
 constexpr int64_t MIN_CHUNK = 32;
-
-// 一行的 N 个部分和：warp 内洗牌，再（一块一行时）经共享内存跨 warp，次序固定。
-template <int N>
-__device__ void row_sum(float (&sum)[N]) {
-  __shared__ float partial[N][ROW_THREADS / WARP];
-#pragma unroll
-  for (int n = 0; n < N; n++) sum[n] = warp_sum(sum[n]);
-  if (blockDim.x == WARP) return;
-  if (threadIdx.x % WARP == 0) {
-    for (int n = 0; n < N; n++) partial[n][threadIdx.x / WARP] = sum[n];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    sum[n] = 0;
-    for (int w = 0; w < static_cast<int>(blockDim.x) / WARP; w++) sum[n] += partial[n][w];
-  }
-}
 
 template <int V>
 __device__ Vec<V> load_input(const dso_rms_norm_params &p, int64_t row, int64_t i) {
@@ -58,9 +38,7 @@ __global__ void rms_norm_kernel(dso_rms_norm_params p) {
   float scale = 1.0f / sqrtf(sum[0] / static_cast<float>(p.dim) + p.eps);
   for (int64_t i = first; i < p.dim; i += step) {
     Vec<V> x = load_input<V>(p, row, i), w = load<V>(p.weight, p.weight_dtype, i);
-#pragma unroll
-    for (int j = 0; j < V; j++) x.v[j] = round_to(p.x.dtype, x.v[j] * scale) * w.v[j];
-    store<V>(p.y, p.x.dtype, row * p.dim + i, x);
+    store<V>(p.y, p.x.dtype, row * p.dim + i, scaled<V>(x, scale, p.x.dtype, w));
   }
 }
 
@@ -127,24 +105,9 @@ __global__ void reduce_chunks(dso_rms_norm_backward_params p, const float *parti
   store_one(p.dw, p.weight_dtype, column, sum);
 }
 
-// 短行一个 warp 一行、一块 8 行；长行一块一行。
-dim3 row_block(int64_t dim) {
-  return dim <= SHORT_ROW ? dim3(WARP, ROW_THREADS / WARP) : dim3(ROW_THREADS);
-}
-
-dim3 row_grid(int64_t rows, int64_t dim) {
-  return dim3(static_cast<unsigned>(ceil_div(rows, row_block(dim).y)));
-}
-
 int64_t chunk_rows(int64_t rows) {
   int64_t chunk = ceil_div(rows, MAX_CHUNKS);
   return chunk < MIN_CHUNK ? MIN_CHUNK : chunk;
-}
-
-bool aligned(const dso_mat &m) { return !m.data || wide_ok(m.data, m.dtype, m.rs); }
-
-bool aligned(const void *data, dso_dtype dtype, int64_t dim) {
-  return !data || wide_ok(data, dtype, dim);
 }
 
 }  // namespace

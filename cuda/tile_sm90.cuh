@@ -28,9 +28,18 @@ __device__ inline uint64_t mn_major(const void *start, int box) {
   return descriptor(start, box, 8 * BOX_ROW);
 }
 
-// 起点前进 bytes 字节的描述符（共享内存不到 256 KiB，起点的位数够用，不会进到别的字段）。
+// 起点前进 bytes 字节的描述符。共享内存不到 256 KiB，起点的位数够用，不会进到别的字段，所以只加低 32 位：
+// 高 32 位是常数，不必跟着进位。
 __device__ inline uint64_t advance(uint64_t d, int bytes) {
-  return d + static_cast<uint64_t>(bytes >> 4);
+  uint32_t low = static_cast<uint32_t>(d) + static_cast<uint32_t>(bytes >> 4);
+  return (d & 0xffffffff00000000) | low;
+}
+
+// 描述符在一个 warp 里都一样，编译器却看不出来：广播一次，各个偏移就在标量寄存器里加，一条一个，夹在 wgmma 之间；
+// 否则每个偏移占向量寄存器，再逐个搬过去，都堵在第一条 wgmma 之前。
+__device__ inline uint64_t uniform(uint64_t d) {
+  uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(d), 0);
+  return (d & 0xffffffff00000000) | low;
 }
 
 }  // namespace dso

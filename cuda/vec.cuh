@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <launch.cuh>
+#include <ptx.cuh>
 
 #include "dso.h"
 
@@ -35,6 +36,51 @@ __device__ inline unsigned short to_bf16_bits(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
+__host__ __device__ inline int64_t bytes_of(dso_dtype dtype) {
+  return dtype == DSO_F32 ? 4 : dtype == DSO_BF16 || dtype == DSO_F16 ? 2 : 1;
+}
+
+// 量化的潜变量（int8、fp8）：一个元素一个字节，另有每词元的尺度。
+__host__ __device__ inline bool quantized(dso_dtype dtype) { return bytes_of(dtype) == 1; }
+
+// e4m3fn：指数与尾数移到 fp32 的位置再乘 2^120，规格、次正规都对。
+__device__ inline float e4m3_bits(unsigned char bits) {
+  unsigned magnitude = bits & 0x7f, sign = static_cast<unsigned>(bits & 0x80) << 24;
+  return magnitude == 0x7f ? __uint_as_float(0x7fc00000 | sign)
+                           : __uint_as_float(magnitude << 20 | sign) * 0x1p120f;
+}
+
+// 就近取偶，超出范围的取最大的数，同 csrc/isa/convert.h。
+__device__ inline unsigned char to_e4m3_bits(float x) {
+  float a = fminf(fabsf(x), static_cast<float>(DSO_F8_MOST));
+  unsigned bits = __float_as_uint(a), sign = __float_as_uint(x) >> 24 & 0x80;
+  unsigned code = a < 0x1p-6f ? __float_as_uint(a + 16384.0f) - __float_as_uint(16384.0f)
+                              : (bits + 0x7ffff + (bits >> 20 & 1) - 0x3c000000) >> 20;
+  return static_cast<unsigned char>((x != x ? 0x7f : code) | sign);
+}
+
+// 一个字节的元素，int8 或 fp8；存 int8 的数由调用者取整并截断。
+__device__ inline float byte_value(dso_dtype dtype, unsigned char bits) {
+  return dtype == DSO_F8 ? e4m3_bits(bits) : static_cast<float>(static_cast<signed char>(bits));
+}
+
+__device__ inline unsigned char byte_code(dso_dtype dtype, float x) {
+  return dtype == DSO_F8 ? to_e4m3_bits(x)
+                         : static_cast<unsigned char>(static_cast<signed char>(x));
+}
+
+// 相邻的两个，低地址在前。
+__device__ inline float2 byte_pair(dso_dtype dtype, unsigned char low, unsigned char high) {
+#if __CUDA_ARCH__ >= 890
+  if (dtype == DSO_F8) {
+    uint32_t halves = unpack_e4m3(static_cast<unsigned short>(low | high << 8));
+    return make_float2(half_bits(static_cast<unsigned short>(halves)),
+                       half_bits(static_cast<unsigned short>(halves >> 16)));
+  }
+#endif
+  return make_float2(byte_value(dtype, low), byte_value(dtype, high));
+}
+
 // 一个元素。
 __device__ inline float load_one(const void *base, dso_dtype dtype, int64_t i) {
   switch (dtype) {
@@ -45,7 +91,7 @@ __device__ inline float load_one(const void *base, dso_dtype dtype, int64_t i) {
     case DSO_F16:
       return half_bits(static_cast<const unsigned short *>(base)[i]);
     default:
-      return static_cast<float>(static_cast<const signed char *>(base)[i]);
+      return byte_value(dtype, static_cast<const unsigned char *>(base)[i]);
   }
 }
 
@@ -61,7 +107,7 @@ __device__ inline void store_one(void *base, dso_dtype dtype, int64_t i, float x
       static_cast<unsigned short *>(base)[i] = to_half_bits(x);
       break;
     default:
-      static_cast<signed char *>(base)[i] = static_cast<signed char>(x);  // 调用者已取整并截断
+      static_cast<unsigned char *>(base)[i] = byte_code(dtype, x);
   }
 }
 
@@ -73,7 +119,12 @@ struct alignas(2 * V) Half16 {
 
 template <int V>
 struct alignas(V) Bytes {
-  signed char v[V];
+  unsigned char v[V];
+};
+
+template <int V>
+struct alignas(4 * V) Words {
+  uint32_t v[V];
 };
 
 template <int V>
@@ -88,10 +139,10 @@ __device__ inline Vec<V> load(const void *base, dso_dtype dtype, int64_t i) {
       float4 f = p[j];
       r.v[4 * j] = f.x, r.v[4 * j + 1] = f.y, r.v[4 * j + 2] = f.z, r.v[4 * j + 3] = f.w;
     }
-  } else if (dtype == DSO_I8) {
-    Bytes<V> b = *reinterpret_cast<const Bytes<V> *>(static_cast<const signed char *>(base) + i);
+  } else if (quantized(dtype)) {
+    Bytes<V> b = *reinterpret_cast<const Bytes<V> *>(static_cast<const unsigned char *>(base) + i);
 #pragma unroll
-    for (int j = 0; j < V; j++) r.v[j] = static_cast<float>(b.v[j]);
+    for (int j = 0; j < V; j++) r.v[j] = byte_value(dtype, b.v[j]);
   } else {
     const unsigned short *p = static_cast<const unsigned short *>(base) + i;
     Half16<V> h = *reinterpret_cast<const Half16<V> *>(p);
@@ -110,11 +161,11 @@ __device__ inline void store(void *base, dso_dtype dtype, int64_t i, const Vec<V
 #pragma unroll
     for (int j = 0; j < V / 4; j++)
       p[j] = make_float4(x.v[4 * j], x.v[4 * j + 1], x.v[4 * j + 2], x.v[4 * j + 3]);
-  } else if (dtype == DSO_I8) {
+  } else if (quantized(dtype)) {
     Bytes<V> b;
 #pragma unroll
-    for (int j = 0; j < V; j++) b.v[j] = static_cast<signed char>(x.v[j]);
-    *reinterpret_cast<Bytes<V> *>(static_cast<signed char *>(base) + i) = b;
+    for (int j = 0; j < V; j++) b.v[j] = byte_code(dtype, x.v[j]);
+    *reinterpret_cast<Bytes<V> *>(static_cast<unsigned char *>(base) + i) = b;
   } else {
     Half16<V> h;
 #pragma unroll
@@ -148,10 +199,6 @@ __device__ inline float warp_max(float x) {
 }
 
 // 主机侧：dim、步长与地址能否用 V = 8 的宽访存。
-__host__ __device__ inline int64_t bytes_of(dso_dtype dtype) {
-  return dtype == DSO_F32 ? 4 : dtype == DSO_I8 ? 1 : 2;
-}
-
 inline bool wide_ok(const void *data, dso_dtype dtype, int64_t stride, int width = 8) {
   int64_t bytes = bytes_of(dtype) * width;
   if (bytes > 16) bytes = 16;

@@ -19,6 +19,7 @@ from deepseek_opt.errors import InputError, UnsupportedError
 CPU_LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.so"
 MINIMUM_TORCH = (2, 10)
+MINIMUM_CAPABILITY = (8, 0)  # build_native.py 的 CUDA_ARCH 里最低的；doctor 也有一份（不载入本库）
 
 _FOLDER = Path(__file__).resolve().parent
 _lock = threading.Lock()
@@ -115,13 +116,32 @@ def missing(device: str, names: tuple[str, ...], grad: bool = False) -> str | No
 def _missing(device: str, names: tuple[str, ...], grad: bool) -> str | None:
     if not load():
         return f"本地算子库不可用：{load_error()}"
-    if device == "cuda" and not cuda_loaded():
-        return f"设备 cuda 上不能用本库的核：{cuda_load_error()}"
+    if device == "cuda":
+        reason = _old_gpus() if cuda_loaded() else cuda_load_error()
+        if reason is not None:
+            return f"设备 cuda 上不能用本库的核：{reason}"
     if grad:
         backward = [f"{name}_backward" for name in names]
         names = (*names, *(name for name in backward if hasattr(torch.ops.deepseek_opt, name)))
     lacking = [name for name in names if not _has_kernel(name, device)]
     return f"设备 {device} 上还没有 {'、'.join(lacking)} 的核" if lacking else None
+
+
+def _old_gpus() -> str | None:
+    """看得见的 GPU 里有太旧的：是哪些；都能用为 None。"""
+    found = [
+        f"{torch.cuda.get_device_name(i)}（sm_{major}{minor}）"
+        for i in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(i)]
+        if (major, minor) < MINIMUM_CAPABILITY
+    ]
+    if not found:
+        return None
+    needed = "".join(map(str, MINIMUM_CAPABILITY))
+    return (
+        f"{'、'.join(found)} 太旧，需要 sm_{needed}（Ampere）及更新的 GPU；"
+        "还有别的 GPU 时用 CUDA_VISIBLE_DEVICES 只留下它们。"
+    )
 
 
 def _has_kernel(name: str, device: str) -> bool:

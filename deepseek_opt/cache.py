@@ -34,7 +34,7 @@ class LatentCache:
     ----
     num_layers : 层数。
     max_length : 每行词元数上限；None 为不限。
-    dtype : 存储类型，``"auto"``（与写入的一致）、``"bfloat16"``、``"int8"`` 等，或 torch.dtype。
+    dtype : 存储类型，``"auto"``（与写入的一致）、``"bfloat16"``、``"int8"``、``"float8_e4m3fn"`` 等，或 torch.dtype。
     memory_budget_bytes : 整个缓存的字节上限，各层平分；放不下时在分配之前报错并给出最大长度。
 
     方法的命名与返回值同 transformers 的 Cache；:meth:`update` 两种写法都接受。
@@ -117,7 +117,7 @@ class LatentCache:
             返回 (latent [B, C, r], rope [B, C, dr], scale [B, C] 或 None)：整块缓冲区，不复制；
             其中前 :meth:`get_seq_length` 个槽位有效。
         ``update(keys [B, 1, T, r], values [B, 1, T, dr], layer_idx)``
-            transformers 的写法；返回有效部分 [B, 1, S, r]、[B, 1, S, dr]（int8 时为还原的副本）。
+            transformers 的写法；返回有效部分 [B, 1, S, r]、[B, 1, S, dr]（量化时为还原的副本）。
         """
         if args and isinstance(args[0], Tensor):
             return self._update_transformers(*args, **kwargs)

@@ -11,13 +11,15 @@ from deepseek_opt import ops
 from deepseek_opt.errors import InputError, MemoryBudgetError
 from deepseek_opt.row_lengths import Parts, RowLengths
 
-_STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+_STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
 _DTYPE_NAMES = {
     "auto": None,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -28,21 +30,23 @@ def cache_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
             raise InputError.expected("dtype", f"{'、'.join(_DTYPE_NAMES)} 之一", value)
         return _DTYPE_NAMES[value]
     if value is not None and value not in _STORE_DTYPES:
-        raise InputError.expected("dtype", "float32、bfloat16、float16 或 int8", str(value))
+        raise InputError.expected(
+            "dtype", "float32、bfloat16、float16、int8 或 float8_e4m3fn", str(value)
+        )
     return value
 
 
 def token_bytes(rank: int, rope_dim: int, store: torch.dtype, rope_store: torch.dtype) -> int:
-    """每行每个词元占用的字节数；int8 另有 4 字节的 scale。"""
-    scale = 4 if store == torch.int8 else 0
+    """每行每个词元占用的字节数；量化的另有 4 字节的 scale。"""
+    scale = 4 if store in QUANTIZED else 0
     return rank * store.itemsize + rope_dim * rope_store.itemsize + scale
 
 
 class LatentLayer(RowLengths):
-    """一层的缓存：latent [B, C, r]、rope [B, C, dr]、scale [B, C]（仅 int8），C 为容量。
+    """一层的缓存：latent [B, C, r]、rope [B, C, dr]、scale [B, C]（仅量化时），C 为容量。
 
     第一次写入时才分配；容量翻倍增长，不超过 ``max_length`` 与 ``budget_bytes``。
-    int8 时 latent 逐词元量化，rope 保持写入时的类型（fp32 降为 bf16）。
+    int8、float8_e4m3fn 时 latent 逐词元量化，rope 保持写入时的类型（fp32 降为 bf16）。
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class LatentLayer(RowLengths):
             self.scale = scale[0] if scale else None
 
     def dequantized(self) -> Tensor | None:
-        """latent 的前 length 个槽位 [B, S, r]；int8 时还原成 rope 的类型（新张量），否则是视图。"""
+        """latent 的前 length 个槽位 [B, S, r]；量化时还原成 rope 的类型（新张量），否则是视图。"""
         if self.latent is None:
             return None
         self.tidy()
@@ -126,10 +130,17 @@ class LatentLayer(RowLengths):
             self._raise_full(length, limit, latent)
         store, rope_store = self._stores(latent, rope)
         tails = [((latent.shape[2],), store), ((rope.shape[2],), rope_store)]
-        if store == torch.int8:
+        if store in QUANTIZED:
             tails.append(((), torch.float32))
         parts = Parts(latent.shape[0], latent.device, tails)
         self.grow(length, None if limit is None else limit[0], parts, torch.empty)
+
+    def extend(self, length: int) -> None:
+        """已分配的缓冲区增长到至少 length 个槽位，不超过上限。"""
+        limit = self._limit(self.latent, self.rope)
+        length = length if limit is None else min(length, limit[0])
+        if length > self.capacity:
+            self.reserve(length, self.latent[:, :0], self.rope[:, :0])
 
     def load(self, latent: Tensor, rope: Tensor) -> None:
         """丢弃已有内容，换成 latent [B, S, r]、rope [B, S, dr]。"""
@@ -139,7 +150,7 @@ class LatentLayer(RowLengths):
 
     def _stores(self, latent: Tensor, rope: Tensor) -> tuple[torch.dtype, torch.dtype]:
         store = self.store_dtype or latent.dtype
-        if store != torch.int8:
+        if store not in QUANTIZED:
             return store, store if self.store_dtype is not None else rope.dtype
         return store, torch.bfloat16 if rope.dtype == torch.float32 else rope.dtype
 

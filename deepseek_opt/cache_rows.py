@@ -8,17 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.row_lengths import RowLengths, measured, to_device
+from deepseek_opt.row_lengths import RowLengths, measured, to_device, write_offsets
 
 
-def crop_rows(cache: Any, lengths: Sequence[int]) -> None:
-    """各行截断到 lengths；还没有写入过的层不动。"""
-    own = getattr(cache, "crop_rows", None)
-    if own is not None:
-        own(lengths)
+def crop_rows(cache: Any, lengths: Sequence[int], on_device: Tensor | None = None) -> None:
+    """各行截断到 lengths；还没有写入过的层不动。on_device 是缓存所在设备上的同一份，有了就不必从主机送。"""
+    written = _written(cache)
+    if not written and getattr(cache, "crop_rows", None) is not None:
+        cache.crop_rows(lengths)
+    elif on_device is not None and written:
+        written[0].check_rows(lengths)
+        move_rows(cache, on_device)
+        settle_rows(cache, lengths)
+    else:
+        crop_layers(written, lengths)
+
+
+def move_rows(cache: Any, on_device: Tensor) -> None:
+    """只在设备上截断：各行的长度改成 on_device [B]，不读它的内容；之后用 :func:`settle_rows` 让主机知道。
+
+    别人写的缓存（没有本库的层）不动，由 :func:`settle_rows` 截断。
+    """
+    written = _written(cache)
+    if written:
+        write_offsets(written, on_device)
+
+
+def settle_rows(cache: Any, lengths: Sequence[int]) -> None:
+    """:func:`move_rows`（或重放 CUDA graph）之后，主机上的长度改成 lengths。"""
+    written = _written(cache)
+    if not written:
+        if getattr(cache, "crop_rows", None) is not None:
+            cache.crop_rows(lengths)
         return
-    written = [layer for layer in cache.layers if isinstance(layer, RowLengths) and layer.buffers()]
-    crop_layers(written, lengths)
+    longest, short = measured(list(lengths))
+    for layer in written:
+        layer.settle(longest, short)
+
+
+def _written(cache: Any) -> list[RowLengths]:
+    return [layer for layer in _own_layers(cache) if layer.buffers()]
 
 
 def crop_layers(layers: Sequence[RowLengths], lengths: Sequence[int] | Tensor) -> None:
@@ -33,6 +62,12 @@ def crop_layers(layers: Sequence[RowLengths], lengths: Sequence[int] | Tensor) -
         if where != device:
             device, copy = where, to_device(wanted, where)
         layer.set_rows(longest, short, copy)
+
+
+def empty_rows(cache: Any) -> None:
+    """各行都退回 0 个词元；缓冲区留着，地址不变。"""
+    for layer in _own_layers(cache):
+        layer.empty()
 
 
 def select_rows(cache: Any, kept: Sequence[int]) -> None:

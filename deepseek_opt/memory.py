@@ -275,7 +275,7 @@ def _plan(shape: ModelGeometry, batch, length, dtype, profile) -> _Plan:
     mla = None if profile is None else profile.mla
     store = "auto" if mla is None else mla.cache_dtype
     latent_size, rope_size, scale_size = kind.itemsize, kind.itemsize, 0
-    if store == "int8":
+    if store in ("int8", "float8_e4m3fn"):
         latent_size, rope_size, scale_size = 1, 2, 4
     elif store != "auto":
         latent_size = rope_size = _CACHE_ITEMSIZE[store]

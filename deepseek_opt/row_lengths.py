@@ -64,6 +64,9 @@ class RowLengths:
         self._length = 0  # 各行长度的最大值
         self._short: list[int] | None = None  # 各行比最长的短多少；一样长为 None
         self._untidy = False  # 短的行在 [长度, 最大长度) 的槽位是否可能未初始化
+        self._joint: tuple[Tensor, Tensor] | None = (
+            None  # 与别的层合在一起的 offsets，见 write_offsets
+        )
 
     # ---- 子类给出的 ----
 
@@ -179,7 +182,7 @@ class RowLengths:
         dead = torch.arange(self._length, device=self._offsets.device) >= self._offsets[:, None]
         for buffer in self.buffers():
             shape = (*dead.shape, *(1,) * (buffer.dim() - 2))
-            buffer[:, : self._length].masked_fill_(dead.view(shape), 0)
+            as_bits(buffer)[:, : self._length].masked_fill_(dead.view(shape), 0)
 
     def visible(
         self, steps: int, window: int | None = None, device: torch.device | None = None
@@ -240,8 +243,18 @@ class RowLengths:
     def set_rows(self, longest: int, short: list[int] | None, on_device: Tensor) -> None:
         """:meth:`check_rows` 之后的截断：:func:`measured` 的结果，与缓冲区设备上的各行长度。"""
         self._offsets.copy_(on_device)
+        self.settle(longest, short)
+
+    def settle(self, longest: int, short: list[int] | None) -> None:
+        """主机上的长度改为 :func:`measured` 的结果；:attr:`offsets` 已在设备上改好（:func:`write_offsets`）。"""
         self._length, self._short = longest, short
         self._untidy = short is not None
+
+    def empty(self) -> None:
+        """各行长度都变成 0，缓冲区与 :attr:`offsets` 留着（地址不变）。"""
+        if self._offsets is not None:
+            self._offsets.zero_()
+        self.settle(0, None)
 
     def reorder(self, index: Tensor) -> None:
         """按 index [B] 重排各行（可重复）；只搬动真正变化的行。"""
@@ -255,7 +268,7 @@ class RowLengths:
         if moves.moved.numel() == 0:
             return
         for buffer in buffers:
-            part = buffer[:, : self._length]
+            part = as_bits(buffer)[:, : self._length]
             part[moves.moved] = part[moves.source]
         if self._short is not None:
             have = self.row_lengths()
@@ -284,14 +297,14 @@ class RowLengths:
 
     def _take(self, moves: _Moves) -> None:
         have = self.row_lengths()
-        self.replace([buffer.index_select(0, moves.index) for buffer in self.buffers()])
+        taken = [(as_bits(b).index_select(0, moves.index), b.dtype) for b in self.buffers()]
+        self.replace([bits.view(dtype) for bits, dtype in taken])
         self._offsets = self._offsets[moves.index]
         self._measure([have[row] for row in moves.rows])
 
     def _measure(self, rows: list[int]) -> None:
         """各行长度变成 rows。"""
-        self._length, self._short = measured(rows)
-        self._untidy = self._short is not None
+        self.settle(*measured(rows))
 
     def _check_index(self, index: Tensor) -> _Moves:
         """核对过的 index；它在设备上时要读回来一次，各层收到同一个对象时只读一次。"""
@@ -299,6 +312,36 @@ class RowLengths:
         index = torch.as_tensor(index)
         key = (buffer.shape[0], buffer.device)
         return _moves.get(index, key, lambda: _as_moves(index, buffer, self.name))
+
+
+def write_offsets(layers: Sequence[RowLengths], lengths: Tensor) -> None:
+    """各层在设备上的长度都改成 lengths [B]，主机上的不变；不等设备。
+
+    同一设备上各层的 offsets 第一次就合成一个 [层, B] 的张量，之后一次写完；地址从此不变，可以录进 CUDA graph。
+    """
+    for device in {layer._offsets.device: None for layer in layers}:
+        _joined([one for one in layers if one._offsets.device == device]).copy_(lengths)
+
+
+def _joined(layers: Sequence[RowLengths]) -> Tensor:
+    """各层的 offsets 合成的 [层, B]；有一层的换过就重新合。"""
+    first = layers[0]._joint
+    if first is not None and first[0].shape[0] == len(layers):
+        found = [layer._joint for layer in layers]
+        if all(
+            one is not None and one[0] is first[0] and one[1] is layer._offsets
+            for one, layer in zip(found, layers, strict=True)
+        ):
+            return first[0]
+    base = torch.stack([layer._offsets for layer in layers])
+    for layer, row in zip(layers, base.unbind(0), strict=True):
+        layer._offsets, layer._joint = row, (base, row)
+    return base
+
+
+def as_bits(buffer: Tensor) -> Tensor:
+    """fp8 的看成字节：清零、搬动与类型无关，而 torch 对 fp8 只有很少的核。"""
+    return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
 
 
 def _as_moves(index: Tensor, buffer: Tensor, name: str) -> _Moves:

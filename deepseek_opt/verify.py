@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt.cache_layer import QUANTIZED
 from deepseek_opt.errors import InputError
 from deepseek_opt.eval_mode import evaluating
 from deepseek_opt.integrations import quantized
@@ -26,7 +27,7 @@ from deepseek_opt.report import LayerError, VerificationReport
 
 # fp32：只差求和次序，相对误差远小于此；16 位：相对 logits 的均方根。
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-_INT8_RELATIVE = 0.1  # 缓存或专家是 int8
+_INT8_RELATIVE = 0.1  # 缓存是 int8、fp8，或专家是 int8
 _INT4_RELATIVE = 0.3  # 专家是 int4；毫不相干的输出约为 1.1
 _ACCURACY_DROP = 0.005  # 规范：精度下降不超过 0.5 %
 
@@ -191,8 +192,9 @@ def _compare(
         "agreement": float(same),
     }
     scheme = quantized.scheme_in(model)
-    limit = _limit(dtype, scheme, _uses_int8(model))
-    exact = dtype == torch.float32 and not _uses_int8(model) and scheme is None
+    quantized_cache = _quantizes_cache(model)
+    limit = _limit(dtype, scheme, quantized_cache)
+    exact = dtype == torch.float32 and not quantized_cache and scheme is None
     drop = _allowed_drop(hits, scheme)
     return VerificationReport(
         model=type(model).__name__,
@@ -235,11 +237,12 @@ def _failures(
         yield f"下一词元准确率下降 {accuracy[0] - accuracy[1]:.4%}，超过 {drop:.2%}"
 
 
-def _limit(dtype: torch.dtype, scheme: Any, int8_cache: bool) -> float:
+def _limit(dtype: torch.dtype, scheme: Any, quantized_cache: bool) -> float:
     """logits 误差与均方根之比的上限。"""
     if scheme is not None and scheme.bits == 4:
         return _INT4_RELATIVE
-    return _INT8_RELATIVE if scheme is not None or int8_cache else _RELATIVE.get(dtype, 0.05)
+    byte = scheme is not None or quantized_cache
+    return _INT8_RELATIVE if byte else _RELATIVE.get(dtype, 0.05)
 
 
 def _allowed_drop(hits: list[Tensor | None], scheme: Any) -> float | None:
@@ -255,9 +258,9 @@ def _allowed_drop(hits: list[Tensor | None], scheme: Any) -> float | None:
     return _ACCURACY_DROP + (1 + 2 * math.sqrt(changed)) / count
 
 
-def _uses_int8(model: nn.Module) -> bool:
+def _quantizes_cache(model: nn.Module) -> bool:
     state = find_state(model)
-    return state is not None and state.runtime.store_dtype == torch.int8
+    return state is not None and state.runtime.store_dtype in QUANTIZED
 
 
 def _valid(inputs: dict[str, Any], logits: Tensor) -> Tensor:

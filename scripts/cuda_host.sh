@@ -14,12 +14,14 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_moe,moe_orders}.py)
-for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_prefill mla_layer_decode \
-    moe_route moe_experts moe_experts_list moe_errors moe_quantized; do
+tests=(tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu,gpu_mtp,gpu_moe,moe_orders}.py)
+for op in linear swiglu_mlp rms_norm rope mla_cache_write mla_decode mla_decode_paged mla_prefill \
+    mla_layer_decode mtp_verify mtp_input mtp_draft_head sample moe_route moe_experts \
+    moe_experts_list moe_errors moe_quantized; do
     tests+=("tests/test_$op.py")
 done
 run "${tests[@]}"
 # 再当作 Hopper 跑一遍：形状合适的走 *_sm90.cu。
 export DSO_HOST_MAJOR=9
-run tests/cuda/test_{orders,gpu,mla_decode_sm90,mla_prefill_sm90,moe_experts_sm90}.py
+run tests/cuda/test_{orders,gpu,gpu_moe,mla_decode_sm90,mla_prefill_sm90}.py \
+    tests/cuda/test_{mla_prefill_backward_sm90,moe_experts_sm90}.py

@@ -52,7 +52,8 @@ sanitize() {
     # 不报 API 的返回码：torch 自己会试探。
     step "compute-sanitizer $tool" 60 \
         "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$@" \
-        "$python" -m pytest -q -x -p no:cacheprovider -m sanitize tests/cuda/test_gpu.py
+        "$python" -m pytest -q -x -p no:cacheprovider -m sanitize tests/cuda/test_gpu.py \
+        tests/cuda/test_gpu_mtp.py
 }
 
 find_sanitizer() {

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from deepseek_opt import ops, reference
+from deepseek_opt.reference.mla import quantize
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """一个字节的类型看成字节：torch 对 fp8 没有比较相等、按掩码写入的核。"""
+    return tensor.view(torch.uint8) if tensor.dtype in QUANTIZED else tensor
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -29,8 +36,9 @@ def flipped(tensor: Tensor) -> Tensor:
 
 
 def wide(value):
-    """张量升为 fp64；int8 与其余原样。"""
+    """浮点张量升为 fp64；量化的（int8、fp8）与其余原样。"""
     floating = isinstance(value, Tensor) and value.is_floating_point()
+    floating = floating and value.dtype not in QUANTIZED
     return value.detach().double() if floating else value
 
 
@@ -83,11 +91,6 @@ class Attention:
         return self.but(q=q, latent=latent, rope=rope, kv_b=kv_b)
 
 
-def quantize(latent: Tensor) -> tuple[Tensor, Tensor]:
-    scale = latent.float().abs().amax(-1) / 127
-    return (latent.float() / scale[..., None]).round().to(torch.int8), scale
-
-
 def attention(
     batch: int,
     steps: int,
@@ -102,16 +105,16 @@ def attention(
     end=None,
     masked: bool = False,
 ) -> Attention:
-    """dims = (kv_lora_rank, rope, nope, v)；cache 默认同 dtype，可为 int8。"""
+    """dims = (kv_lora_rank, rope, nope, v)；cache 默认同 dtype，可为 int8、fp8。"""
     rank, rope_dim, nope, v = dims
     cache = cache or dtype
     latent, scale = randn(batch, slots, rank), None
-    if cache == torch.int8:
-        latent, scale = quantize(latent)
+    if cache in QUANTIZED:
+        latent, scale = quantize(latent, cache)
     return Attention(
         q=randn(batch, steps, heads, nope + rope_dim, dtype=dtype),
         latent=latent.to(cache),
-        rope=randn(batch, slots, rope_dim, dtype=dtype if cache == torch.int8 else cache),
+        rope=randn(batch, slots, rope_dim, dtype=dtype if cache in QUANTIZED else cache),
         scale=scale,
         kv_b=randn(heads * (nope + v), rank, dtype=dtype, scale=rank**-0.5),
         spans=ops.make_spans(batch, steps, slots, begin=begin, end=end, causal=causal),
@@ -120,6 +123,31 @@ def attention(
         v_head_dim=v,
         causal=causal,
     )
+
+
+def paged(case: Attention, page_size: int, spare: int = 2) -> tuple:
+    """mla_decode 的参数：case 的缓存换成次序打乱的页，另有 spare 页没有用到；没有用到的页全是 NaN。
+
+    槽位数是 page_size 的倍数；没有 span 看的页，页号也是乱的。
+    """
+    batch, slots = case.latent.shape[:2]
+    per_row = slots // page_size
+    table = torch.randperm(batch * per_row + spare)[: batch * per_row].view(batch, per_row)
+
+    def stored(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        shape = (batch * per_row + spare, page_size, *part.shape[2:])
+        store = torch.full(shape, torch.nan if part.is_floating_point() else 99).to(part.dtype)
+        bits(store)[table] = bits(part).reshape(batch, per_row, page_size, *part.shape[2:])
+        return store
+
+    seen = torch.zeros(batch, slots, dtype=torch.bool)
+    for q_begin, q_end, kv_begin, kv_end in case.spans.tolist():
+        seen.view(-1)[kv_begin:kv_end] |= q_begin < q_end
+    used = seen.view(batch, per_row, page_size).any(-1)
+    parts = {name: stored(getattr(case, name)) for name in ("latent", "rope", "scale")}
+    return (*case.but(**parts).args(), torch.where(used, table, -7).to(torch.int32))
 
 
 def eager_attention(case: Attention) -> Tensor:

@@ -75,8 +75,8 @@ def test_unknown_field_suggests_the_right_one():
             "应为 true 或 false（yes/no/on/off 和带引号的文字不会当作真假值）",
         ),
         ("rope_interleaved", 1, "应为 true 或 false"),
-        ("cache_dtype", "fp16", "应为 auto、float32、bfloat16、float16、int8 之一"),
-        ("cache_dtype", None, "应为 auto、float32、bfloat16、float16、int8 之一"),
+        ("cache_dtype", "fp16", "应为 auto、float32、bfloat16、float16、int8、float8_e4m3fn 之一"),
+        ("cache_dtype", None, "应为 auto、float32、bfloat16、float16、int8、float8_e4m3fn 之一"),
     ],
 )
 def test_field_messages(field, value, message):

@@ -37,6 +37,7 @@ CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
     "latent": lambda config: LatentCache(config.num_hidden_layers),
     "int8": lambda config: LatentCache(config.num_hidden_layers, dtype="int8"),
+    "fp8": lambda config: LatentCache(config.num_hidden_layers, dtype="float8_e4m3fn"),
     "static": lambda config: StaticCache(config=config, max_cache_len=64),
 }
 

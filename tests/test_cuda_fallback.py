@@ -59,6 +59,19 @@ def test_missing_says_what_is_missing(monkeypatch):
     assert _native._missing.__wrapped__("cuda", every, False) == "本地算子库不可用：没有找到。"
 
 
+def test_old_gpu_is_named(monkeypatch):
+    """太旧的 GPU 上由原实现计算，原因说出是哪一块。"""
+    monkeypatch.setattr(_native, "cuda_loaded", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["T4", "A100"][i])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (8, 0)][i])
+    text = _native._missing.__wrapped__("cuda", ("linear",), False)
+    assert "T4（sm_75） 太旧" in text and "A100" not in text and "CUDA_VISIBLE_DEVICES" in text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    monkeypatch.setattr(_native, "_has_kernel", lambda name, device: True)
+    assert _native._missing.__wrapped__("cuda", ("linear",), False) is None
+
+
 def test_whole_model_runs_without_kernels(monkeypatch):
     model = make_model("youtu")
     optimize(model, OptimizationProfile(mla=MLAConfig(), dense=DENSE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from deepseek_opt import (
     optimize,
 )
 from deepseek_opt.errors import DeepSeekOptError, DeviceMemoryError
+from tests.op_cases import QUANTIZED
 from tests.tiny_models import DynamicCache, make_inputs, make_model
 from tests.tolerances import tol
 
@@ -78,7 +80,9 @@ def write(cache, steps):
 
 
 @pytest.mark.parametrize("after", [0, 1])
-@pytest.mark.parametrize("make", [KVCache, LatentCache, lambda n: LatentCache(n, dtype="int8")])
+@pytest.mark.parametrize(
+    "make", [KVCache, LatentCache, *(partial(LatentCache, dtype=kind) for kind in QUANTIZED)]
+)
 def test_growth(monkeypatch, make, after):
     """第一块、第二块缓冲区放不下：什么都没有换；之后照常。"""
     cache = make(1)

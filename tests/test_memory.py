@@ -86,7 +86,12 @@ def test_estimates_match_measured_peaks():
 
 def test_cache_bytes_equal_the_real_cache():
     model, length = own(), 128
-    for kind, stored in (("auto", "auto"), ("int8", "int8"), ("bfloat16", "bfloat16")):
+    for kind, stored in (
+        ("auto", "auto"),
+        ("int8", "int8"),
+        ("float8_e4m3fn",) * 2,
+        ("bfloat16",) * 2,
+    ):
         profile = OptimizationProfile(mla=MLAConfig(cache_dtype=kind))
         cache = LatentCache(2, max_length=length, dtype=stored)
         with torch.no_grad():

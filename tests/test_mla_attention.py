@@ -17,6 +17,7 @@ from deepseek_opt import LatentCache, MLAAttention, MLAConfig
 from deepseek_opt.errors import ConfigError, InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.dims import resolve_dims
 from deepseek_opt.layers.rotary import RotaryEmbedding, checked_scaling, softmax_scale
+from tests.op_cases import QUANTIZED
 from tests.tolerances import tol
 
 HIDDEN = 32
@@ -299,13 +300,14 @@ def test_cache_keeps_gradients_of_new_tokens():
     assert_like(mine, wanted)
 
 
-def test_int8_cache():
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_quantized_cache(dtype):
     attention = layer()
     x = hidden(2, 12)
-    cache = LatentCache(1, dtype="int8")
+    cache = LatentCache(1, dtype=dtype)
     with torch.no_grad():
         parts = [attention(part, cache=cache) for part in x.split((8, 4), 1)]
-    assert_like(torch.cat(parts, 1), expected(attention, x), torch.int8)
+    assert_like(torch.cat(parts, 1), expected(attention, x), dtype)
 
 
 def test_position_ids_are_relative():

@@ -1,4 +1,4 @@
-"""mla_cache_write：各 dtype、每行偏移、int8 量化、视图。"""
+"""mla_cache_write：各 dtype、每行偏移、int8 与 fp8 量化、视图。"""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import ops, reference
-from tests.op_cases import FLOATS, flipped, randn, strided
+from tests.op_cases import FLOATS, QUANTIZED, bits, flipped, randn, strided
 
 
 def caches(batch, slots, rank, rope_dim, dtype):
-    keys = torch.bfloat16 if dtype == torch.int8 else dtype
+    keys = torch.bfloat16 if dtype in QUANTIZED else dtype
     latent = torch.full((batch, slots, rank), 7).to(dtype)
-    scale = torch.full((batch, slots), 7.0) if dtype == torch.int8 else None
+    scale = torch.full((batch, slots), 7.0) if dtype in QUANTIZED else None
     return latent, torch.full((batch, slots, rope_dim), 7).to(keys), scale
 
 
@@ -29,15 +29,15 @@ def check(cache_dtype, dtype, offsets, steps=4, slots=12, rank=33, rope_dim=6):
     ops.mla_cache_write(*ours, latent, rope, start)
     reference.mla_cache_write(*want, latent, rope, start)
     for got, expected in zip(ours, want, strict=True):
-        if expected is not None and expected.dtype == torch.int8:
-            assert (got.int() - expected.int()).abs().max() <= 1
+        if expected is not None and expected.dtype in QUANTIZED:  # 差至多一个码
+            assert (bits(got).int() - bits(expected).int()).abs().max() <= 1
         elif expected is not None:
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     return ours, latent
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("cache_dtype", [*FLOATS, torch.int8])
+@pytest.mark.parametrize("cache_dtype", [*FLOATS, *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_writes_only_its_slots(cache_dtype, dtype):
     check(cache_dtype, dtype, [0, 8, 3])
@@ -56,13 +56,26 @@ def test_int8_error_is_half_a_step():
 
 
 @pytest.mark.usefixtures("isa")
-def test_int8_zero_nan_and_inf_tokens():
+def test_fp8_error_is_half_a_step():
+    """相对误差至多 2^-4；小于最大值的 2^-6 / 448 的，绝对误差至多半个次正规的步长。"""
+    (latent, _, scale), exact = check(torch.float8_e4m3fn, torch.float32, [1, 0], rank=512)
+    for row, start in enumerate([1, 0]):
+        unit = scale[row, start : start + 4, None]
+        back = latent[row, start : start + 4].float() * unit
+        limit = torch.maximum(exact[row].abs() * 2**-4, unit * 2**-10) * 1.001
+        assert ((back - exact[row]).abs() <= limit).all()
+        assert (back.abs().amax(-1) == 448 * unit[:, 0]).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_zero_nan_and_inf_tokens(kind):
     """全零的词元尺度为 0；NaN、inf 的词元尺度不是有限数，读出来也不会是看似正常的数。"""
     latent, rope = randn(1, 4, 20), randn(1, 4, 2)
     latent[0, 0], latent[0, 1, 5], latent[0, 2, 19] = 0.0, torch.nan, torch.inf
-    cache, keys, scale = caches(1, 4, 20, 2, torch.int8)
+    cache, keys, scale = caches(1, 4, 20, 2, kind)
     ops.mla_cache_write(cache, keys, scale, latent, rope, torch.tensor([0]))
-    assert scale[0, 0] == 0 and (cache[0, 0] == 0).all()
+    assert scale[0, 0] == 0 and (cache[0, 0].float() == 0).all()
     assert scale[0, 1].isnan() and scale[0, 2].isinf() and scale[0, 3].isfinite()
     case = ops.mla_decode(
         randn(1, 1, 1, 4),
@@ -92,7 +105,7 @@ def test_views():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.data(), st.sampled_from([*FLOATS, torch.int8]))
+@given(st.data(), st.sampled_from([*FLOATS, *QUANTIZED]))
 def test_any_shape(data, cache_dtype):
     steps, spare = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 6))
     offsets = data.draw(st.lists(st.integers(0, spare), min_size=1, max_size=4))

@@ -1,4 +1,4 @@
-"""mla_decode：对照 fp64，span、遮盖、int8、视图、巨大步长；误差不大于 eager。"""
+"""mla_decode：对照 fp64，span、遮盖、量化、视图、巨大步长；误差不大于 eager。"""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import ops
+from deepseek_opt.reference.mla import quantize
 from tests.op_cases import (
     FLOATS,
+    QUANTIZED,
     assert_no_worse,
     attention,
     eager_attention,
     flipped,
-    quantize,
     randn,
     strided,
     wide,
@@ -71,16 +72,18 @@ def test_mixed_dtypes(types):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("cache", QUANTIZED)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_int8_latents(dtype):
-    check(attention(2, 3, 80, 3, SMALL, dtype=dtype, cache=torch.int8, masked=True))
+def test_quantized_latents(dtype, cache):
+    check(attention(2, 3, 80, 3, SMALL, dtype=dtype, cache=cache, masked=True))
 
 
-def test_int8_is_close_to_float():
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_quantized_is_close_to_float(cache):
     case = attention(1, 1, 300, 8, (64, 8, 16, 16))
-    values, scale = quantize(case.latent)
+    values, scale = quantize(case.latent, cache)
     got = ops.mla_decode(*case.but(latent=values, scale=scale).args())
-    torch.testing.assert_close(got, ops.mla_decode(*case.args()), **tol(torch.int8))
+    torch.testing.assert_close(got, ops.mla_decode(*case.args()), **tol(cache))
 
 
 @pytest.mark.parametrize("splits", [511, 512, 513, 1400])
@@ -100,9 +103,9 @@ def test_left_padding_and_ragged_rows():
 @pytest.mark.usefixtures("isa")
 def test_unused_slots_may_be_nan():
     """没有 span 看到的、被遮住的槽位都可以是从未写过的内存。"""
-    for dtype in (*FLOATS, torch.int8):
-        cache = dtype if dtype == torch.int8 else None
-        q = torch.bfloat16 if dtype == torch.int8 else dtype
+    for dtype in (*FLOATS, *QUANTIZED):
+        cache = dtype if dtype in QUANTIZED else None
+        q = torch.bfloat16 if cache else dtype
         case = attention(
             3, 2, 90, 3, SMALL, dtype=q, cache=cache, begin=[0, 70, 3], end=[66, 90, 5]
         )

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_opt import ops, reference
-from tests.op_cases import FLOATS, randn, strided, wide
+from deepseek_opt.reference.mla import quantize
+from tests.op_cases import FLOATS, QUANTIZED, randn, strided, wide
 from tests.tolerances import tol
 
 HEADS, NOPE, VALUE, SLOTS = 3, 5, 7, 12
@@ -20,7 +21,7 @@ def projection(rows, columns, dtype, bias):
 
 
 def arguments(
-    batch, steps, width, q_rank, rank, rope_dim, dtype, *, bias=False, shared=False, int8=False
+    batch, steps, width, q_rank, rank, rope_dim, dtype, *, bias=False, shared=False, cache=None
 ):
     """除 interleaved 之后的缓存外全部随机；缓存里已有参差的旧词元。"""
     low = q_rank or width
@@ -34,14 +35,13 @@ def arguments(
     angle = torch.rand(1 if shared else batch, steps, rope_dim // 2) * 30
     latent = torch.randn(batch, SLOTS, rank).to(dtype)
     scale = None
-    if int8:
-        latent = torch.randint(-127, 128, (batch, SLOTS, rank)).to(torch.int8)
-        scale = torch.rand(batch, SLOTS) / 100
+    if cache is not None:
+        latent, scale = quantize(latent, cache)
     offsets = torch.arange(batch) % (SLOTS - steps + 1)
-    cache = (latent, randn(batch, SLOTS, rope_dim, dtype=dtype), scale, offsets)
+    caches = (latent, randn(batch, SLOTS, rope_dim, dtype=dtype), scale, offsets)
     rotation = (angle.cos(), angle.sin(), True)
     hidden = randn(batch, steps, width, dtype=dtype)
-    return (hidden, *queries, *last, *keys, kv_b, *out, *rotation, *cache, None, None, 0.3, HEADS)
+    return (hidden, *queries, *last, *keys, kv_b, *out, *rotation, *caches, None, None, 0.3, HEADS)
 
 
 def fresh(args):
@@ -65,13 +65,13 @@ def check(args):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("int8", [False, True])
-def test_against_fp64(dtype, int8):
-    check(arguments(1, 1, 40, 0, 9, 4, dtype, shared=True, int8=int8))
-    check(arguments(3, 1, 64, 50, 33, 8, dtype, bias=True, int8=int8))
-    check(arguments(2, 3, 33, 7, 20, 6, dtype, int8=int8))
-    check(arguments(1, 5, 17, 5, 2, 0, dtype, shared=True, bias=True, int8=int8))
-    check(arguments(4, 1, 17, 5, 12, 2, dtype, shared=True, int8=int8))
+@pytest.mark.parametrize("cache", [None, *QUANTIZED])
+def test_against_fp64(dtype, cache):
+    check(arguments(1, 1, 40, 0, 9, 4, dtype, shared=True, cache=cache))
+    check(arguments(3, 1, 64, 50, 33, 8, dtype, bias=True, cache=cache))
+    check(arguments(2, 3, 33, 7, 20, 6, dtype, cache=cache))
+    check(arguments(1, 5, 17, 5, 2, 0, dtype, shared=True, bias=True, cache=cache))
+    check(arguments(4, 1, 17, 5, 12, 2, dtype, shared=True, cache=cache))
 
 
 @given(

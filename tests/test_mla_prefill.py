@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deepseek_opt import ops, reference
 from tests.op_cases import (
     FLOATS,
+    QUANTIZED,
     assert_no_worse,
     attention,
     eager_attention,
@@ -79,9 +80,10 @@ def test_mixed_dtypes():
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("cache", QUANTIZED)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_int8_latents(dtype):
-    case = attention(2, 9, 80, 3, SMALL, dtype=dtype, cache=torch.int8, masked=True)
+def test_quantized_latents(dtype, cache):
+    case = attention(2, 9, 80, 3, SMALL, dtype=dtype, cache=cache, masked=True)
     check(case, gradient=False)
 
 

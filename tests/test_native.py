@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,14 @@ def test_cuda_library_missing(monkeypatch):
     monkeypatch.setattr(_native, "CUDA_LIBRARY", "absent_cuda.so")
     assert _native.load() and not _native.cuda_loaded()
     assert "absent_cuda.so" in _native.cuda_load_error()
+
+
+def test_cuda_library_finds_torch_cuda():
+    """取当前流的函数在 libtorch_cuda.so 里：CUDA 库经 libtorch.so 依赖它，少了这个依赖到用户那里才载入失败。"""
+    library = Path(_native.__file__).with_name(_native.CUDA_LIBRARY)
+    if not library.is_file():
+        pytest.skip("没有编译 CUDA 部分")
+    assert b"\0libtorch.so\0" in library.read_bytes()
 
 
 def test_extension_module_imports():

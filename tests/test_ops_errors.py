@@ -9,9 +9,9 @@ import torch
 
 from deepseek_opt import _native, ops
 from deepseek_opt.errors import UnsupportedError
-from tests.op_cases import attention, randn
+from tests.op_cases import QUANTIZED, attention, randn
 
-F64, INT = torch.float64, torch.int64
+F64, INT, F8 = torch.float64, torch.int64, torch.float8_e4m3fn
 
 
 def rejected(message, function, *args, mutated=()):
@@ -117,8 +117,10 @@ def write_arguments():
         ({"latent_cache": randn(2, 8, 5)}, "latent_cache 的形状"),
         ({"rope_cache": randn(2, 7, 2)}, "rope_cache 的形状"),
         ({"rope_cache": randn(2, 8, 2).double()}, "rope_cache 的类型"),
-        ({"latent_cache": randn(2, 8, 4).to(torch.int8)}, "int8 时必须给出 scale_cache"),
-        ({"scale_cache": randn(2, 8)}, "int8 时必须给出 scale_cache，否则不能给"),
+        ({"latent_cache": randn(2, 8, 4).to(torch.int8)}, "时必须给出 scale_cache"),
+        ({"latent_cache": randn(2, 8, 4).to(F8)}, "float8_e4m3fn 时必须给出 scale_cache"),
+        ({"latent_cache": randn(2, 8, 4).double()}, "int8 或 float8_e4m3fn，实际是 float64"),
+        ({"scale_cache": randn(2, 8)}, "时必须给出 scale_cache，否则不能给"),
         ({"latent_cache": randn(2, 4, 8).mT}, "latent_cache 的最后一维步长应为 1"),
         ({"rope_cache": randn(2, 2, 8).mT}, "rope_cache 的最后一维步长应为 1"),
     ],
@@ -159,11 +161,13 @@ def test_cache_write_scale():
         ({"spans": torch.zeros(2, 4, dtype=torch.int32)}, "spans 的类型应为 int64"),
         ({"kv_mask": torch.ones(2, 5, dtype=torch.bool)}, "kv_mask 的形状"),
         ({"kv_mask": torch.ones(2, 6)}, "kv_mask 的类型应为 bool"),
-        ({"scale": torch.ones(2, 6)}, "int8 时必须给出 scale"),
-        ({"latent": torch.ones(2, 6, 5, dtype=torch.int8)}, "int8 时必须给出 scale"),
+        ({"scale": torch.ones(2, 6)}, "时必须给出 scale，否则不能给"),
+        ({"latent": torch.ones(2, 6, 5, dtype=torch.int8)}, "int8.*时必须给出 scale"),
+        ({"latent": torch.ones(2, 6, 5).to(F8)}, "float8_e4m3fn 时必须给出 scale"),
         ({"q": randn(2, 4, 2, 5).double()}, "q 的类型"),
         ({"latent": randn(2, 6, 5).double()}, "latent 的类型"),
         ({"rope": torch.ones(2, 6, 2, dtype=torch.int8)}, "rope 的类型"),
+        ({"rope": torch.ones(2, 6, 2).to(F8)}, "rope 的类型.*实际是 float8_e4m3fn"),
         ({"kv_b": randn(14, 5).double()}, "kv_b_weight 的类型"),
     ],
 )
@@ -172,10 +176,11 @@ def test_attention(name, changes, message):
     rejected(f"{name}：.*{message}", getattr(ops, name), *case.args())
 
 
-def test_int8_has_no_gradient():
-    case = attention(2, 4, 6, 2, (5, 2, 3, 4), cache=torch.int8)
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_quantized_has_no_gradient(cache):
+    case = attention(2, 4, 6, 2, (5, 2, 3, 4), cache=cache)
     case.q.requires_grad_()
-    with pytest.raises(ValueError, match="int8 潜变量.*不能求梯度"):
+    with pytest.raises(ValueError, match="量化的潜变量.*不能求梯度"):
         ops.mla_prefill(*case.args())
 
 

@@ -16,9 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_opt import ops
 from tests.moe_cases import Layout, experts
 from tests.moe_list_cases import Lists
-from tests.op_cases import FLOATS, attention, randn
+from tests.op_cases import FLOATS, QUANTIZED, attention, paged, randn
 
 OPS = torch.ops.deepseek_opt
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -40,7 +46,7 @@ def attention_inputs(grad=False, **options):
 
 def write_inputs(dtype):
     caches = [torch.zeros(2, 8, 6).to(dtype), torch.zeros(2, 8, 2)]
-    scale = torch.zeros(2, 8) if dtype == torch.int8 else None
+    scale = torch.zeros(2, 8) if dtype in QUANTIZED else None
     return (*caches, scale, randn(2, 3, 6), randn(2, 3, 2), torch.tensor([0, 5]))
 
 
@@ -111,8 +117,11 @@ CASES = {
     "mla_layer_decode 无 q": lambda: layer_inputs(False),
     "mla_cache_write": lambda: write_inputs(torch.float32),
     "mla_cache_write int8": lambda: write_inputs(torch.int8),
+    "mla_cache_write fp8": lambda: write_inputs(torch.float8_e4m3fn),
     "mla_decode": attention_inputs,
     "mla_decode int8": lambda: attention_inputs(cache=torch.int8, masked=True),
+    "mla_decode fp8": lambda: attention_inputs(cache=torch.float8_e4m3fn, masked=True),
+    "mla_decode 分页": lambda: paged(attention(2, 3, 9, 2, (6, 2, 3, 4)), 3),
     "mla_prefill": lambda: attention_inputs(grad=True),
     "mla_prefill 遮盖": lambda: attention_inputs(grad=True, masked=True, causal=False),
     "mla_prefill_backward": backward_inputs,
@@ -148,15 +157,20 @@ def test_opcheck(name):
     args = CASES[name]()
     if name.split()[0].endswith("_backward"):
         args = detached(args)
-    torch.library.opcheck(getattr(OPS, name.split()[0]).default, args)
+    checks = (
+        OPCHECKS[1:] if name.endswith("fp8") else OPCHECKS
+    )  # 核对 schema 要比较张量，torch 对 fp8 不会
+    torch.library.opcheck(getattr(OPS, name.split()[0]).default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", ["linear", "swiglu_mlp", "mla_decode", "mla_prefill"])
+@pytest.mark.parametrize(
+    "name", ["linear", "swiglu_mlp", "mla_decode", "mla_decode 分页", "mla_prefill"]
+)
 def test_autocast(name, dtype):
     """矩阵类算子在 autocast 里按它的 dtype 计算；其余不变。"""
     args = detached(CASES[name]())
-    op = getattr(ops, name)
+    op = getattr(ops, name.split()[0])
     lower = tuple(
         a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
     )
@@ -167,8 +181,9 @@ def test_autocast(name, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_autocast_keeps_int8_scale_and_norms():
-    args = attention_inputs(cache=torch.int8)
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_autocast_keeps_quantized_latents_and_norms(cache):
+    args = attention_inputs(cache=cache)
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.mla_decode(*args).dtype == torch.bfloat16
         assert ops.rms_norm(randn(2, 4), randn(4), 1e-6).dtype == torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -261,8 +263,9 @@ def test_tokens_edges():
 
 def test_tokens_distribution():
     probs = torch.tensor([0.1, 0.0, 0.4, 0.2, 0.3])
-    draws = ops.sample_tokens(probs.expand(50000, 5), torch.rand(50000))
-    counts, expected = torch.bincount(draws, minlength=5).double(), probs.double() * 50000
+    trials = 5000 if os.environ.get("DSO_HOST") == "1" else 50000  # 主机模拟慢
+    draws = ops.sample_tokens(probs.expand(trials, 5), torch.rand(trials))
+    counts, expected = torch.bincount(draws, minlength=5).double(), probs.double() * trials
     assert counts[1] == 0
     used = expected > 0
     square = ((counts - expected)[used].square() / expected[used]).sum().item()

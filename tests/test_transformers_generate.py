@@ -158,7 +158,7 @@ def test_ragged_rows_after_row_crop():
     assert cache.lengths.tolist() == [9, 12]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_low_precision_cache(dtype):
     model = make_model()
     ids, mask = make_inputs(left_pad=3)
@@ -171,7 +171,8 @@ def test_low_precision_cache(dtype):
         rest = model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits
     assert cache.layers[0].latent.dtype == getattr(torch, dtype)
     actual = torch.cat([out, rest], 1)[mask.bool()]
-    assert (actual - expected).pow(2).mean().sqrt() < 0.03 * expected.pow(2).mean().sqrt()
+    limit = 0.3 if dtype == "float8_e4m3fn" else 0.03  # 3 位尾数足以让随机权重的路由改选
+    assert (actual - expected).pow(2).mean().sqrt() < limit * expected.pow(2).mean().sqrt()
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
     assert generated.shape == (2, 16)
 

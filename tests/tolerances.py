@@ -10,6 +10,7 @@ _TABLE = {
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
     torch.float16: {"rtol": 3e-3, "atol": 3e-3},
     torch.int8: {"rtol": 3e-2, "atol": 3e-2},
+    torch.float8_e4m3fn: {"rtol": 8e-2, "atol": 8e-2},
     # fp32 的激活乘量化的权重，AVX512-VNNI 起：激活化为 16 位定点，每个元素差至多（组内）最大值的 1 / 65278。
     "fixed_point": {"rtol": 2e-4, "atol": 2e-4},
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu_cases.check import Pairs
 from benchmarks.gpu_cases.runner import Case, Env, Row, Work, measure
 from deepseek_opt import ops, reference
+from deepseek_opt.reference.mla import quantize
 
 EPS = 1e-6
 DTYPES = (torch.bfloat16, torch.float32)
@@ -34,7 +35,7 @@ def cases(env: Env) -> list[Case]:
     for batch, steps in writes:
         found += [
             _case(partial(cache_write, batch, steps), dtype)
-            for dtype in (torch.bfloat16, torch.int8)
+            for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
         ]
     return found
 
@@ -173,10 +174,7 @@ def _slice_write(cache, keys, scale, latent, turned, _start) -> None:
     if scale is None:
         cache[:, :steps] = latent
         return
-    wide = latent.float()
-    step = wide.abs().amax(-1) / 127
-    scale[:, :steps] = step
-    cache[:, :steps] = (wide / step[..., None]).round().to(torch.int8)
+    cache[:, :steps], scale[:, :steps] = quantize(latent, cache.dtype)
 
 
 def cache_write(batch: int, steps: int, *, dtype: torch.dtype, env: Env, key: str) -> Work:
@@ -184,7 +182,7 @@ def cache_write(batch: int, steps: int, *, dtype: torch.dtype, env: Env, key: st
     capacity = max(steps, 16) if env.quick else CAPACITY
 
     def make() -> tuple[Tensor | None, ...]:
-        quantized = dtype == torch.int8
+        quantized = dtype.itemsize == 1
         return (
             torch.zeros(batch, capacity, RANK, device=env.device, dtype=dtype),
             torch.zeros(batch, capacity, ROPE_DIM, device=env.device, dtype=torch.bfloat16),
@@ -196,10 +194,11 @@ def cache_write(batch: int, steps: int, *, dtype: torch.dtype, env: Env, key: st
 
     def pairs(args: tuple, _: None) -> Pairs:
         cache, keys, scale, latent, turned, _start = args
-        stored = cache[:, :steps].float()
-        if scale is not None:
-            stored = stored * scale[:, :steps, None]
-        return [("潜变量", stored.to(latent.dtype), latent), ("旋转键", keys[:, :steps], turned)]
+        stored, wanted = cache[:, :steps].float(), latent
+        if scale is not None:  # 量化本身的误差不算：与参考的码比较
+            codes, step = quantize(latent, dtype)
+            stored, wanted = stored * scale[:, :steps, None], codes.float() * step[..., None]
+        return [("潜变量", stored.to(latent.dtype), wanted), ("旋转键", keys[:, :steps], turned)]
 
     size = batch * steps * (RANK * (2 + dtype.itemsize) + ROPE_DIM * 4)
     peers = {"切片赋值": _slice_write}

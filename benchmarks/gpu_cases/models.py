@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu_cases.runner import Env
-from deepseek_opt import DenseConfig, MLAConfig, OptimizationProfile, optimize
+from deepseek_opt import DenseConfig, MLAConfig, MOEConfig, OptimizationProfile, optimize
 from deepseek_opt.benchmarks import shapes
 from deepseek_opt.benchmarks.standard import use_standard_attention
 from deepseek_opt.errors import UnsupportedError
@@ -37,7 +37,7 @@ def build(env: Env, of: shapes.Shape, attention: str = "sdpa") -> nn.Module:
 def optimized(model: nn.Module) -> tuple[nn.Module, Any]:
     """共用权重、优化过的副本，与它的报告。"""
     fast = shapes.twin(model)
-    report = optimize(fast, OptimizationProfile(mla=MLAConfig(), dense=DenseConfig()))
+    report = optimize(fast, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(), dense=DenseConfig()))
     stop_metrics(fast)
     return fast, report
 

@@ -50,6 +50,13 @@ static inline vf v_load_f16(const uint16_t *p) {
 static inline vf v_load_i8(const int8_t *p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
+/* 指数与尾数移到 fp16 的位置，再乘 2^8；0x7f 在那里是 480，换成 NaN。 */
+static inline vf v_load_f8(const uint8_t *p) {
+  __m128i h = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
+  vf v = _mm256_cvtph_ps(_mm_and_si128(h, _mm_set1_epi16((short)0xbfff))) * v_set1(256.0f);
+  vf nan = _mm256_cmp_ps(v_abs(v), v_set1(480.0f), _CMP_EQ_OQ);
+  return _mm256_or_ps(v, _mm256_and_ps(nan, v_set1(NAN)));
+}
 static inline void v_store_bf16(uint16_t *p, vf v) {
   __m256i u = _mm256_castps_si256(v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -67,6 +74,24 @@ static inline void v_store_i8(int8_t *p, vf v) {
   __m256i q = _mm256_cvtps_epi32(v);
   __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
   _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(h, h));
+}
+/* 各步同 dso_f32_to_f8；v_min 让 NaN 留到最后。 */
+static inline void v_store_f8(uint8_t *p, vf v) {
+  vf abs = v_min(v_set1(448.0f), v_abs(v));
+  __m256i u = _mm256_castps_si256(abs);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 20), _mm256_set1_epi32(1));
+  __m256i shifted = _mm256_add_epi32(u, _mm256_set1_epi32(0x7ffff - 0x3c000000));
+  __m256i normal = _mm256_srli_epi32(_mm256_add_epi32(shifted, odd), 20);
+  __m256i tiny =
+      _mm256_sub_epi32(_mm256_castps_si256(abs + v_set1(16384.0f)), _mm256_set1_epi32(0x46800000));
+  __m256i small = _mm256_castps_si256(_mm256_cmp_ps(abs, v_set1(0x1p-6f), _CMP_LT_OQ));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  __m256i code = _mm256_blendv_epi8(normal, tiny, small);
+  code = _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), nan);
+  __m256i sign = _mm256_srli_epi32(_mm256_castps_si256(v), 24);
+  code = _mm256_or_si256(code, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)));
+  __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+  _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(h, h));
 }
 
 /* 4 位权重：每个码的值是 scale * 码 + offset。 */

@@ -37,6 +37,13 @@ static inline vf v_load_f16(const uint16_t *p) {
 static inline vf v_load_i8(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
+/* 指数与尾数移到 fp16 的位置，再乘 2^8；0x7f 在那里是 480，换成 NaN。 */
+static inline vf v_load_f8(const uint8_t *p) {
+  __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+  vf v = _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff))) * v_set1(256.0f);
+  __mmask16 nan = _mm512_cmp_ps_mask(v_abs(v), v_set1(480.0f), _CMP_EQ_OQ);
+  return _mm512_mask_or_ps(v, nan, v, v_set1(NAN));
+}
 static inline __m256i v_to_bf16(vf v) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(v);
@@ -58,6 +65,22 @@ static inline void v_store_f16(uint16_t *p, vf v) {
 }
 static inline void v_store_i8(int8_t *p, vf v) {
   _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+/* 各步同 dso_f32_to_f8；v_min 让 NaN 留到最后。 */
+static inline void v_store_f8(uint8_t *p, vf v) {
+  vf abs = v_min(v_set1(448.0f), v_abs(v));
+  __m512i u = _mm512_castps_si512(abs);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 20), _mm512_set1_epi32(1));
+  __m512i shifted = _mm512_add_epi32(u, _mm512_set1_epi32(0x7ffff - 0x3c000000));
+  __m512i code = _mm512_srli_epi32(_mm512_add_epi32(shifted, odd), 20);
+  __mmask16 small = _mm512_cmp_ps_mask(abs, v_set1(0x1p-6f), _CMP_LT_OQ);
+  code = _mm512_mask_sub_epi32(code, small, _mm512_castps_si512(abs + v_set1(16384.0f)),
+                               _mm512_set1_epi32(0x46800000));
+  code =
+      _mm512_mask_mov_epi32(code, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f));
+  __m512i sign = _mm512_srli_epi32(_mm512_castps_si512(v), 24);
+  code = _mm512_or_si512(code, _mm512_and_si512(sign, _mm512_set1_epi32(0x80)));
+  _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(code));
 }
 
 /* 4 位权重：16 个码的值（scale * 码 + offset）正好是一个向量，查表即反量化。 */

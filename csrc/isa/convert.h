@@ -46,4 +46,23 @@ static inline uint16_t dso_f32_to_f16(float f) {
   return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+/* e4m3fn：4 位指数（偏移 7）、3 位尾数。 */
+static inline float dso_f8_to_f32(uint8_t b) {
+  uint32_t sign = (uint32_t)(b & 0x80) << 24, exp = (b >> 3) & 15, man = b & 7;
+  if ((b & 0x7f) == 0x7f) return dso_bits_f32(sign | 0x7fc00000u);
+  if (exp) return dso_bits_f32(sign | ((exp + 120) << 23) | (man << 20));
+  float tiny = (float)man * 0x1p-9f; /* 次正规数 */
+  return sign ? -tiny : tiny;
+}
+
+/* 超出范围的（含无穷）取最大的数 448。 */
+static inline uint8_t dso_f32_to_f8(float f) {
+  uint32_t u = dso_f32_bits(f), sign = (u >> 24) & 0x80, abs = u & 0x7fffffffu;
+  if (abs > 0x7f800000u) return (uint8_t)(sign | 0x7f);
+  if (abs >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
+  if (abs < 0x3c800000u) /* 次正规（小于 2^-6，步长 2^-9）：借助浮点加法舍入 */
+    return (uint8_t)(sign | (dso_f32_bits(dso_bits_f32(abs) + 16384.0f) - 0x46800000u));
+  return (uint8_t)(sign | ((abs + 0x7ffffu + ((abs >> 20) & 1) - 0x3c000000u) >> 20));
+}
+
 #endif

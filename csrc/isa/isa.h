@@ -14,7 +14,7 @@ typedef struct dso_isa {
   const char *name;
   int native_bf16;
 
-  /* 类型转换，n 个元素。 */
+  /* 类型转换，n 个元素；只有这两个（与由它们拼成的 stream）认得 DSO_F8。 */
   void (*to_f32)(float *dst, const void *src, dso_dtype dtype, int64_t n);
   void (*from_f32)(void *dst, dso_dtype dtype, const float *src, int64_t n);
 
@@ -90,7 +90,7 @@ static inline int64_t dso_round_up(int64_t a, int64_t b) { return dso_ceil_div(a
 static inline int64_t dso_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t dso_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t dso_size_of(dso_dtype dtype) {
-  return dtype == DSO_F32 ? 4 : dtype == DSO_I8 || dtype == DSO_I4 ? 1 : 2;
+  return dtype == DSO_F32 ? 4 : dtype == DSO_BF16 || dtype == DSO_F16 ? 2 : 1;
 }
 static inline const void *dso_at(const void *base, dso_dtype dtype, int64_t index) {
   return (const char *)base + index * dso_size_of(dtype);

@@ -10,6 +10,8 @@ static float load(const void *src, dso_dtype dtype, int64_t i) {
       return dso_bf16_to_f32(((const uint16_t *)src)[i]);
     case DSO_F16:
       return dso_f16_to_f32(((const uint16_t *)src)[i]);
+    case DSO_F8:
+      return dso_f8_to_f32(((const uint8_t *)src)[i]);
     default:
       return (float)((const int8_t *)src)[i];
   }
@@ -30,6 +32,9 @@ static void store(void *dst, dso_dtype dtype, int64_t i, float v) {
       break;
     case DSO_F16:
       ((uint16_t *)dst)[i] = dso_f32_to_f16(v);
+      break;
+    case DSO_F8:
+      ((uint8_t *)dst)[i] = dso_f32_to_f8(v);
       break;
     default:
       ((int8_t *)dst)[i] = to_i8(v);

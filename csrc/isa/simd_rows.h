@@ -9,6 +9,8 @@ static inline __attribute__((always_inline)) vf load_full(const void *src, dso_d
       return v_load_bf16((const uint16_t *)src);
     case DSO_F16:
       return v_load_f16((const uint16_t *)src);
+    case DSO_F8:
+      return v_load_f8((const uint8_t *)src);
     default:
       return v_load_i8((const int8_t *)src);
   }
@@ -24,6 +26,9 @@ static inline __attribute__((always_inline)) void store_full(void *dst, dso_dtyp
       break;
     case DSO_F16:
       v_store_f16((uint16_t *)dst, v);
+      break;
+    case DSO_F8:
+      v_store_f8((uint8_t *)dst, v);
       break;
     default:
       v_store_i8((int8_t *)dst, v_max(v_set1(-127.0f), v));
@@ -62,6 +67,9 @@ static void to_f32(float *dst, const void *src, dso_dtype dtype, int64_t n) {
     case DSO_F16:
       to_f32_as(dst, src, DSO_F16, n);
       break;
+    case DSO_F8:
+      to_f32_as(dst, src, DSO_F8, n);
+      break;
     default:
       to_f32_as(dst, src, DSO_I8, n);
       break;
@@ -86,6 +94,9 @@ static void from_f32(void *dst, dso_dtype dtype, const float *src, int64_t n) {
       break;
     case DSO_F16:
       from_f32_as(dst, DSO_F16, src, n);
+      break;
+    case DSO_F8:
+      from_f32_as(dst, DSO_F8, src, n);
       break;
     default:
       from_f32_as(dst, DSO_I8, src, n);

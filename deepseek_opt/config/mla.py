@@ -16,7 +16,7 @@ _RATIO_TOLERANCE = 0.01
 _RANK_MULTIPLE = 8
 _DIMS = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 
 
 class MLAConfig(ConfigBase):
@@ -52,7 +52,9 @@ class MLAConfig(ConfigBase):
     rope_interleaved: bool | None = Field(
         None, description="旋转位置的配对方式：true 为相邻两维一对，false 为前后两半一对"
     )
-    cache_dtype: CacheDtype = Field("auto", description="潜在缓存的数据类型")
+    cache_dtype: CacheDtype = Field(
+        "auto", description="潜在缓存的数据类型；int8、float8_e4m3fn 每 token 一个缩放系数"
+    )
     max_cache_length: Tokens | None = Field(None, description="缓存上限，每行 token 数")
     memory_budget_bytes: ByteSize | None = Field(None, description="缓存与工作区的内存预算，字节")
     prefill_chunk_size: Tokens | None = Field(None, description="预填充分块大小，token 数")

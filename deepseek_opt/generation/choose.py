@@ -11,6 +11,7 @@ from deepseek_opt import ops
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.scores import Scores
 from deepseek_opt.mtp.predictor import TokenPredictor
+from deepseek_opt.row_lengths import to_device
 
 # 采样的随机数按位置存着，等最慢的行用到；至多占这么多字节，领先太多的行先不起草。
 NOISE_BYTES = 256 << 20
@@ -18,13 +19,13 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Verified(NamedTuple):
-    """核对的结果：各行接受的草稿数与其后的词元。
+    """核对的结果：各行接受的草稿数 [R] 与其后的词元 [R]，都还在设备上；following 为负是出错，见 mtp_verify_greedy。
 
     scores [R, D + 1, V] 是处理过的分数；races 的 argmax 是各位置自己的词元。
     """
 
-    accepted: list[int]
-    following: list[int]
+    accepted: Tensor
+    following: Tensor
     scores: Tensor
     races: Tensor
 
@@ -38,6 +39,19 @@ class Greedy:
     def limit(self, length: int) -> int:
         """这一步至多起草几个。"""
         return length
+
+    def drafted(self, drafts: Tensor) -> None:
+        """草稿 [R, D] 起好了，还没有核对。"""
+        if self.scores.reads_tokens:
+            self.rows.place(drafts)
+
+    def settle(self) -> None:
+        """这一步的结果读回来了。"""
+
+    @property
+    def on_device(self) -> bool:
+        """选词元是否只是设备上的计算：不看已有的词元，不调用别人的处理器。"""
+        return not self.scores.reads_tokens
 
     def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
         """depth 深度归一化的隐藏状态 [R, H] -> 第 place 个草稿 [R]。"""
@@ -69,7 +83,7 @@ class Sampled:
         generator: torch.Generator | None = None,
     ):
         self.scores, self.rows, self.predictor = scores, rows, predictor
-        self.generator = generator or default_generator(rows.tokens.device)
+        self.generator = generator or default_generator(rows.device)
         self._noise: list[Tensor] = []  # 从第 _first 个词元起，各 [B, V]
         self._states: list[Tensor] = []
         self._first = 0
@@ -82,6 +96,13 @@ class Sampled:
         most = max(NOISE_BYTES // (self._noise[0].numel() * 4), 1)
         return max(0, min(length, most - 1 - (max(counts) - min(counts))))
 
+    on_device = False  # 随机数按主机知道的步数取
+
+    def drafted(self, drafts: Tensor) -> None:
+        """草稿 [R, D] 起好了，还没有核对。"""
+        if self.scores.reads_tokens:
+            self.rows.place(drafts)
+
     def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
         """归一化的隐藏状态 [R, H] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
         probs = self.scores.draft_probabilities(self.predictor.draft_logits(normed, depth))
@@ -92,7 +113,6 @@ class Sampled:
         scores = self.scores.process(logits, self.rows)
         probs = self.scores.probabilities(scores, self.rows)
         races = probs / self._for_rows(0, probs.shape[1], probs)
-        self._forget()
         return _verified(scores, races, drafts)
 
     def finish(self, length: int) -> None:
@@ -110,14 +130,17 @@ class Sampled:
             noise.exponential_(1, generator=self.generator).clamp_min_(_TINY)  # 0 会得 0 / 0
             self._noise.append(noise)
             self._states.append(self.generator.get_state())
-        out = like.new_empty(len(active), steps, like.shape[-1])
-        for r, (b, begin) in enumerate(zip(active, begins, strict=True)):
-            for i in range(steps):
-                out[r, i] = self._noise[begin + i - self._first][b]
-        return out
+        used = self._noise[min(begins) - self._first : max(begins) - self._first + steps]
+        late = torch.tensor([n - min(begins) for n in begins])[:, None] + torch.arange(steps)
+        index = to_device(
+            torch.stack((late, torch.tensor(active)[:, None].expand_as(late))), like.device
+        )
+        return torch.stack(used)[index[0], index[1]]
 
-    def _forget(self) -> None:
-        """最慢的行已经用过的不再留。"""
+    def settle(self) -> None:
+        """这一步的结果读回来了：最慢的行已经用过的随机数不再留。"""
+        if not self.rows.active:
+            return
         oldest = min(self.rows.counts[b] for b in self.rows.active)
         drop = oldest - self._first
         if drop > 0:
@@ -126,8 +149,7 @@ class Sampled:
 
 
 def _verified(scores: Tensor, races: Tensor, drafts: Tensor) -> Verified:
-    accepted, following = ops.mtp_verify_greedy(races, drafts)
-    return Verified(accepted.tolist(), following.tolist(), scores, races)
+    return Verified(*ops.mtp_verify_greedy(races, drafts), scores, races)
 
 
 def default_generator(device: torch.device) -> torch.Generator:

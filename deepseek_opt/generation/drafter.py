@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from deepseek_opt.cache_rows import crop_rows, select_rows
+from deepseek_opt.cache_rows import crop_rows, empty_rows, select_rows, settle_rows
 from deepseek_opt.generation.target import last_of, positions_after
 from deepseek_opt.mtp.predictor import Prediction, TokenPredictor
 
@@ -18,12 +18,17 @@ _MOST_PENDING = 1024
 PickFn = Callable[[Tensor, int, int], Tensor]
 
 
-class Window(NamedTuple):
-    """一段已确定而 MTP 还没有看过的：hidden [R, T, H]、其后的词元 tokens [R, T]、各行有效的个数。"""
+@dataclass
+class Window:
+    """一段已确定而 MTP 还没有看过的：hidden [R, T, H]、其后的词元 tokens [R, T]、各行有效的个数 counts [R]。
+
+    known 是主机上的 counts，读回结果之后才有。
+    """
 
     hidden: Tensor
     tokens: Tensor
-    counts: list[int]
+    counts: Tensor
+    known: list[int] = field(default_factory=list)
 
 
 class Drafter:
@@ -33,70 +38,106 @@ class Drafter:
     由草稿得到的条目核对之前就截去，下一步用确定的词元与主模型的隐藏状态重算。
     """
 
-    def __init__(self, predictor: TokenPredictor, rows: int):
+    def __init__(self, predictor: TokenPredictor, rows: int, device: torch.device):
         self.predictor = predictor
         self.caches = [predictor.adapter.make_cache() for _ in predictor.layers]
+        self.reached = torch.zeros(rows, dtype=torch.int64, device=device)  # known 在设备上的一份
         self.known = [0] * rows  # 已补到第几个词元（从 0 数起）
         self._carry: list[Tensor | None] = [None] * len(self.caches)
-        self._pending: list[Window] = []
+        self._windows: list[Window] = []
         self.pending = 0  # 落下几个位置（各行合计）；每步都起草时只有上一步的
         self._wide = 0  # 第一段之后各段的列数之和
 
     @property
     def behind(self) -> bool:
         """落下的是否不止上一步的。"""
-        return len(self._pending) > 1 or self.known[0] == 0
+        return len(self._windows) > 1 or not any(self.known)
 
-    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
-        """记下已确定的：tokens[r, i] 是 hidden[r, i] 之后的词元，各行前 counts[r] 个有效。"""
-        if self._pending:
+    @property
+    def window(self) -> Window | None:
+        """落下的只有一段时的那一段。"""
+        return self._windows[0] if len(self._windows) == 1 else None
+
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """记下已确定的：tokens[r, i] 是 hidden[r, i] 之后的词元，各行前 counts[r] 个有效；之后要 :meth:`settle`。"""
+        if self._windows:
             self._wide += hidden.shape[1]
-        self._pending.append(Window(hidden, tokens, list(counts)))
+        self._windows.append(Window(hidden, tokens, counts))
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """刚才 :meth:`observe` 的 counts 读回来了。"""
+        self._windows[-1].known = list(counts)
         self.pending += sum(counts)
         if self._wide > _MOST_PENDING:
             self.draft(0)
 
     def select(self, kept: Sequence[int]) -> None:
         """只留下 kept 各行。"""
-        index = torch.tensor(kept)
+        index = torch.tensor(kept, device=self.reached.device)
         for cache in self.caches:
             select_rows(cache, kept)
-        self._carry = [None if c is None else c[index.to(c.device)] for c in self._carry]
+        self._carry = [None if c is None else c[index] for c in self._carry]
+        self.reached = self.reached[index]
         self.known = [self.known[i] for i in kept]
-        self._pending = [
-            Window(
-                window.hidden[index.to(window.hidden.device)],
-                window.tokens[index.to(window.tokens.device)],
-                [window.counts[i] for i in kept],
-            )
-            for window in self._pending
+        self._windows = [
+            Window(w.hidden[index], w.tokens[index], w.counts[index], [w.known[i] for i in kept])
+            for w in self._windows
         ]
-        self.pending = sum(sum(window.counts) for window in self._pending)
+        self.pending = sum(sum(window.known) for window in self._windows)
+
+    def empty(self) -> None:
+        """各行都退回开头，缓冲区留着。"""
+        for cache in self.caches:
+            empty_rows(cache)
+        self.reached.zero_()
+        self.known = [0] * len(self.known)
+        self._carry = [None] * len(self.caches)
+        self._windows, self.pending, self._wide = [], 0, 0
 
     def draft(self, length: int, pick: PickFn | None = None) -> Tensor:
-        """起草 length 个 [R, length]；``pick(归一化的隐藏状态 [R, H], 深度, i)`` 选出第 i 个。"""
+        """起草 length 个 [R, length]；``pick(归一化的隐藏状态 [R, H], 深度, i)`` 选出第 i 个。
+
+        设备上选出的可能是负的（分数里有 NaN）：照样返回，读回来的地方报错。
+        """
         window = self._merged()
-        end = [n + c for n, c in zip(self.known, window.counts, strict=True)]
+        end, ends = self._end_of(window), self.reached + window.counts
         drafts: list[Tensor] = []
         last = self._physical(window, length, pick, drafts)
         if len(drafts) < length:
-            self._repeat(last, end, length, pick, drafts)
-        self.known = end
+            self._repeat(last, end, ends, length, pick, drafts)
+        self.reached.copy_(ends)
         for index in range(len(self.caches)):
-            self._crop(index, end)
+            self._crop(index, end, ends)
+        self.known = end
         return torch.stack(drafts, 1) if drafts else window.tokens.new_empty(len(end), 0)
+
+    def replayed(self) -> None:
+        """:meth:`draft` 由 CUDA graph 重放了：设备上的都已改好，这里只改主机的。"""
+        end = self._end_of(self._take_windows()[0])
+        for index, cache in enumerate(self.caches):
+            settle_rows(cache, [max(n - index, 0) for n in end])
+        self.known = end
 
     # ---- 内部 ----
 
-    def _repeat(
-        self, last: Tensor, end: list[int], length: int, pick: PickFn, drafts: list[Tensor]
+    def _end_of(self, window: Window) -> list[int]:
+        return [n + c for n, c in zip(self.known, window.known, strict=True)]
+
+    def _repeat(  # pylint: disable=too-many-arguments
+        self,
+        last: Tensor,
+        end: list[int],
+        ends: Tensor,
+        length: int,
+        pick: PickFn,
+        drafts: list[Tensor],
     ) -> None:
         """反复用最后一个物理层，每次接一个位置，直到有 length 个草稿。"""
         index, done = len(self.caches) - 1, len(drafts)
-        self._crop(index, [n + done - 1 for n in end])
-        places = positions_after([n + done for n in end], length - done, last.device)
+        self._crop(index, [n + done - 1 for n in end], ends + done - 1)
+        places = positions_after(ends + done, length - done)
         for depth in range(done + 1, length + 1):
-            tokens, place = drafts[-1][:, None], places[:, depth - done - 1 : depth - done]
+            tokens, place = real(drafts[-1])[:, None], places[:, depth - done - 1 : depth - done]
             step = self._run(depth, index, tokens, last[:, None], place)
             last = step.hidden[:, 0]
             drafts.append(pick(step.normed[:, 0], depth, depth - 1))
@@ -108,15 +149,16 @@ class Drafter:
         hidden, skip, last = window.hidden, 0, None
         for index in range(len(self.caches)):
             tokens = _with_drafts(window, drafts)[:, skip:]
-            begin = [n + 1 + skip for n in self.known]
-            positions = positions_after(begin, tokens.shape[1], tokens.device)
+            positions = positions_after(self.reached + 1 + skip, tokens.shape[1])
             out = self._run(index + 1, index, tokens, hidden[:, : tokens.shape[1]], positions)
             if index < length:
-                places = [c + index - skip for c in window.counts]
+                places = window.counts + (index - skip)
                 last = last_of(out.hidden, places)
                 drafts.append(pick(last_of(out.normed, places), index + 1, index))
+            if index + 1 == len(self.caches):
+                break
             carry = self._carry[index]
-            self._carry[index] = last_of(out.hidden, [max(c - skip, 1) for c in window.counts])
+            self._carry[index] = last_of(out.hidden, window.counts - skip)
             if carry is None:
                 hidden, skip = out.hidden, skip + 1
             else:
@@ -130,26 +172,37 @@ class Drafter:
             tokens, hidden, depth=depth, position_ids=positions, cache=self.caches[index]
         )
 
-    def _crop(self, index: int, known: Sequence[int]) -> None:
+    def _crop(self, index: int, known: Sequence[int], on_device: Tensor) -> None:
         """第 index 个物理层只留下到词元 known 为止的条目；它从第 index + 1 个词元开始。"""
-        crop_rows(self.caches[index], [max(n - index, 0) for n in known])
+        if index:
+            on_device = (on_device - index).clamp_min(0)
+        crop_rows(self.caches[index], [max(n - index, 0) for n in known], on_device)
+
+    def _take_windows(self) -> list[Window]:
+        windows, self._windows = self._windows, []
+        self.pending = self._wide = 0
+        return windows
 
     def _merged(self) -> Window:
         """合并积着的各段，各行有效的靠左。"""
-        pending, self._pending = self._pending, []
-        self.pending = self._wide = 0
-        if len(pending) == 1:
-            return pending[0]
-        hidden = torch.cat([window.hidden for window in pending], dim=1)
-        tokens = torch.cat([window.tokens for window in pending], dim=1)
-        counts = [sum(part) for part in zip(*(window.counts for window in pending), strict=True)]
-        if min(counts) == hidden.shape[1]:
-            return Window(hidden, tokens, counts)
-        valid = torch.cat([_valid(window) for window in pending], dim=1)
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
-        order = order.to(hidden.device)
-        rows = torch.arange(len(counts), device=hidden.device)[:, None]
-        return Window(hidden[rows, order], tokens[rows, order], counts)
+        windows = self._take_windows()
+        if len(windows) == 1:
+            return windows[0]
+        hidden = torch.cat([window.hidden for window in windows], dim=1)
+        tokens = torch.cat([window.tokens for window in windows], dim=1)
+        counts = sum(window.counts for window in windows)
+        known = [sum(part) for part in zip(*(window.known for window in windows), strict=True)]
+        if min(known) == hidden.shape[1]:
+            return Window(hidden, tokens, counts, known)
+        valid = torch.cat([_valid(window) for window in windows], dim=1)
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(known)]
+        rows = torch.arange(len(known), device=hidden.device)[:, None]
+        return Window(hidden[rows, order], tokens[rows, order], counts, known)
+
+
+def real(drafts: Tensor) -> Tensor:
+    """能拿去取嵌入的草稿：设备上选不出的（负的，之后报错）换成 0。CPU 上选不出的当时就报错了。"""
+    return drafts if drafts.is_cpu else drafts.clamp_min(0)
 
 
 def _with_drafts(window: Window, drafts: Sequence[Tensor]) -> Tensor:
@@ -159,11 +212,10 @@ def _with_drafts(window: Window, drafts: Sequence[Tensor]) -> Tensor:
     rows, steps = window.tokens.shape
     out = window.tokens.new_zeros(rows, steps + len(drafts))
     out[:, :steps] = window.tokens
-    place = torch.tensor(window.counts, device=out.device)[:, None]
-    place = place + torch.arange(len(drafts), device=out.device)
-    return out.scatter_(1, place, torch.stack(list(drafts), 1))
+    place = window.counts[:, None] + torch.arange(len(drafts), device=out.device)
+    return out.scatter_(1, place, real(torch.stack(list(drafts), 1)))
 
 
 def _valid(window: Window) -> Tensor:
-    counts = torch.tensor(window.counts)
-    return torch.arange(window.hidden.shape[1])[None] < counts[:, None]
+    steps = torch.arange(window.hidden.shape[1], device=window.counts.device)
+    return steps[None] < window.counts[:, None]

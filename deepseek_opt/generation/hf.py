@@ -155,7 +155,7 @@ def _cache_of(loop: Loop, sequences: Tensor) -> Any:
     """生成之后的缓存：只有一行、没有填充时可以接着用（最后一个词元还不在里面），否则为 None。"""
     if len(sequences) > 1 or loop.rows.visible is not None:
         return None
-    return loop.target.cache_of_one(sequences.shape[1] - 1)
+    return loop.cache_of_one(sequences.shape[1] - 1)
 
 
 def _stops(stopping_criteria: Any) -> tuple[list[int], int, list[Any]]:

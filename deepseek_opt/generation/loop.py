@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepseek_opt.errors import InputError
 from deepseek_opt.generation.adaptive import DraftLength
-from deepseek_opt.generation.choose import Verified
 from deepseek_opt.generation.collect import Collected
-from deepseek_opt.generation.drafter import Drafter
+from deepseek_opt.generation.graphs import forget, step_graphs
 from deepseek_opt.generation.rows import Rows
+from deepseek_opt.generation.step import Found, Step
 from deepseek_opt.generation.stopping import Stopping
-from deepseek_opt.generation.target import Target, last_of
+from deepseek_opt.generation.target import Target
 from deepseek_opt.mtp.predictor import TokenPredictor
 
 
@@ -47,21 +46,35 @@ class Loop:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.rows = plan.rows
-        count = len(plan.rows.counts)
-        self.target = Target(plan.predictor.adapter, count)
-        self.drafter = Drafter(plan.predictor, count)
-        self.last: list[int] = []  # 批里各行最后一个词元，还没有进主模型的缓存
+        count, device = len(plan.rows.counts), plan.rows.device
+        self.graphs = None  # 一步录成的 CUDA graph；不能录为 None
+        self.step = Step(plan.predictor, count, device)
+        self.live = list(range(count))  # rows.active 的各行是批里的第几行
         self.streamed = 0
-        self.caught_up = False  # 这一步是否先补上了落下的位置，用时因而不是平常的
         self.hits: dict[int, list[int]] = {}  # 行 -> [第一个草稿被接受的次数, 起草的次数]
+
+    @property
+    def target(self) -> Target:
+        """主模型一侧。"""
+        return self.step.target
+
+    def cache_of_one(self, length: int) -> Any:
+        """只有一行时，生成之后截到前 length 个词元的缓存；归调用者，不再留着给下一次生成。"""
+        forget(self.plan.predictor)
+        return self.target.cache_of_one(length)
 
     def run(self) -> int:
         """生成完；返回最长的行生成了几个。"""
         self._require_vocabulary()
-        with torch.no_grad(), _below_autograd(), self.plan.predictor.adapter.generating():
-            self._prefill()
-            while self.rows.active:
-                self._step()
+        adapter = self.plan.predictor.adapter
+        with torch.no_grad(), _below_autograd(), adapter.generating():
+            with step_graphs(self.plan, self.step) as self.graphs:
+                if self.graphs is not None:
+                    self.step = self.graphs.step
+                self.step.chooser = self.plan.chooser
+                self._prefill()
+                while self.rows.active:
+                    self._step()
         length = max(self.plan.stopping.ended.values())
         self.plan.chooser.finish(length)
         self.plan.predictor.draft_statistics.last = self.rows.drafted(length)
@@ -72,98 +85,84 @@ class Loop:
     def _prefill(self) -> None:
         tokens, lengths = self.rows.packed()
         started = time.perf_counter()
-        hidden = self.target.run(tokens)
-        self.target.keep(lengths, tokens.shape[1])
-        logits = self.plan.predictor.adapter.logits(last_of(hidden, lengths))[:, None]
-        known = torch.cat((tokens[:, 1:], tokens.new_zeros(len(lengths), 1)), dim=1)
-        _, before = self._advance(hidden, known, logits, self._no_drafts(), lengths)
+        found = self.step.prefill(tokens, lengths)
+        accepted, following, drafts = found.read()
+        before = self._commit(found, accepted, following, drafts)
         self._collect("prefill", time.perf_counter() - started, sum(lengths), len(lengths))
         self._leave(before)
 
     def _step(self) -> None:
-        rows, plan = self.rows, self.plan
         started = time.perf_counter()
-        drafts = self._draft()
-        last = torch.tensor(self.last, device=drafts.device)[:, None]
-        tokens = torch.cat((last, drafts), dim=1)
-        hidden = self.target.run(tokens)
-        known = torch.cat((drafts, drafts.new_zeros(len(rows.active), 1)), dim=1)
-        logits = plan.predictor.adapter.logits(hidden)
-        found, before = self._advance(hidden, known, logits, drafts)
-        kept = sum(rows.counts[b] for b in rows.active) - sum(before)
+        drafter = self.step.drafter
+        behind = drafter.pending if drafter.behind else 0
+        length = self._draft_length(behind)
+        caught_up = length > 0 and behind > 0
+        if self.graphs is not None:
+            found = self.graphs.run(length, timed=caught_up)
+        else:
+            found = self.step.run(length, timed=caught_up)
+        accepted, following, drafts = found.read()
+        moved = [0] * self.step.rows
+        for r in self.live:
+            moved[r] = accepted[r] + 1
+        self.step.settle(moved)
+        accepted, following, drafts = (
+            [part[r] for r in self.live] for part in (accepted, following, drafts)
+        )
+        before = self._commit(found, accepted, following, drafts)
+        kept = sum(self.rows.counts[b] for b in self.rows.active) - sum(before)
+        if caught_up:
+            self.plan.length.record_catch_up(behind, found.drafting)
         seconds = time.perf_counter() - started
-        self._record(drafts.shape[1], seconds, found.accepted, kept)
+        steady = not caught_up and (self.graphs is None or found.replayed)
+        self._record(length, seconds, steady, accepted, kept)
         self._leave(before)
 
-    def _draft(self) -> Tensor:
+    def _draft_length(self, behind: int) -> int:
+        """这一步起草几个；behind 是 MTP 落下的位置数。"""
         rows, plan = self.rows, self.plan
-        count = len(rows.active)
-        behind = self.drafter.pending if self.drafter.behind else 0
-        length = plan.length.choose(count, rows.room(), behind, self._slowest())
-        length = plan.chooser.limit(min(length, rows.room() - 1, self.target.room() - 1))
-        self.caught_up = length > 0 and behind > 0
-        if length <= 0:
-            return self._no_drafts()
-        started = time.perf_counter()
-        drafts = self.drafter.draft(length, plan.chooser.pick)
-        if behind:
-            plan.length.record_catch_up(behind, time.perf_counter() - started)
-        if plan.chooser.scores.reads_tokens:
-            rows.place(drafts)
-        return drafts
+        length = plan.length.choose(self._width(), rows.room(), behind, self._slowest())
+        if self.graphs is None:  # 录好的不为最后几步另录：多出的截去
+            length = min(length, rows.room() - 1)
+        return max(plan.chooser.limit(min(length, self.target.room() - 1)), 0)
 
-    def _advance(
+    def _width(self) -> int:
+        """计时按几行算：录好的 graph 里结束的行也占着。"""
+        return self.step.rows if self.graphs is not None else len(self.rows.active)
+
+    def _commit(
         self,
-        hidden: Tensor,
-        known: Tensor,
-        logits: Tensor,
-        drafts: Tensor,
-        lengths: list[int] | None = None,
-    ) -> tuple[Verified, list[int]]:
-        """由 logits 定下各行的新词元，截去没有接受的；lengths 是预填充时各行的长度。
-
-        返回（核对的结果, 批里各行这一步之前生成了几个）。
-        """
+        found: Found,
+        accepted: list[int],
+        following: list[int],
+        drafts: list[list[int]],
+    ) -> list[int]:
+        """各行的新词元写进 rows；返回批里各行这一步之前生成了几个。"""
         rows, plan = self.rows, self.plan
-        found = plan.chooser.verify(logits, drafts)
-        counts = lengths
-        if counts is None:
-            counts = [accepted + 1 for accepted in found.accepted]
-            self.target.keep(counts, hidden.shape[1])
-        place = torch.tensor(counts, device=known.device)[:, None] - 1
-        following = torch.tensor(found.following, device=known.device)
-        known.scatter_(1, place, following[:, None])
-        self.drafter.observe(hidden, known, counts)
-        self.last = found.following
         before = [rows.counts[b] for b in rows.active]
-        self._commit(drafts, found, logits)
-        return found, before
-
-    def _commit(self, drafts: Tensor, found: Verified, logits: Tensor) -> None:
-        rows, plan = self.rows, self.plan
+        plan.chooser.settle()
         fresh = [
-            [*row[:accepted], following]
-            for row, accepted, following in zip(
-                drafts.tolist(), found.accepted, found.following, strict=True
-            )
+            [*row[:count], token]
+            for row, count, token in zip(drafts, accepted, following, strict=True)
         ]
         kept = plan.stopping.cut(rows, fresh)
-        plan.collected.add(rows, kept, found.scores, logits)
-        drafted = [min(pair) for pair in zip(found.accepted, kept, strict=True)]
+        plan.collected.add(rows, kept, found.scores, found.logits)
+        drafted = [min(pair) for pair in zip(accepted, kept, strict=True)]
         rows.commit([t[:n] for t, n in zip(fresh, kept, strict=True)], drafted)
+        return before
 
-    def _record(self, drafts: int, seconds: float, accepted: list[int], kept: int) -> None:
+    def _record(
+        self, drafts: int, seconds: float, steady: bool, accepted: list[int], kept: int
+    ) -> None:
+        """steady 为 False 的步（先补了落下的位置、正在录 CUDA graph）用时不是平常的，不算数。"""
         count = len(accepted)
         if drafts:
             for b, hits in zip(self.rows.active, accepted, strict=True):
                 mine = self.hits.setdefault(b, [0, 0])
                 mine[0], mine[1] = mine[0] + bool(hits), mine[1] + 1
-        self.plan.length.record(count, drafts, None if self.caught_up else seconds, accepted)
+        self.plan.length.record(self._width(), drafts, seconds if steady else None, accepted)
         self.plan.predictor.draft_statistics.add(drafts, accepted)
         self._collect("decode", seconds, kept, count)
-
-    def _no_drafts(self) -> Tensor:
-        return self.rows.tokens.new_empty(len(self.rows.active), 0)
 
     def _slowest(self) -> float:
         """还要最多词元的行的接受率相对全体的。"""
@@ -191,10 +190,10 @@ class Loop:
             return
         kept = [r for r in range(len(rows.active)) if r not in gone]
         rows.leave(kept)
-        if kept:
-            self.target.select(kept)
-            self.drafter.select(kept)
-            self.last = [self.last[r] for r in kept]
+        self.live = [self.live[r] for r in kept]
+        if kept and (self.graphs is None or not self.graphs.park(self.live)):
+            self.step.select(self.live)
+            self.live = list(range(len(kept)))
 
     def _stream(self) -> None:
         """各行都有了的列交给 streamer；结束的行是 pad。"""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek_opt.generation.choose import Verified
+from deepseek_opt.generation.drafter import real
 
 DEFAULT_THRESHOLD = 0.3
 
@@ -25,6 +26,12 @@ class Lossy:
         self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self.scores = chooser.scores
         self.limit, self.pick, self.finish = chooser.limit, chooser.pick, chooser.finish
+        self.drafted, self.settle = chooser.drafted, chooser.settle
+
+    @property
+    def on_device(self) -> bool:
+        """选词元是否只是设备上的计算。"""
+        return self.chooser.on_device
 
     def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
         """同无损的规则，接受得多一些。"""
@@ -32,13 +39,15 @@ class Lossy:
         if not drafts.shape[1]:
             return exact
         probs = self.chooser.scores.probabilities(exact.scores, self.chooser.rows)
-        own = probs[:, :-1].gather(2, drafts[..., None])[..., 0]
+        own = probs[:, :-1].gather(2, real(drafts)[..., None])[..., 0]
         passed = own >= self._least(probs[:, :-1])
-        same = torch.tensor(exact.accepted, device=drafts.device)[:, None]
-        passed |= torch.arange(drafts.shape[1], device=drafts.device) < same
+        steps = torch.arange(drafts.shape[1], device=drafts.device)
+        passed |= steps < exact.accepted[:, None]
         accepted = passed.cumprod(1).sum(1)
         races = exact.races[torch.arange(len(accepted), device=drafts.device), accepted]
-        return exact._replace(accepted=accepted.tolist(), following=races.argmax(-1).tolist())
+        # 出了错的（负的）留着：读回来的地方报错
+        following = torch.where(exact.following < 0, exact.following, races.argmax(-1))
+        return exact._replace(accepted=accepted, following=following)
 
     def _least(self, probs: Tensor) -> Tensor:
         """各位置放行的最小概率。"""

@@ -14,7 +14,8 @@ class Rows:
     """[B, P + N] 的词元缓冲；第 b 行的前 P 列是提示（照用户给的样子，含左填充），其后是生成的。
 
     各行每步接受的个数不同，``counts`` 记着已生成几个；草稿先写在已生成的之后，不接受的会被盖掉。
-    结束的行离开 ``active``，缓冲仍按原来的行号。
+    结束的行离开 ``active``，缓冲仍按原来的行号。生成的词元先记在主机上，要用到 :attr:`tokens` 时才一起写进去：
+    缓冲在设备上，逐步写就要逐步从主机送。
 
     参数
     ----
@@ -33,11 +34,27 @@ class Rows:
             raise InputError(f"参数 attention_mask：第 {row} 行全是填充，没有可以续写的词元")
         self.visible, self.max_new, self.pad = visible, max_new, pad
         shape = (rows, self.width + max_new + spare)
-        self.tokens = prompt.new_full(shape, 0 if pad is None else pad)
-        self.tokens[:, : self.width] = prompt
+        self._tokens = prompt.new_full(shape, 0 if pad is None else pad)
+        self._tokens[:, : self.width] = prompt
+        self._unwritten: tuple[list[int], list[int]] = ([], [])  # 还没有写进去的：(位置, 词元)
         self._drafted: list[list[bool]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
         self.active = list(range(rows))
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, P + N]，生成的都已写好。"""
+        places, values = self._unwritten
+        if places:
+            self._unwritten = ([], [])
+            both = torch.tensor((places, values)).to(self._tokens.device)
+            self._tokens.view(-1)[both[0]] = both[1]
+        return self._tokens
+
+    @property
+    def device(self) -> torch.device:
+        """所在的设备。"""
+        return self._tokens.device
 
     def packed(self) -> tuple[Tensor, list[int]]:
         """(提示 [B, 最长], 各行长度)：去掉填充，各行靠左，短的后面是填充的词元。"""
@@ -64,7 +81,7 @@ class Rows:
 
     def commit(self, fresh: Sequence[Sequence[int]], drafted: Sequence[int]) -> None:
         """批里各行接着生成 fresh，各自的前 drafted 个来自草稿。"""
-        places, values = [], []
+        places, values = self._unwritten
         for b, begin, tokens, count in zip(
             self.active, self._flat_begins(), fresh, drafted, strict=True
         ):
@@ -72,10 +89,6 @@ class Rows:
             values += tokens
             self._drafted[b] += [True] * count + [False] * (len(tokens) - count)
             self.counts[b] += len(tokens)
-        device = self.tokens.device
-        self.tokens.view(-1)[torch.tensor(places, device=device)] = torch.tensor(
-            values, device=device
-        )
 
     def leave(self, kept: Sequence[int]) -> None:
         """批里只留下 kept（批里的序号）。"""
@@ -95,5 +108,5 @@ class Rows:
         return torch.tensor(padded, dtype=torch.bool).reshape(len(padded), length)
 
     def _flat_begins(self) -> list[int]:
-        wide = self.tokens.shape[1]
+        wide = self._tokens.shape[1]
         return [b * wide + self.width + self.counts[b] for b in self.active]

@@ -48,7 +48,7 @@ class RowNames:
 
 
 class LatentDynamicLayer(RowNames, LatentLayer, DynamicLayer):
-    """keys [B, 1, S, r]、values [B, 1, S, dr] 是缓冲区的视图（int8 时 keys 为还原的副本）。
+    """keys [B, 1, S, r]、values [B, 1, S, dr] 是缓冲区的视图（量化时 keys 为还原的副本）。
 
     外部直接给 keys、values 赋值（或在记录梯度时写入）会退回普通张量；下一次写入再搬进缓冲区。
     """

@@ -95,7 +95,7 @@ def steady_layer(layer: nn.Module) -> SteadyLayer | None:
     if None in norms or mlp is None or not isinstance(attention, AttentionPatch):
         return None
     weight, reason = effective_weight(attention.module._modules[attention.spec.kv_b_proj])
-    reason = reason or ops.missing(weight, *OPS, "swiglu_mlp", "moe_route", "moe_experts")
+    reason = reason or ops.missing(weight, *OPS, "swiglu_mlp")
     if reason is not None or not attention.owns_masks:
         return None
     projections = attention.steady_projections(weight)
@@ -126,6 +126,7 @@ def _moe(patch: MoeBlockPatch) -> Apply | None:
     module, spec = patch.module, patch.spec
     inner, gate = patch_of(module._modules[spec.experts]), module._modules[spec.gate]
     plain = patch.store is None and inner.store is None and isinstance(patch_of(gate), RouterPatch)
+    plain = plain and ops.missing(gate.weight, "moe_route", "moe_experts") is None
     if not plain or spec.scale or spec.post or spec.shared_gate:
         return None
     shared = patch.shared_weights()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deepseek_opt import ops
 from deepseek_opt.cache import LatentCache
-from deepseek_opt.cache_layer import LatentLayer, cache_dtype, token_bytes
+from deepseek_opt.cache_layer import QUANTIZED, LatentLayer, cache_dtype, token_bytes
 from deepseek_opt.config import MLAConfig
 from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
@@ -241,7 +241,7 @@ class MLAAttention(LatentProjections):
         if budget is None:
             return
         store = layer.store_dtype or hidden.dtype
-        rope_store = torch.bfloat16 if store == torch.int8 else store
+        rope_store = torch.bfloat16 if store in QUANTIZED else store
         d = self.dims
         size = token_bytes(d.kv_lora_rank, d.qk_rope_head_dim, store, rope_store) * batch * layers
         if length * size > budget:

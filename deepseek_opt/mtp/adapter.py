@@ -154,6 +154,15 @@ class MTPAdapter:
         """一次生成在这个块内进行：其间参数与钩子不变，可以把检查只做一次。"""
         return nullcontext()
 
+    def capturable(self, rows: int) -> bool:
+        """rows 行的一步（主模型与 MTP 层）能不能录进 CUDA graph：不等设备，地址不变。缺省不能。"""
+        del rows
+        return False
+
+    def reserve_positions(self, count: int) -> Any:
+        """要用到前 count 个位置；返回与位置有关的表（没有则 None），够长就总是同一个对象。能录的才需要。"""
+        del count
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``run_model`` 的隐藏状态 -> logits。"""
         return self.head(hidden if self.hidden_normed else self.final_norm(hidden))

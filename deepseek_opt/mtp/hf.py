@@ -119,7 +119,9 @@ class HFAdapter(MTPAdapter):
         if inputs.cache is not None and inputs.attention_mask is None:
             steady = self._steady.find(layer, *x.shape[:2])
             if steady is not None:
-                angles = self._angles.halves(inputs.position_ids, x.dtype)
+                # 第 index 层的条目从第 index + 1 个词元起，所以位置比缓存的长度多这么多
+                count = inputs.cache.get_seq_length(inputs.index) + x.shape[1] + inputs.index + 1
+                angles = self._angles.halves(inputs.position_ids, x.dtype, count)
                 return steady(x, angles, inputs.cache)
         kwargs: dict[str, Any] = {}
         rotary = getattr(self.decoder, "rotary_emb", None)
@@ -162,7 +164,8 @@ class HFAdapter(MTPAdapter):
 
         steady = self._steady.find(None, *tokens.shape)
         if steady is not None:
-            angles = self._angles.halves(position_ids, self.dtype)
+            count = cache.get_seq_length() + tokens.shape[1]
+            angles = self._angles.halves(position_ids, self.dtype, count)
             return steady(tokens, angles, cache, self.hidden_normed)
         seen: dict[str, Any] = {}
         hook = None
@@ -221,6 +224,15 @@ class HFAdapter(MTPAdapter):
     def generating(self) -> AbstractContextManager[None]:
         """块内能直接调用算子的层不再经过各模块，见 integrations/steady.py。"""
         return self._steady.during(self)
+
+    def capturable(self, rows: int) -> bool:
+        """主模型与 MTP 层是否都能直接调用算子。"""
+        blocks = [layer.block for layer in self.model.mtp.layers]
+        return all(self._steady.find(layer, rows, 1) is not None for layer in (None, *blocks))
+
+    def reserve_positions(self, count: int) -> Any:
+        """角度的表。"""
+        return self._angles.table(count, self.dtype, self.device)
 
     # ---- 掩码 ----
 

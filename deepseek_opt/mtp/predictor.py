@@ -68,7 +68,7 @@ class PredictionLayer(nn.Module):
 
     def _fusable(self, embedded: Tensor, hidden: Tensor) -> bool:
         """能否由 mtp_input 一次算完：普通的 RMSNorm 与 nn.Linear，没有别人的钩子。"""
-        if embedded.dtype != hidden.dtype or not _takes(embedded):
+        if embedded.dtype != hidden.dtype or not _takes(embedded, "mtp_input"):
             return False
         if type(self.eh_proj) is not nn.Linear:
             return False
@@ -221,7 +221,7 @@ class TokenPredictor(nn.Module):
     def draft_tokens(self, normed: Tensor, depth: int = 1) -> Tensor:
         """起草：normed [R, H] -> 分数最大的词元 [R]；普通的输出头由 mtp_draft_head 一次算完。"""
         head = getattr(self.layers[self.layer_index(depth)].shared_head, "head", self.adapter.head)
-        if type(head) is nn.Linear and not is_taken(head) and _takes(normed):
+        if type(head) is nn.Linear and not is_taken(head) and _takes(normed, "mtp_draft_head"):
             return ops.mtp_draft_head(normed, head.weight, head.bias, self.draft_vocabulary)
         return self.draft_logits(normed, depth).argmax(-1)
 
@@ -258,9 +258,11 @@ class TokenPredictor(nn.Module):
             raise InputError.expected("hidden", f"形状 {list(wanted)} 的张量", hidden)
 
 
-def _takes(x: Tensor) -> bool:
-    """本库的核能否直接算 x。"""
-    return x.is_cpu and x.dtype in _FUSED and not torch.is_autocast_enabled("cpu")
+def _takes(x: Tensor, op: str) -> bool:
+    """本库的核 op 能否直接算 x。"""
+    if x.dtype not in _FUSED or torch.is_autocast_enabled(x.device.type):
+        return False
+    return ops.missing(x, op) is None
 
 
 def _physical(config: MTPConfig, physical: int | None) -> int:

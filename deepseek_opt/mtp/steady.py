@@ -29,18 +29,22 @@ class AngleTable:
         """角度是否只由位置决定（不随长度改变频率）。"""
         return getattr(self.rotary, "rope_type", "") in _STATIC
 
-    def halves(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """places [R, T] -> 半宽的 cos、sin [R, T, dr / 2] fp32；dtype 是模型的类型。"""
+    def halves(self, places: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, Tensor]:
+        """places [R, T] -> 半宽的 cos、sin [R, T, dr / 2] fp32；dtype 是模型的类型，places 都小于 count（不读它）。"""
+        cos, sin = self.table(count, dtype, places.device)
+        return cos[places], sin[places]
+
+    def table(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """至少 count 个位置的 (cos, sin)；不够长就换一张更长的。"""
         from deepseek_opt.integrations.steady import half_angles
 
-        last = int(places.max())
         found = self._halves.get(dtype)
-        if found is None or last >= found[0].shape[0] or found[0].device != places.device:
-            every = torch.arange(2 * last + 128, device=places.device)[None]
-            like = torch.empty(0, dtype=dtype, device=places.device)
+        if found is None or count > found[0].shape[0] or found[0].device != device:
+            every = torch.arange(2 * count + 128, device=device)[None]
+            like = torch.empty(0, dtype=dtype, device=device)
             found = half_angles([part[0] for part in self.rotary(like, every)])
             self._halves[dtype] = found
-        return found[0][places], found[1][places]
+        return found
 
 
 class SteadyParts:
@@ -97,7 +101,7 @@ def _agrees(adapter: Any, model: Any) -> bool:
     tokens = torch.arange(2 * _PROBE, device=adapter.device).view(2, _PROBE) % vocabulary
     places = torch.arange(_PROBE, device=adapter.device).expand(2, -1)
     wanted = adapter.run_model(tokens, places, adapter.make_model_cache())
-    angles = adapter._angles.halves(places, adapter.dtype)
+    angles = adapter._angles.halves(places, adapter.dtype, _PROBE)
     got = model(tokens, angles, adapter.make_model_cache(), adapter.hidden_normed)
     if not close(got, wanted, _DECODE):
         return False

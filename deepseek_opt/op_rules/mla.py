@@ -47,7 +47,19 @@ def _(latent_cache, rope_cache, scale_cache, latent, rope, offsets):
 
 
 @fake("mla_decode")
-def _(q, latent, rope, scale, kv_b, spans, kv_mask, softmax_scale, v_head_dim, causal=True):
+def _(
+    q,
+    latent,
+    rope,
+    scale,
+    kv_b,
+    spans,
+    kv_mask,
+    softmax_scale,
+    v_head_dim,
+    causal=True,
+    block_table=None,
+):
     return q.new_empty((*q.shape[:3], v_head_dim))
 
 
@@ -79,7 +91,7 @@ def _rope_backward(ctx, grad):
 def _prefill_setup(ctx, inputs, output):
     q, latent, rope, scale, kv_b, spans, kv_mask, *ctx.options = inputs
     if scale is not None and any(t.requires_grad for t in (q, latent, rope, kv_b)):
-        raise ValueError("mla_prefill：int8 潜变量（给了 scale）不能求梯度。")
+        raise ValueError("mla_prefill：量化的潜变量（给了 scale）不能求梯度。")
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, latent, rope, kv_b, spans, kv_mask, out, lse)
@@ -95,6 +107,6 @@ def _prefill_backward(ctx, grad, _grad_lse):
 
 autograd("rope", _rope_backward, _rope_setup, has_backward_op=False)
 autograd("mla_prefill", _prefill_backward, _prefill_setup)
-_SCALE = 3  # int8 潜变量的 scale 保持 fp32
+_SCALE = 3  # 量化的潜变量的 scale 保持 fp32
 autocast("mla_decode", keep=(_SCALE,))
 autocast("mla_prefill", keep=(_SCALE,))

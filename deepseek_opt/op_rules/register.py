@@ -15,7 +15,7 @@ _NS = "deepseek_opt::"
 
 
 # 张量在设备上时这些参数仍可以在 CPU 上：绑定核对之后再送到设备。
-_ON_HOST = {"mla_cache_write": ("offsets",)}
+_ON_HOST = {"mla_cache_write": ("offsets",), "mla_decode": ("spans", "block_table")}
 _SPANS = ("spans",)
 
 
@@ -69,13 +69,14 @@ def _refuse(name):
 
 # ---- autocast：矩阵类算子按 autocast 的 dtype 计算，与 torch 对 F.linear、SDPA 的规则一致 ----
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # fp64 与 fp8（量化的潜变量）不动
 _LIBRARY = torch.library.Library("deepseek_opt", "IMPL")  # 模块级引用：回收即撤销登记
 
 
 def _cast(value, dtype):
     if isinstance(value, (list, tuple)):
         return [_cast(v, dtype) for v in value]
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+    if isinstance(value, Tensor) and value.dtype in _CAST:
         return value.to(dtype)
     return value
 

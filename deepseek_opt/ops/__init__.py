@@ -37,7 +37,14 @@ from deepseek_opt.ops.moe import (
     moe_route,
 )
 from deepseek_opt.ops.moe_quantized import moe_experts_quantized
-from deepseek_opt.ops.mtp import mtp_draft_head, mtp_input, mtp_verify_greedy, mtp_verify_sample
+from deepseek_opt.ops.mtp import (
+    check_drafts,
+    check_verified,
+    mtp_draft_head,
+    mtp_input,
+    mtp_verify_greedy,
+    mtp_verify_sample,
+)
 from deepseek_opt.ops.sample import sample_filter, sample_tokens
 from deepseek_opt.ops.spans import (
     make_spans,
@@ -51,6 +58,8 @@ __all__ = [
     "DECODE_MAX_TOKENS",
     "SCORES",
     "add_rms_norm",
+    "check_drafts",
+    "check_verified",
     "decode_limit",
     "linear",
     "make_spans",

@@ -64,8 +64,8 @@ def mla_cache_write(
     """把新词元的潜变量与旋转键原地写进缓存：行 b 写到槽位 offsets[b] 起的 T 个。
 
     Args:
-        latent_cache: [B, C, r]，浮点或 int8；rope_cache: [B, C, dr]，浮点。
-        scale_cache: latent_cache 为 int8 时的每词元尺度 [B, C] fp32，否则 None。
+        latent_cache: [B, C, r]，浮点，或量化的 int8、float8_e4m3fn；rope_cache: [B, C, dr]，浮点。
+        scale_cache: latent_cache 量化时的每词元尺度 [B, C] fp32，否则 None。
         latent: [B, T, r]；rope: [B, T, dr]。
         offsets: [B] int64。
 
@@ -96,6 +96,7 @@ def mla_decode(
     softmax_scale: float,
     v_head_dim: int,
     causal: bool = True,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """吸收式 MLA 注意力：不展开缓存，每个缓存词元每头的计算约为展开式的百分之一。
 
@@ -103,8 +104,8 @@ def mla_decode(
 
     Args:
         q: [B, T, H, dn + dr]，后 dr 维已旋转。
-        latent: [B, S, r]，浮点或 int8；rope: [B, S, dr]。
-        scale: int8 潜变量的每词元尺度 [B, S] fp32，否则 None。
+        latent: [B, S, r]，浮点，或量化的 int8、float8_e4m3fn；rope: [B, S, dr]。
+        scale: 量化的潜变量的每词元尺度 [B, S] fp32，否则 None。
         kv_b_weight: [H * (dn + dv), r]，每头先 dn 行 W_UK、后 dv 行 W_UV（nn.Linear 的布局）。
         spans: [n, 4] int64（CPU），每行 (q_begin, q_end, kv_begin, kv_end)，展平到 B*T、B*S 的下标；
             见 :func:`make_spans` 与 :func:`spans_from_cu_seqlens`。
@@ -112,13 +113,17 @@ def mla_decode(
         softmax_scale: 得分的系数，通常是 (dn + dr) ** -0.5 乘 YaRN 的修正。
         v_head_dim: dv。
         causal: True 时右下对齐的因果；False 时每个查询看整个键范围。
+        block_table: 分页的缓存的页表 [B, P] int32（CPU，或与 q 同设备）；None 表示缓存不分页。给出时 latent 是
+            [页数, 每页的槽位数, r]，rope、scale 同样，第 b 行的槽位 i 是第 block_table[b, i // 每页的槽位数]
+            页的第 i % 每页的槽位数 个；S = P * 每页的槽位数，spans、kv_mask 仍按各行的槽位。用不到的页号不看。
 
     Returns:
         [B, T, H, dv]，dtype 随 q；不在任何 span 内、或什么都看不见的查询为 0。不可求导
         （训练用 :func:`mla_prefill`）。
 
     Raises:
-        ValueError: 形状、dtype 不符，span 越界、跨行或查询重叠。
+        ValueError: 形状、dtype 不符，span 越界、跨行或查询重叠；要读的页不存在（页表与 spans 都在 CPU 上时
+            检查）。
 
     Example:
         >>> import torch
@@ -127,9 +132,22 @@ def mla_decode(
         >>> w = torch.randn(2 * (8 + 6), 16)
         >>> ops.mla_decode(q, c, k, None, w, ops.make_spans(1, 1, 5), None, 12**-0.5, 6).shape
         torch.Size([1, 1, 2, 6])
+
+        分页的缓存也用 :func:`mla_cache_write` 写：整个缓存看成一行，一个词元一个位置。
+
+        >>> store, keys = torch.zeros(9, 4, 16), torch.zeros(9, 4, 4)  # 9 页，每页 4 个槽位
+        >>> table = torch.tensor([[7, 2]], dtype=torch.int32)
+        >>> flat = [part.view(1, 36, -1).expand(5, -1, -1) for part in (store, keys)]
+        >>> places = table[0].repeat_interleave(4)[:5] * 4 + torch.arange(5) % 4
+        >>> ops.mla_cache_write(*flat, None, c.view(5, 1, 16), k.view(5, 1, 4), places.long())
+        >>> spans = ops.make_spans(1, 1, 8, end=[5])
+        >>> paged = ops.mla_decode(q, store, keys, None, w, spans, None, 12**-0.5, 6, True, table)
+        >>> spans = ops.make_spans(1, 1, 5)
+        >>> torch.equal(paged, ops.mla_decode(q, c, k, None, w, spans, None, 12**-0.5, 6))
+        True
     """
     args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
-    return run("mla_decode", *args)
+    return run("mla_decode", *args, block_table)
 
 
 def mla_prefill(
@@ -153,7 +171,7 @@ def mla_prefill(
         （反向重算，不保存中间量）；lse 不可求导。
 
     Raises:
-        ValueError: 同 :func:`mla_decode`；或 int8 潜变量却需要梯度。
+        ValueError: 同 :func:`mla_decode`；或量化的潜变量却需要梯度。
 
     Example:
         >>> import torch

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from deepseek_opt.errors import InputError
 from deepseek_opt.ops._run import run
 
 
@@ -28,6 +31,8 @@ def mtp_draft_head(
 
     Raises:
         ValueError: 形状、dtype 不符；vocabulary 为空或越界；分数里有 NaN（指出行）。
+
+    CUDA 上不等设备，不看内容：分数里有 NaN、候选越界的行得 -1，读结果的地方用 :func:`check_drafts` 报错。
 
     Example:
         >>> import torch
@@ -59,6 +64,9 @@ def mtp_verify_greedy(
 
     Raises:
         ValueError: 形状、dtype 不符；draft_len、drafts 越界；读到的 logits 里有 NaN（指出行与位置）。
+
+    CUDA 上不等设备，不看内容：第 i 个位置有 NaN 的行得 next = -1 - i（accepted 没有意义），读结果的地方用
+    :func:`check_verified` 报错；draft_len 截到 [0, D]，越界的草稿不接受。
 
     Example:
         >>> import torch
@@ -100,6 +108,9 @@ def mtp_verify_sample(
         ValueError: 形状、dtype 不符；draft_len、drafts、uniform 越界；读到的 probs 不是非负的有限数或全是 0；
             草稿的 draft_probs 不是正的有限数。都指出行与位置。
 
+    CUDA 上不等设备，不看内容：第 i 个位置不对的行得 next = -1 - i，accepted 是 0（probs 不对）或 1（草稿越界，或
+    它的 draft_probs 不对），读结果的地方用 :func:`check_verified` 报错；draft_len 截到 [0, D]。
+
     Example:
         >>> import torch
         >>> from deepseek_opt import ops
@@ -110,6 +121,40 @@ def mtp_verify_sample(
         (tensor([0]), tensor([0]))
     """
     return run("mtp_verify_sample", probs, drafts, draft_len, draft_probs, uniform)
+
+
+def check_drafts(tokens: Sequence[int]) -> None:
+    """读回来的 :func:`mtp_draft_head` 的结果里有 -1 时报错。
+
+    Raises:
+        InputError: 指出行。
+
+    Example:
+        >>> from deepseek_opt import ops
+        >>> ops.check_drafts([3, 5])
+    """
+    for row, token in enumerate(tokens):
+        if token < 0:
+            raise InputError(f"mtp_draft_head：第 {row} 行的分数含 NaN")
+
+
+def check_verified(accepted: Sequence[int], following: Sequence[int]) -> None:
+    """读回来的 ``mtp_verify_*`` 的结果（accepted、next）里有出错的行时报错。
+
+    Raises:
+        InputError: 指出行与位置。
+
+    Example:
+        >>> from deepseek_opt import ops
+        >>> ops.check_verified([1, 0], [7, 9])
+    """
+    for row, (count, token) in enumerate(zip(accepted, following, strict=True)):
+        if token >= 0:
+            continue
+        what = (
+            "草稿的 draft_probs 不是正的有限数" if count else "logits（或 probs）含 NaN，或全是 0"
+        )
+        raise InputError(f"核对草稿：第 {row} 行第 {-1 - token} 个位置的{what}")
 
 
 def mtp_input(

@@ -44,6 +44,8 @@ def sample_filter(
     Raises:
         ValueError: 形状、dtype、范围不符；logits 里有 NaN、+inf，或某个位置全是 -inf（指出行与位置）。
 
+    CUDA 上不等设备，不看内容：logits 不对的位置，概率全是 NaN；token_len 截到 token_ids 的宽。
+
     Example:
         >>> import torch
         >>> from deepseek_opt import ops
@@ -74,6 +76,8 @@ def sample_tokens(probs: Tensor, uniform: Tensor) -> Tensor:
 
     Raises:
         ValueError: 形状、dtype 不符；uniform 越界；某行有 NaN、inf 或全是 0（指出行）。
+
+    CUDA 上不等设备，不看内容：全是 0 的行得 -1，有 NaN、inf 的行得 -2；越界的 uniform 取第一个或最后一个。
 
     Example:
         >>> import torch

@@ -28,6 +28,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
     return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
 
 
+def quantize(latent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """逐词元对称量化成 int8 或 float8_e4m3fn：(码 [..., r]，尺度 [...] fp32)。"""
+    values = latent.float()
+    most = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = values.abs().amax(-1) / most
+    values = values / torch.where(scale > 0, scale, 1.0)[..., None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
 def mla_cache_write(
     latent_cache: Tensor,
     rope_cache: Tensor,
@@ -38,18 +47,16 @@ def mla_cache_write(
 ) -> None:
     """把 latent [B, T, r]、rope [B, T, dr] 原地写到每行 offsets[b] 起的槽位。
 
-    latent_cache 为 int8 时逐词元量化：scale = amax / 127 写入 scale_cache（fp32）。
+    latent_cache 为 int8、float8_e4m3fn 时逐词元量化：scale = amax / 最大的码（127、448），写入
+    scale_cache（fp32）。
     """
     steps = latent.shape[1]
     for row, start in enumerate(offsets.tolist()):
         slots = slice(start, start + steps)
         rope_cache[row, slots] = rope[row].to(rope_cache.dtype)
-        if latent_cache.dtype == torch.int8:
-            values = latent[row].float()
-            scale = values.abs().amax(-1) / 127
-            scale_cache[row, slots] = scale
-            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-            latent_cache[row, slots] = (values / safe[:, None]).round().to(torch.int8)
+        if scale_cache is not None:
+            codes, scale = quantize(latent[row], latent_cache.dtype)
+            latent_cache[row, slots], scale_cache[row, slots] = codes, scale
         else:
             latent_cache[row, slots] = latent[row].to(latent_cache.dtype)
 
@@ -122,10 +129,23 @@ def mla_decode(
     softmax_scale: float,
     v_head_dim: int,
     causal: bool = True,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。"""
+    """吸收式 MLA 注意力，数学上与 :func:`mla_prefill` 相同，只返回 out。
+
+    给了 block_table [B, 每行的页数] 时 latent、rope、scale 是 [页数, 每页的槽位数, ...]。
+    """
+    if block_table is not None:
+        latent, rope, scale = (gather_pages(part, block_table) for part in (latent, rope, scale))
     args = (q, latent, rope, scale, kv_b_weight, spans, kv_mask, softmax_scale, v_head_dim, causal)
     return mla_prefill(*args)[0]
+
+
+def gather_pages(part: Tensor | None, block_table: Tensor) -> Tensor | None:
+    """各行的页拼成 [B, S, ...]；用不到的页号可以是任何数，读哪一页都行。"""
+    if part is None:
+        return None
+    return part[block_table.long().clamp(0, part.shape[0] - 1)].flatten(1, 2)
 
 
 def mla_layer_decode(

@@ -81,6 +81,8 @@ double get(const buf *b, int64_t i) {
       return dso_bf16_to_f32(((const uint16_t *)b->data)[i]);
     case DSO_F16:
       return dso_f16_to_f32(((const uint16_t *)b->data)[i]);
+    case DSO_F8:
+      return dso_f8_to_f32(((const uint8_t *)b->data)[i]);
     default:
       return ((const int8_t *)b->data)[i];
   }
@@ -96,6 +98,9 @@ void put(const buf *b, int64_t i, double v) {
       break;
     case DSO_F16:
       ((uint16_t *)b->data)[i] = dso_f32_to_f16((float)v);
+      break;
+    case DSO_F8:
+      ((uint8_t *)b->data)[i] = dso_f32_to_f8((float)v);
       break;
     default:
       ((int8_t *)b->data)[i] = (int8_t)v;
@@ -122,7 +127,7 @@ int report(void) {
 }
 
 const char *dtype_name(dso_dtype dtype) {
-  static const char *const names[] = {"f32", "bf16", "f16", "i8", "i4"};
+  static const char *const names[] = {"f32", "bf16", "f16", "i8", "i4", "f8"};
   return names[dtype];
 }
 

@@ -7,7 +7,8 @@
 static const int64_t LENGTHS[] = {0,  1,  2,  3,  7,  8,  9,  15,  16,
                                   17, 31, 32, 33, 47, 64, 65, 100, 257};
 enum { N_LENGTHS = sizeof LENGTHS / sizeof *LENGTHS };
-static const dso_dtype TYPES[] = {DSO_F32, DSO_BF16, DSO_F16, DSO_I8};
+/* 打包与矩阵乘只用前四种。 */
+static const dso_dtype TYPES[] = {DSO_F32, DSO_BF16, DSO_F16, DSO_I8, DSO_F8};
 
 static const dso_isa *scalar, *tested;
 
@@ -39,10 +40,11 @@ static void check_near(const char *what, const buf *got, const buf *want, double
 /* ---- 转换 ---- */
 static void conversions(void) {
   static const float specials[] = {
-      0.0f,  -0.0f,   1.0f,    -1.0f,    65504.0f,  65519.0f,    65520.0f,    1e38f,  -1e38f,
-      6e-8f, 5.9e-8f, 6.1e-5f, INFINITY, -INFINITY, 1.00390625f, 1.01171875f, 126.5f, -300.0f};
+      0.0f,   -0.0f,   1.0f,    -1.0f,    65504.0f,  65519.0f,    65520.0f,    1e38f,  -1e38f,
+      6e-8f,  5.9e-8f, 6.1e-5f, INFINITY, -INFINITY, 1.00390625f, 1.01171875f, 126.5f, -300.0f,
+      448.0f, 463.9f,  -464.0f, 1e-3f,    -9e-4f,    0.0146f,     0.0156f};
   enum { N = sizeof specials / sizeof *specials };
-  for (int t = 0; t < 4; t++)
+  for (int t = 0; t < 5; t++)
     for (int i = 0; i < N_LENGTHS; i++) {
       int64_t n = LENGTHS[i];
       buf src = new_random(TYPES[t], n, 3.0), a = new_buf(DSO_F32, n), b = new_buf(DSO_F32, n);
@@ -80,6 +82,31 @@ static void conversions(void) {
     back &= ((uint16_t *)all.data)[i] == i || isnan(((float *)a.data)[i]);
   check(back, "%s：fp16 转 fp32 再转回", tested->name);
   free_all();
+}
+
+/* 全部 256 个 fp8；各相邻两个的中点与它的左右邻居：舍入取近，正中取偶。 */
+static void every_f8(void) {
+  uint8_t codes[256], back[256];
+  float got[256], want[256];
+  for (int i = 0; i < 256; i++) codes[i] = (uint8_t)i;
+  scalar->to_f32(want, codes, DSO_F8, 256);
+  tested->to_f32(got, codes, DSO_F8, 256);
+  tested->from_f32(back, DSO_F8, got, 256);
+  for (int i = 0; i < 256; i++) {
+    int nan = (i & 0x7f) == 0x7f;
+    double exact = ldexp(i & 0x78 ? 8 + (i & 7) : i & 7, (i & 0x78 ? (i >> 3 & 15) : 1) - 10);
+    check(nan ? isnan(want[i]) : want[i] == (i < 128 ? exact : -exact), "fp8 %d 得 %g", i, want[i]);
+    check(nan ? isnan(got[i]) : got[i] == want[i], "%s：fp8 %d 得 %g", tested->name, i, got[i]);
+    check(back[i] == i, "%s：fp8 %d 转 fp32 再转回得 %d", tested->name, i, back[i]);
+  }
+  for (int i = 0; i < 0x7e; i++) {
+    float middle = (want[i] + want[i + 1]) / 2;
+    float near[3] = {nextafterf(middle, 0.0f), middle, nextafterf(middle, 1e9f)};
+    uint8_t code[3];
+    for (int j = 0; j < 3; j++) tested->from_f32(&code[j], DSO_F8, &near[j], 1);
+    check(code[0] == i && code[1] == i + i % 2 && code[2] == i + 1, "%s：fp8 %d 与下一个之间的舍入",
+          tested->name, i);
+  }
 }
 
 /* ---- 打包与矩阵乘 ---- */
@@ -296,6 +323,7 @@ void test_isa(void) {
   for (int i = 0; i < n; i++) {
     tested = isas[i];
     conversions();
+    every_f8();
     matrices();
     transposes();
     rows();

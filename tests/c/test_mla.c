@@ -39,20 +39,21 @@ static int64_t random_spans(const shape *d, dso_span *spans) {
 }
 
 static void hide_unused(const shape *d, problem *p) {
+  int quantized = dso_quantized_latent(d->cache);
   for (int64_t i = 0; i < d->b * d->s; i++) {
     int used = 0;
     for (int64_t k = 0; k < p->in.n_spans; k++)
       used |= i >= p->spans[k].kv_begin && i < p->spans[k].kv_end;
     if (d->masked && !((uint8_t *)p->mask.data)[i]) used = 0;
-    for (int64_t j = 0; !used && d->cache != DSO_I8 && j < d->r; j++)
-      put(&p->latent, i * d->r + j, NAN);
+    for (int64_t j = 0; !used && !quantized && j < d->r; j++) put(&p->latent, i * d->r + j, NAN);
     for (int64_t j = 0; !used && j < d->dr; j++) put(&p->rope, i * d->dr + j, NAN);
-    if (!used && d->cache == DSO_I8) put(&p->scale, i, NAN);
+    if (!used && quantized) put(&p->scale, i, NAN);
   }
 }
 
 static void make_problem(const shape *d, problem *p) {
-  dso_dtype rope = d->cache == DSO_I8 ? d->q : d->cache;
+  int quantized = dso_quantized_latent(d->cache);
+  dso_dtype rope = quantized ? d->q : d->cache;
   p->q = new_random(d->q, d->b * d->t * d->h * (d->dn + d->dr), 1.0);
   p->latent = new_random(d->cache, d->b * d->s * d->r, 1.0);
   p->rope = new_random(rope, d->b * d->s * d->dr, 1.0);
@@ -76,7 +77,7 @@ static void make_problem(const shape *d, problem *p) {
   in->latent = p->latent.data, in->latent_bs = d->s * d->r, in->latent_ts = d->r,
   in->latent_dtype = d->cache;
   in->rope = p->rope.data, in->rope_bs = d->s * d->dr, in->rope_ts = d->dr, in->rope_dtype = rope;
-  in->scale = d->cache == DSO_I8 ? p->scale.data : NULL, in->scale_bs = d->s;
+  in->scale = quantized ? p->scale.data : NULL, in->scale_bs = d->s;
   in->kv_b = (dso_mat){p->w.data, d->r, d->w};
   in->kv_mask = d->masked ? p->mask.data : NULL, in->kv_mask_bs = d->s;
   in->spans = p->spans, in->n_spans = random_spans(d, p->spans);
@@ -95,7 +96,7 @@ typedef struct {
 } answers;
 
 static double latent_at(const shape *d, const problem *p, int64_t key, int64_t j) {
-  return get(&p->latent, key * d->r + j) * (d->cache == DSO_I8 ? get(&p->scale, key) : 1.0);
+  return get(&p->latent, key * d->r + j) * (p->in.scale ? get(&p->scale, key) : 1.0);
 }
 
 /* 头 h 的权重行 row 与槽位 key 的内积：展开后的一个 K 或 V 元素。 */
@@ -226,6 +227,40 @@ static void backward(const char *label, const dso_isa *isa, const shape *d, prob
   check_close(label, &dw, a->dw, tol, largest(a->dw, dw.n));
 }
 
+/* 缓存的一部分（每个槽位 width 个元素）按 table 拆成页；没有用到的页保持 0xff。 */
+static buf paged_part(const buf *part, const shape *d, int64_t size, int64_t width, int64_t pages,
+                      const int32_t *table) {
+  buf to = new_buf(part->dtype, pages * size * width);
+  for (int64_t i = 0; i < d->b * d->s;
+       i++) /* 展平的槽位 i 在第 table[i / size] 页：行由整数个页组成 */
+    for (int64_t j = 0; j < width; j++)
+      put(&to, (table[i / size] * size + i % size) * width + j, get(part, i * width + j));
+  return to;
+}
+
+/* 每页 size 个槽位（整除一行的槽位数）、次序打乱的页：与连续的缓存逐位相同。 */
+static void paged_case(const char *label, const dso_isa *isa, const shape *d, const problem *p,
+                       int64_t size, const buf *want) {
+  int64_t used = d->b * d->s / size, pages = used + 2;
+  int32_t *table = new_buf(DSO_F32, pages).data; /* 同样是 4 字节一个 */
+  for (int64_t i = 0; i < pages; i++) {
+    int64_t j = random_below(i + 1);
+    table[i] = table[j], table[j] = (int32_t)i;
+  }
+  buf latent = paged_part(&p->latent, d, size, d->r, pages, table);
+  buf rope = paged_part(&p->rope, d, size, d->dr, pages, table);
+  buf scale = paged_part(&p->scale, d, size, 1, pages, table);
+  buf out = new_buf(d->q, want->n), *outs[] = {&out};
+  dso_mla_params params = {p->in, out.data, NULL};
+  dso_mla_inputs *in = &params.in;
+  in->latent = latent.data, in->latent_bs = size * d->r, in->rope = rope.data;
+  in->rope_bs = size * d->dr, in->scale = in->scale ? scale.data : NULL, in->scale_bs = size;
+  in->pages = table, in->pages_bs = d->s / size, in->page_size = size;
+  execute(label, &dso_mla_decode, &params, isa, outs, 1);
+  check(memcmp(out.data, want->data, (size_t)(out.n * dso_size_of(out.dtype))) == 0,
+        "%s：每页 %lld 个槽位与连续的不同", label, (long long)size);
+}
+
 static void mla_case(const dso_isa *isa, shape d) {
   char label[128];
   snprintf(label, sizeof label,
@@ -236,7 +271,7 @@ static void mla_case(const dso_isa *isa, shape d) {
   problem p;
   make_problem(&d, &p);
   int64_t queries = d.b * d.t * d.h;
-  int gradient = d.cache != DSO_I8;
+  int gradient = !dso_quantized_latent(d.cache);
   buf grad = new_random(d.q, queries * d.dv, 1.0);
   answers a = solve(&d, &p, gradient ? &grad : NULL);
   double tol = fmax(tolerance(d.q), d.cache == DSO_F16 ? tolerance(DSO_F16) : 0.0);
@@ -244,6 +279,9 @@ static void mla_case(const dso_isa *isa, shape d) {
   dso_mla_params params = {p.in, out.data, NULL};
   execute(label, &dso_mla_decode, &params, isa, outs, 1);
   check_close(label, &out, a.out, tol, 1.0);
+  static const int64_t sizes[] = {1, 2, 3, 5, 50, 67};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    if (d.s % sizes[i] == 0) paged_case(label, isa, &d, &p, sizes[i], &out);
 
   buf full = new_zeros(d.q, queries * d.dv), lse = new_buf(DSO_F32, queries),
       *both[] = {&full, &lse};
@@ -259,7 +297,9 @@ static void mla_case(const dso_isa *isa, shape d) {
 void test_mla(void) {
   static const dso_dtype kinds[][3] = {{DSO_F32, DSO_F32, DSO_F32},  {DSO_BF16, DSO_BF16, DSO_BF16},
                                        {DSO_F16, DSO_F16, DSO_F16},  {DSO_F32, DSO_BF16, DSO_BF16},
-                                       {DSO_BF16, DSO_I8, DSO_BF16}, {DSO_F32, DSO_I8, DSO_F32}};
+                                       {DSO_BF16, DSO_I8, DSO_BF16}, {DSO_F32, DSO_I8, DSO_F32},
+                                       {DSO_BF16, DSO_F8, DSO_BF16}, {DSO_F32, DSO_F8, DSO_F32}};
+  enum { KINDS = sizeof kinds / sizeof *kinds };
   /* b, t, s, h, r, dn, dr, dv；奇数、零旋转、零 nope、跨块（64 键、48 查询、64 组）。 */
   static const int64_t sizes[][8] = {{1, 1, 1, 1, 1, 1, 0, 1},     {2, 1, 5, 3, 16, 8, 4, 6},
                                      {1, 1, 67, 9, 33, 5, 2, 7},   {2, 5, 70, 3, 17, 9, 6, 5},
@@ -268,7 +308,7 @@ void test_mla(void) {
   const dso_isa *isas[8];
   int n = list_isas(isas, 8);
   for (int i = 0; i < n; i++) {
-    for (int k = 0; k < 6; k++)
+    for (int k = 0; k < KINDS; k++)
       for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
         const int64_t *v = sizes[s];
         shape d = {v[0],       v[1],        v[2],
@@ -295,7 +335,7 @@ void test_mla(void) {
                  0,
                  0,
                  0};
-      int k = (int)random_below(6);
+      int k = (int)random_below(KINDS);
       d.q = kinds[k][0], d.cache = kinds[k][1], d.w = kinds[k][2];
       mla_case(isas[i], d);
     }

@@ -239,7 +239,8 @@ static void filter_case(const dso_isa *isa, dso_dtype type, int64_t vocab) {
                                 {x.data, places * vocab, vocab, type},
                                 random_below(2) ? token : NULL,
                                 wide,
-                                len,
+                                wide,
+                                random_below(4) ? len : NULL,
                                 random_below(2) ? 2.0f : 1.0f,
                                 random_below(2) ? 0.5f : 1.0f,
                                 random_below(2) ? 0.015625f : 0.0f,
@@ -251,7 +252,8 @@ static void filter_case(const dso_isa *isa, dso_dtype type, int64_t vocab) {
   double *want = doubles(n * vocab);
   for (int64_t i = 0; i < n; i++) {
     for (int64_t j = 0; j < vocab; j++) e[j] = (entry){get(&x, i * vocab + j), 0.0, j, 1};
-    for (int64_t j = 0; p.token && j < len[i]; j++) {
+    int64_t count = p.token_len ? len[i] : wide;
+    for (int64_t j = 0; p.token && j < count; j++) {
       int64_t t = token[i / places * wide + j];
       if (t < 0 || t >= vocab || !e[t].kept) continue;
       e[t].score = e[t].score < 0 ? e[t].score * p.penalty : e[t].score / p.penalty;
@@ -276,7 +278,8 @@ static void filter_faults(const dso_isa *isa) {
     int64_t fault = 7;
     float probs[3];
     dso_sample_filter_params p = {
-        1, 1, 3, {bad[i], 3, 3, DSO_F32}, NULL, 0, NULL, 1.0f, 1.0f, 0.0f, 2, 1.0, probs, &fault};
+        1,   1,     3,     {bad[i], 3, 3, DSO_F32}, NULL, 0, 0, NULL, 1.0f, 1.0f, 0.0f, 2,
+        1.0, probs, &fault};
     execute("出错", &dso_sample_filter, &p, isa, NULL, 0);
     check(fault == (i < 3), "%s sample_filter 出错第 %d 例", isa->name, i);
   }
@@ -296,7 +299,7 @@ static void head_case(const dso_isa *isa, dso_dtype type, dso_dtype w_type, int6
   int64_t n = count ? count : vocab;
   const void *bias = random_below(2) ? b.data : NULL;
   dso_mtp_draft_head_params p = {
-      m, k, n, {x.data, k, type}, {w.data, rs, w_type}, bias, count ? ids : NULL, token};
+      m, k, vocab, n, {x.data, k, type}, {w.data, rs, w_type}, bias, count ? ids : NULL, token};
   memset(token, 0, sizeof token);
   execute("草稿头", &dso_mtp_draft_head, &p, isa, outs, 1);
   double *scores = doubles(vocab);

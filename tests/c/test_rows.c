@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "harness.h"
+#include "isa/convert.h"
 
 static const dso_dtype FLOATS[] = {DSO_F32, DSO_BF16, DSO_F16};
 
@@ -121,6 +122,11 @@ static void rope_case(const dso_isa *isa, dso_dtype type, int64_t b, int64_t t, 
   free_all();
 }
 
+/* 量化之后的码，读回来的值。 */
+static double code_of(dso_dtype to, float x) {
+  return to == DSO_I8 ? rint(x) : dso_f8_to_f32(dso_f32_to_f8(x));
+}
+
 static void write_case(const dso_isa *isa, dso_dtype from, dso_dtype to, int64_t t, int64_t rank,
                        int64_t dr) {
   enum { B = 3, EXTRA = 5 };
@@ -128,7 +134,8 @@ static void write_case(const dso_isa *isa, dso_dtype from, dso_dtype to, int64_t
   snprintf(label, sizeof label, "%s mla_cache_write %s 到 %s t=%lld r=%lld", isa->name,
            dtype_name(from), dtype_name(to), (long long)t, (long long)rank);
   int64_t slots = t + EXTRA, rs = rank + 1;
-  dso_dtype rope_to = to == DSO_I8 ? DSO_BF16 : to;
+  int quantized = dso_quantized_latent(to);
+  dso_dtype rope_to = quantized ? DSO_BF16 : to;
   buf latent = new_random(from, B * t * rank, 1.0), rope = new_random(from, B * t * dr, 1.0);
   buf cache = new_random(to, B * slots * rs - 1, 1.0),
       keys = new_random(rope_to, B * slots * dr, 1.0);
@@ -143,24 +150,21 @@ static void write_case(const dso_isa *isa, dso_dtype from, dso_dtype to, int64_t
     int64_t at = i / t * slots + offsets[i / t] + i % t;
     double top = 0.0;
     for (int64_t j = 0; j < rank; j++) top = fmax(top, fabs(get(&latent, i * rank + j)));
+    float unit = (float)top / (to == DSO_I8 ? DSO_I8_MOST : DSO_F8_MOST);
     for (int64_t j = 0; j < rank; j++) {
       double v = get(&latent, i * rank + j);
-      want[at * rs + j] =
-          to == DSO_I8 ? (top > 0 ? rint((float)v / ((float)top / 127.0f)) : 0.0) : v;
+      want[at * rs + j] = quantized ? code_of(to, top > 0 ? (float)v / unit : 0.0f) : v;
     }
-    want_scale[at] = to == DSO_I8 ? (double)((float)top / 127.0f) : want_scale[at];
+    want_scale[at] = quantized ? (double)unit : want_scale[at];
     for (int64_t j = 0; j < dr; j++) want_keys[at * dr + j] = get(&rope, i * dr + j);
   }
-  dso_mla_cache_write_params p = {B,          t,           rank,
-                                  dr,         latent.data, rope.data,
-                                  t * rank,   rank,        t * dr,
-                                  dr,         from,        from,
-                                  cache.data, keys.data,   slots * rs,
-                                  rs,         slots * dr,  dr,
-                                  to,         rope_to,     to == DSO_I8 ? scale.data : NULL,
-                                  slots,      offsets};
+  dso_mla_cache_write_params p = {
+      B,          t,      rank,       dr,   latent.data, rope.data,  t * rank,
+      rank,       t * dr, dr,         from, from,        cache.data, keys.data,
+      slots * rs, rs,     slots * dr, dr,   to,          rope_to,    quantized ? scale.data : NULL,
+      slots,      offsets};
   execute(label, &dso_mla_cache_write, &p, isa, outs, 3);
-  check_close(label, &cache, want, to == DSO_I8 ? 0.0 : from == to ? 0.0 : tolerance(to), 1.0);
+  check_close(label, &cache, want, quantized || from == to ? 0.0 : tolerance(to), 1.0);
   check_close(label, &keys, want_keys, from == rope_to ? 0.0 : tolerance(rope_to), 1.0);
   check_close(label, &scale, want_scale, 1e-7, 0.0);
   free_all();
@@ -237,9 +241,9 @@ void test_rows(void) {
       for (int mode = 0; mode < 12; mode++)
         if (!(mode & 8) || !(mode & 2))
           rope_case(isas[i], type, 2, 9, 3, 1 + random_below(20), mode);
-      for (int to = 0; to < 4; to++)
-        write_case(isas[i], type, (dso_dtype)to, 1 + 9 * t, 1 + random_below(40),
-                   2 * random_below(9));
+      static const dso_dtype caches[] = {DSO_F32, DSO_BF16, DSO_F16, DSO_I8, DSO_F8};
+      for (int to = 0; to < 5; to++)
+        write_case(isas[i], type, caches[to], 1 + 9 * t, 1 + random_below(40), 2 * random_below(9));
       qkv_case(isas[i], type, 1, 17, 0, 9, 2, 0);
       qkv_case(isas[i], type, 3, 64, 50, 33, 4, 1);
       qkv_case(isas[i], type, 7, 33, 5, 1, 0, 1);

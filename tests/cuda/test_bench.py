@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -178,6 +179,11 @@ def test_rows_survive_an_interruption(bench, monkeypatch, tmp_path):
         bench("--only", "dense")
     result = json.loads((tmp_path / "results" / "gpu.json").read_text(encoding="utf-8"))
     assert not result["complete"] and rows_of(result)["rms_norm.4x64.bfloat16"]["us"] > 0
+
+
+def test_match(bench):
+    keys = list(rows_of(bench("--only", "mla_decode", "--match", "h16.b32")[1]))
+    assert keys and all("h16.b32" in key for key in keys)
 
 
 def test_unknown_group(bench):
@@ -369,6 +375,19 @@ def test_graph_timing(fake_cuda):
     assert calls[:2] == [0, 1] and calls[-20:] == [i % 3 for i in range(20)]
     assert timer.in_turn([side, side]) == [50.0, 50.0] and side.run.__self__.replays == 16
     assert not fake_cuda
+
+
+def test_a_graph_keeps_what_it_reads(fake_cuda):
+    """图里只有地址：被录的函数（连同它持有的缓存）要活到不再重放。"""
+
+    class Cache:
+        pass
+
+    cache = Cache()
+    alive = weakref.ref(cache)
+    side = Timer("cuda", quick=True).prepare(lambda held=cache: held, [()], graph=True)
+    del cache
+    assert side.mode == "graph" and alive() is not None
 
 
 def test_a_graph_that_cannot_be_captured(fake_cuda, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
@@ -10,19 +9,11 @@ import torch
 
 from deepseek_opt import _native, ops, reference
 from tests.cuda.cases import CACHE_SHAPES, DTYPES, NORM_SHAPES, ROPE_SHAPES, randn
-from tests.op_cases import attention
+from tests.cuda.device import DEVICE, ON_GPU, marks, needs_gpu
+from tests.op_cases import QUANTIZED, attention, bits, paged
 from tests.tolerances import tol
 
-# 没有 GPU 时在主机模拟上跑（scripts/cuda_host.sh）：同样的测试，只有流、图、多卡要真卡。
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not ON_GPU and os.environ.get("DSO_HOST") != "1", reason="没有 CUDA 设备，也不在主机模拟里"
-    ),
-]
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="要真的 GPU")
+pytestmark = marks
 EPS = 1e-6
 # 真卡上才跑的大形状：模拟太慢。
 BIG_NORMS = [(1000, 2048), (4096, 7168), (100_003, 512)] if ON_GPU else []
@@ -121,19 +112,18 @@ def test_rope_strided_heads():
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("target", [*DTYPES, *QUANTIZED], ids=str)
 @pytest.mark.parametrize("where", sorted({"cpu", DEVICE}))
 @pytest.mark.parametrize("shape", CACHE_SHAPES)
 def test_mla_cache_write(shape, where, target, source):
     batch, steps, capacity, rank, rope_dim = shape
-    keys = source if target == torch.int8 else target
+    keys = source if target in QUANTIZED else target
     latent = randn(batch, steps, rank, dtype=source).to(DEVICE)
     rope = randn(batch, steps, rope_dim, dtype=source, seed=1).to(DEVICE)
     offsets = torch.arange(batch, device=where) % (capacity - steps + 1)
 
     def caches():
-        quantized = target == torch.int8
-        scale = torch.full((batch, capacity), 9.0, device=DEVICE) if quantized else None
+        scale = torch.full((batch, capacity), 9.0, device=DEVICE) if target in QUANTIZED else None
         full = torch.full((batch, capacity, rank), 7, device=DEVICE).to(target)
         return full, torch.full((batch, capacity, rope_dim), 7, device=DEVICE).to(keys), scale
 
@@ -142,8 +132,8 @@ def test_mla_cache_write(shape, where, target, source):
     reference.mla_cache_write(*expected, latent, rope, offsets)
     for ours, theirs in zip(mine, expected, strict=True):
         if ours is not None:
-            limit = 1 if ours.dtype == torch.int8 else 0
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=limit)
+            limit = 1 if ours.dtype in QUANTIZED else 0  # 量化的差至多一个码
+            torch.testing.assert_close(bits(ours), bits(theirs), rtol=1e-6, atol=limit)
 
 
 def test_mla_cache_write_out_of_range():
@@ -221,10 +211,25 @@ def test_mla_decode(shape, dtype, resident):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_mla_decode_int8(dtype):
-    case = attention(2, 1, 150, 16, (512, 64, 16, 16), dtype=dtype, cache=torch.int8, masked=True)
+@pytest.mark.parametrize("cache", QUANTIZED, ids=str)
+def test_mla_decode_quantized(cache, dtype):
+    case = attention(2, 1, 150, 16, (512, 64, 16, 16), dtype=dtype, cache=cache, masked=True)
     got = ops.mla_decode(*on_device(case).args())
     torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.int8))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("where", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("page_size", [1, 25, 64])
+@pytest.mark.parametrize("cache", [torch.bfloat16, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("dims", [(512, 64, 16, 16), (33, 6, 9, 5)], ids=str)
+def test_mla_decode_paged(dims, cache, page_size, where):
+    slots = page_size * -(-150 // page_size)
+    case = attention(2, 2, slots, 9, dims, dtype=torch.bfloat16, cache=cache, masked=True)
+    *args, table = (a.to(DEVICE) if torch.is_tensor(a) else a for a in paged(case, page_size))
+    args[5] = args[5].to(where)
+    got = ops.mla_decode(*args, table.to(where))
+    torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.bfloat16))
 
 
 @pytest.mark.sanitize

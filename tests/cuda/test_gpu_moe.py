@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from deepseek_opt import reference
+from deepseek_opt import ops, reference
 from deepseek_opt.quantize import quantize_experts
 from tests import test_moe_quantized as quantized
-from tests.cuda.device import DEVICE, ON_GPU, marks
+from tests.cuda.device import DEVICE, ON_GPU, marks, needs_gpu
 from tests.moe_cases import Experts, Layout, close, experts
 
 pytestmark = marks
@@ -191,3 +191,80 @@ def test_large_zero_points():
     case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)
     up, down = (q._replace(zero=torch.randint_like(q.zero, 256)) for q in (case.up, case.down))
     check_quantized(case.but(up=up, down=down), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shared", [0, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+def test_direct(tokens, shared):
+    """不排序的路径（至多 4 个词元）：哨兵、重复的选择、共享专家、偏置；列数不是 16 的倍数。"""
+    index = torch.tensor([[0, 5, 2, 2], [6, 9, 7, 2**40], [3, 3, 3, 3], [1, 2, 3, 4], [0, 0, 6, 8]])
+    sizes = (tokens, 136, 79, 40)  # 共享专家的中间宽是 80
+    for dtype in HALF:
+        case = experts(sizes, 7, dtype=dtype, bias=True, shared=shared, indices=index[:tokens])
+        up, down = case.gate_up[:, :144].contiguous(), case.down[..., :72].contiguous()
+        check(case.but(gate_up=up, gate_up_bias=case.gate_up_bias[:, :144], down=down))
+
+
+# ---- 要真的 GPU 的：图、同步、大的形状 ----
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 4, 40, 700])
+def test_graph_replay_after_the_routing_changed(tokens):
+    """录进 CUDA graph；重放之前换掉下标，结果跟着变。"""
+    case = on_device(experts((tokens, 256, 128, 256), 16, 4, dtype=torch.bfloat16))
+    case.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = case.run()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        case.indices.copy_(torch.randint(0, 18, case.indices.shape))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, case.run())
+        close(out, case.exact().run(reference.moe_experts), torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_no_host_synchronisation(tokens):
+    """路由、专家、计数都不等 GPU（等了就报错）。"""
+    case = on_device(experts((tokens, 256, 128, 256), 16, 4, dtype=torch.bfloat16, shared=4))
+    gate = torch.randn(16, 256, device=DEVICE, dtype=torch.bfloat16)
+    ops.moe_route(case.x, gate, top_k=4)
+    case.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.moe_route(case.x, gate, top_k=4)
+        case.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300, 4000])
+def test_model_sizes(tokens):
+    """E=64、K=6 的一层：各路径在真的大小上。"""
+    case = experts((tokens, 1024, 704, 1024), 64, 6, dtype=torch.bfloat16)
+    got = on_device(case).run()
+    wide = on_device(case).map(lambda t: t.double())
+    close(got, wide.run(reference.moe_experts), torch.bfloat16)
+
+
+@needs_gpu
+def test_route_on_the_device():
+    """logits 由自己的核、由 cuBLAS（16 位输入、fp32 输出）、由 fp32 的矩阵乘得到。"""
+    for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (300, torch.float32)):
+        x = torch.randn(tokens, 512, device=DEVICE).to(dtype)
+        weight = torch.randn(64, 512, device=DEVICE).to(dtype) / 20
+        options = (6, "sigmoid", True, False, 8, 3, "top2", 2.5, 1e-20)
+        logits, weights, indices, counts = torch.ops.deepseek_opt.moe_route(
+            x, weight, None, None, *options
+        )
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(logits.double(), exact, rtol=1e-4, atol=1e-4)
+        want = reference.moe_route(logits.double(), None, None, None, *options)
+        assert torch.equal(indices, want[2]) and torch.equal(counts, want[3])
+        torch.testing.assert_close(weights.double(), want[1], rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_opt import ops
-from tests.op_cases import FLOATS, attention
+from tests.op_cases import FLOATS, QUANTIZED, attention, bits, paged
 from tests.test_mla_layer_decode import HEADS, SLOTS, arguments, fresh
 
 pytestmark = pytest.mark.skipif(
@@ -36,16 +36,16 @@ def separate(args):
     return ops.linear(heads.flatten(2), out)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("cache", [None, *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_same_bits_as_separate_ops(dtype, int8, steps):
-    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype, int8=int8)
+def test_same_bits_as_separate_ops(dtype, cache, steps):
+    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype, cache=cache)
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
     assert torch.equal(got, want)
     for ours, theirs in zip(mine[17:20], apart[17:20], strict=True):
-        assert ours is None or torch.equal(ours, theirs)
+        assert ours is None or torch.equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["自己写 spans", "给出 spans"])
@@ -69,6 +69,7 @@ def test_resident_spans_and_offsets_of_the_parts(monkeypatch):
     want = ops.mla_decode(*case.args())
     monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
     torch.testing.assert_close(ops.mla_decode(*case.args()), want)
+    torch.testing.assert_close(ops.mla_decode(*paged(case, 8)), want)
     store, keys = torch.zeros(2, 5, RANK), torch.zeros(2, 5, ROPE)
     new = case.latent[:, :3].float(), case.rope[:, :3].float()
     ops.mla_cache_write(store, keys, None, *new, torch.tensor([0, 2]))

@@ -9,8 +9,10 @@ import torch
 
 from deepseek_opt import ops
 from tests.cuda import host_library
-from tests.op_cases import attention, randn
+from tests.op_cases import QUANTIZED, attention, bits, paged, randn
 from tests.test_mla_layer_decode import arguments, fresh
+from tests.test_mtp_input import inputs
+from tests.test_mtp_verify import chain, sampled
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("DSO_HOST") != "1", reason="要在 scripts/cuda_host.sh 里"
@@ -53,23 +55,26 @@ def test_norms(monkeypatch, dim):
     )
 
 
-def test_rope_and_cache_write(monkeypatch):
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_rope_and_cache_write(monkeypatch, kind):
     x, angle = randn(2, 3, 4, 64, dtype=BF16), randn(1, 3, 32)
     latent, keys = randn(2, 3, 64), randn(2, 3, 16)
 
     def run():
-        cache = torch.zeros(2, 8, 64, dtype=torch.int8), torch.zeros(2, 8, 16), torch.zeros(2, 8)
+        cache = torch.zeros(2, 8, 64).to(kind), torch.zeros(2, 8, 16), torch.zeros(2, 8)
         ops.mla_cache_write(*cache, latent, keys, torch.tensor([0, 5]))
-        return ops.rope(x, angle.cos(), angle.sin(), True), *cache
+        return ops.rope(x, angle.cos(), angle.sin(), True), *(bits(t) for t in cache)
 
     same_in_every_order(monkeypatch, run)
 
 
-@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+@pytest.mark.parametrize("cache", [None, *QUANTIZED], ids=["同类型", "int8", "fp8"])
 @pytest.mark.parametrize("shape", DECODE.values(), ids=DECODE)
 def test_decode(monkeypatch, shape, cache):
     case = attention(*shape, dtype=BF16, cache=cache or BF16, masked=True)
     same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*case.args()),))
+    args = paged(case, 10)
+    same_in_every_order(monkeypatch, lambda: (ops.mla_decode(*args),))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +93,13 @@ def test_prefill_and_backward(monkeypatch, dims):
     same_in_every_order(monkeypatch, run)
 
 
-def test_layer(monkeypatch):
-    args = arguments(2, 3, 33, 7, 64, 16, BF16, int8=True)
+@pytest.mark.parametrize("cache", QUANTIZED)
+def test_layer(monkeypatch, cache):
+    args = arguments(2, 3, 33, 7, 64, 16, BF16, cache=cache)
 
     def run():
         mine = fresh(args)
-        return ops.mla_layer_decode(*mine), *mine[17:20]
+        return ops.mla_layer_decode(*mine), *(bits(t) for t in mine[17:20])
 
     same_in_every_order(monkeypatch, run)
 
@@ -103,4 +109,40 @@ def test_swiglu(monkeypatch):
     backward = torch.ops.deepseek_opt.swiglu_mlp_backward
     same_in_every_order(
         monkeypatch, lambda: (ops.swiglu_mlp(*tensors), *backward(randn(3, 8) * 0 + 1, *tensors))
+    )
+
+
+@pytest.mark.parametrize("vocab", [96, 5003])
+def test_verify(monkeypatch, vocab):
+    greedy, args = chain(3, 4, vocab, BF16), sampled(3, 4, vocab, BF16)
+    sample = torch.ops.deepseek_opt.mtp_verify_sample
+    same_in_every_order(monkeypatch, lambda: (*ops.mtp_verify_greedy(*greedy), *sample(*args)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 90, "top_p": 0.7, "min_p": 0.01}, {"top_p": 0.9}]
+)
+def test_sampling(monkeypatch, options):
+    """直方图用整数的原子加，与次序无关；分数多有相同的。"""
+    logits, uniform = randn(2, 1, 5003).mul(4).round().div(2), torch.rand(2)
+
+    def run():
+        probs = ops.sample_filter(logits, **options)
+        return probs, ops.sample_tokens(probs[:, 0], uniform)
+
+    same_in_every_order(monkeypatch, run)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("width", [64, 33])
+def test_draft_head_and_input(monkeypatch, rows, width):
+    x, weight, ids = randn(rows, width, dtype=BF16), randn(200, width, dtype=BF16), torch.arange(99)
+    args = inputs((rows,), width, 24, BF16)
+    same_in_every_order(
+        monkeypatch,
+        lambda: (
+            ops.mtp_draft_head(x, weight),
+            ops.mtp_draft_head(x, weight, None, ids),
+            ops.mtp_input(*args, 1e-6),
+        ),
     )

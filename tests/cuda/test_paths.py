@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_opt import ops, reference
-from tests.op_cases import assert_no_worse, attention, eager_attention
+from tests.op_cases import QUANTIZED, assert_no_worse, attention, eager_attention
 from tests.tolerances import tol
 
 pytestmark = pytest.mark.skipif(
@@ -106,14 +106,33 @@ def test_too_wide_for_shared_memory(monkeypatch):
         ops.mla_decode(*case.args())
 
 
-@pytest.mark.parametrize("cache", [None, torch.int8], ids=["同类型", "int8"])
+def test_launch_failure(monkeypatch):
+    """核启动失败：说出是哪个算子；之后照常能用。第二次启动（合并）失败也一样。"""
+    case = attention(2, 1, 70, 4, (64, 16, 8, 8), dtype=torch.bfloat16)
+    want = ops.mla_decode(*case.args())
+    for nth in ("1", "2"):
+        monkeypatch.setenv("DSO_HOST_FAIL", nth)
+        with pytest.raises(RuntimeError, match="mla_decode 启动失败"):
+            ops.mla_decode(*case.args())
+        monkeypatch.delenv("DSO_HOST_FAIL")
+        assert torch.equal(ops.mla_decode(*case.args()), want)
+
+
+def test_unsupported_architecture(monkeypatch):
+    monkeypatch.setenv("DSO_HOST_MAJOR", "7")
+    case = attention(1, 1, 4, 2, (16, 4, 8, 8))
+    with pytest.raises(RuntimeError, match="mla_decode 启动失败：这块 GPU 太旧，需要计算能力 8.0"):
+        ops.mla_decode(*case.args())
+
+
+@pytest.mark.parametrize("cache", [None, *QUANTIZED], ids=["同类型", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("rank, rope", [(512, 64), (256, 32), (128, 0), (80, 16)])
 @pytest.mark.parametrize("heads", [1, 9, 17, 65])
 def test_decode(heads, rank, rope, dtype, cache):
     case = attention(2, 2, 70, heads, (rank, rope, 8, 8), dtype=dtype, cache=cache or dtype)
     got = ops.mla_decode(*case.args())
-    close(got, case.exact()[0], torch.int8 if cache else dtype)
+    close(got, case.exact()[0], torch.int8 if cache else dtype)  # 对照的是同样的码
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 500])

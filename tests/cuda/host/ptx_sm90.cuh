@@ -271,6 +271,4 @@ void wgmma_wait() {
 template <int R>
 void wgmma_settle(float (&)[R]) {}
 
-inline uint64_t stay_inside(uint64_t x) { return x; }
-
 }  // namespace dso
