@@ -14,6 +14,10 @@ __device__ inline float sigmoid_of(float x) {
   return 1.0f / (1.0f + expf(-x));
 }
 
+__device__ inline bool clips(dso_act_kind kind) {
+  return kind == DSO_CLIPPED || kind == DSO_CLIPPED_SILU;
+}
+
 // 没有截断的激活。
 template <bool FAST>
 __device__ __forceinline__ float plain_act(dso_act_kind kind, float x) {
@@ -34,7 +38,7 @@ __device__ __forceinline__ float plain_act(dso_act_kind kind, float x) {
 // h；没有门时不看 up。
 template <bool FAST>
 __device__ __forceinline__ float activate(const dso_act &act, bool gated, float gate, float up) {
-  if (act.kind != DSO_CLIPPED && act.kind != DSO_CLIPPED_SILU)
+  if (!clips(act.kind))
     return plain_act<FAST>(act.kind, gate) * (gated ? up : 1.0f);
   bool shifted = act.kind == DSO_CLIPPED;
   float g = gate > act.limit ? act.limit : gate;
@@ -78,7 +82,7 @@ template <bool FAST>
 __device__ __forceinline__ Activated activate_backward(const dso_act &act, bool gated, float gate,
                                                        float up, float grad) {
   float u = gated ? up : 1.0f, slope, a;
-  if (act.kind != DSO_CLIPPED && act.kind != DSO_CLIPPED_SILU) {
+  if (!clips(act.kind)) {
     a = plain_act_slope<FAST>(act.kind, gate, &slope);
     return {a * u, grad * u * slope, grad * a};
   }

@@ -182,7 +182,7 @@ struct WeightTile {
   }
 
   __device__ bool wanted() const {
-    return (step == DOWN_WEIGHT ? to.down : to.gate).mat.data && first_row < height &&
+    return (step == DOWN_WEIGHT ? to.down.mat.data : to.gate.mat.data) && first_row < height &&
            first_column < width;
   }
 
@@ -202,10 +202,16 @@ struct WeightTile {
   }
 
   __device__ void store(int m, int n, float x) const {
-    const Weight &w = step == DOWN_WEIGHT ? to.down : m < inner ? to.gate : to.up;
-    int64_t at = w.offset(step == DOWN_WEIGHT || m < inner ? m : m - inner, n);
-    if (p.add) x += load_one(w.mat.data, w.mat.dtype, at);
-    store_one(const_cast<void *>(w.mat.data), w.mat.dtype, at, x);
+    // 逐个字段按值选：取地址会把整个对象放进局部内存。
+    bool down = step == DOWN_WEIGHT, up = !down && m >= inner;
+    const void *data = down ? to.down.mat.data : up ? to.up.mat.data : to.gate.mat.data;
+    int64_t rs = down ? to.down.mat.rs : up ? to.up.mat.rs : to.gate.mat.rs;
+    int columns_step = down ? 1 : to.gate.step;
+    if (up) m -= inner;
+    int64_t at = to.gate.transposed ? n * rs + m * columns_step : m * rs + n;
+    dso_dtype dtype = to.gate.mat.dtype;  // 三个相同
+    if (p.add) x += load_one(data, dtype, at);
+    store_one(const_cast<void *>(data), dtype, at, x);
   }
 
   __device__ void run() {

@@ -24,9 +24,9 @@ __device__ __forceinline__ Vec<8> result(uint16_t *shared, int row, int column) 
 // ---- 按行的三步 ----
 
 template <class E, bool WIDE>
-struct RowGemm : RowProduct<E, WIDE> {
-  using Product = RowProduct<E, WIDE>;
-  using Product::columns, Product::depth, Product::segments, Product::tile;
+struct RowGemm : RowOperands<WIDE> {
+  using Operands = RowOperands<WIDE>;
+  using Operands::depth, Operands::segments;
   int first, block;  // 这一块的第一列、第几块列
   uint16_t *shared;
   const uint16_t *a_row[COPIES], *b_row[COPIES];  // 各段在 k = 0 的地址；越界的为空
@@ -34,7 +34,7 @@ struct RowGemm : RowProduct<E, WIDE> {
 
   __device__ __forceinline__ RowGemm(const BackwardParams &params, const dso_cuda_moe_tile &at,
                                      BackwardStep s, int b)
-      : Product(params, at, s),
+      : Operands(params, at, s),
         first(b * COLUMNS),
         block(b),
         shared(reinterpret_cast<uint16_t *>(dynamic_shared())) {}
@@ -54,7 +54,7 @@ struct RowGemm : RowProduct<E, WIDE> {
     bool second = at >= per;
     int k0 = (second ? at - per : at) * DEPTH;
     if (at < per * segments) {
-      int64_t skip_a = second ? this->left_next : 0, skip_b = second ? this->right_next : 0,
+      int64_t skip_a = second ? this->left_next : 0, skip_b = second ? this->high - this->low : 0,
               rs = this->right_stride(second);
 #pragma unroll
       for (int i = 0; i < COPIES; i++) {
@@ -77,17 +77,18 @@ struct RowGemm : RowProduct<E, WIDE> {
     cp_async_commit();
   }
 
-  __device__ __forceinline__ void store() const {
-    int64_t blocks = ceil_of(hidden_columns(this->in), COLUMNS);
+  __device__ __forceinline__ void store(const RowResults<E> &to) const {
+    int64_t blocks = ceil_of(hidden_columns(to.in), COLUMNS);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < ROWS * CHUNKS; i += THREADS) {
       int row = i / CHUNKS, column = i % CHUNKS * 8;
-      float dot = this->finish(row, first + column, result(shared, row, column));
-      if (this->step != HIDDEN_GRAD) continue;
+      float dot = to.finish(row, first + column, result(shared, row, column));
+      if (to.step != HIDDEN_GRAD) continue;
 #pragma unroll
       for (int other = CHUNKS / 2; other > 0; other /= 2)
         dot += __shfl_xor_sync(ALL_LANES, dot, other);
-      if (column == 0 && row < tile.rows) this->p.partial[(tile.row + row) * blocks + block] = dot;
+      if (column == 0 && row < to.tile.rows)
+        to.p.partial[(to.tile.row + row) * blocks + block] = dot;
     }
   }
 
@@ -104,7 +105,6 @@ struct RowGemm : RowProduct<E, WIDE> {
     }
     cp_async_wait<0>();
     stage_result(acc, shared);
-    store();
   }
 };
 
@@ -119,7 +119,9 @@ __global__ __launch_bounds__(THREADS, 2) void moe_backward_rows(BackwardParams p
   dso_cuda_moe_tile at = r.tiles[group * MOE_GROUP + inside % tiles];
   if (at.rows == 0) return;
   RowGemm<E, WIDE> gemm(p, at, step, static_cast<int>(inside / tiles));
-  if (gemm.first < gemm.columns) gemm.run();
+  if (gemm.first >= gemm.columns) return;
+  gemm.run();
+  gemm.store(RowResults<E>(p, at, step));
 }
 
 // ---- 权重的梯度 ----

@@ -23,59 +23,82 @@ __device__ __forceinline__ float keep_side(float x, float limit) {
 
 // ---- 按行的三步：一块行乘一个专家的权重 ----
 
-// WIDE：权重按 [k][列] 存，否则 [列][k]。
-template <class E, bool WIDE>
-struct RowProduct {
+// 一块的形状：列数，k 分几段、各多长（dg、du 各一段）。
+struct RowShape {
+  int inner, columns, depth, segments;
+  bool paired, apart;  // apart：列（GATE_UP）或 k（INPUT_GRAD）先是 gate、再是 up
+
+  __device__ __forceinline__ RowShape(const BackwardParams &p, BackwardStep step, int e) {
+    const dso_cuda_moe_experts_params &in = p.in;
+    paired = in.w.paired && e < in.routing.experts;
+    apart = step != HIDDEN_GRAD && in.w.gated && !paired;
+    inner = static_cast<int>(expert_at(in.w, in.routing.experts, e).inner);
+    int both = in.w.gated ? 2 * inner : inner;
+    columns = step == GATE_UP ? both : step == HIDDEN_GRAD ? inner : static_cast<int>(in.k);
+    segments = step == INPUT_GRAD && apart ? 2 : 1;
+    depth = static_cast<int>(step == GATE_UP ? in.k : step == HIDDEN_GRAD ? in.n : both / segments);
+  }
+};
+
+// 操作数的位置。WIDE：权重按 [k][列] 存，否则 [列][k]。
+template <bool WIDE>
+struct RowOperands : RowShape {
+  const uint16_t *left_base, *low, *high;  // 第 half 列起、第二段在 high
+  int64_t left_rs, low_rs, high_rs;
+  const int32_t *token;  // 收集的行；NULL 时是这一块自己的行
+  int rows, half, left_next;
+
+  __device__ __forceinline__ RowOperands(const BackwardParams &p, const dso_cuda_moe_tile &tile,
+                                         BackwardStep step)
+      : RowShape(p, step, tile.expert), rows(tile.rows) {
+    const dso_cuda_moe_experts_params &in = p.in;
+    dso_expert e = expert_at(in.w, in.routing.experts, tile.expert);
+    bool down = step == HIDDEN_GRAD;
+    low = elements(down ? e.down.data : e.gate.data), high = elements(e.up.data);
+    low_rs = down ? e.down.rs : e.gate.rs, high_rs = e.up.rs;
+    half = step == GATE_UP && apart ? inner : columns;
+    token = step == INPUT_GRAD ? nullptr : in.routing.token + tile.row;
+    GradientRow gu = gradient_row(p, tile.row);
+    left_next = gu.up;
+    left_base = step == INPUT_GRAD ? elements(p.gu) + gu.at
+                                   : elements(step == GATE_UP ? in.x.data : p.dy.data);
+    left_rs = step == INPUT_GRAD ? gu.stride : step == GATE_UP ? in.x.rs : p.dy.rs;
+  }
+
+  // 一块的第 row 行是 left_base 的第几行；越界的是 -1。
+  __device__ __forceinline__ int left_index(int row) const {
+    return row >= rows ? -1 : token ? token[row] : row;
+  }
+  __device__ __forceinline__ const uint16_t *left(int row) const {
+    int at = left_index(row);
+    return at < 0 ? nullptr : left_base + at * left_rs;
+  }
+
+  // 第 c 列在 k = 0 的地址；越界的为空。转置的权重里 up 的列紧接 gate 的。
+  __device__ __forceinline__ const uint16_t *right(int c) const {
+    if (c >= columns) return nullptr;
+    if (WIDE) return low + c;
+    bool up = c >= half;
+    return up ? high + (c - half) * high_rs : low + c * low_rs;
+  }
+
+  // WIDE 时 k 的间隔；second：第二段，另隔 high - low。
+  __device__ __forceinline__ int64_t right_stride(bool second) const {
+    return second ? high_rs : low_rs;
+  }
+};
+
+// 结果怎样写出。
+template <class E>
+struct RowResults : RowShape {
   const BackwardParams &p;
   const dso_cuda_moe_experts_params &in;
   dso_cuda_moe_tile tile;
   BackwardStep step;
-  dso_expert expert;
-  bool paired;
-  int inner, columns, depth, segments;  // k 分几段，各 depth：dg、du 各一段
-  int64_t left_next, right_next;        // 下一段在哪里
 
-  __device__ __forceinline__ RowProduct(const BackwardParams &params, const dso_cuda_moe_tile &at,
+  __device__ __forceinline__ RowResults(const BackwardParams &params, const dso_cuda_moe_tile &at,
                                         BackwardStep s)
-      : p(params),
-        in(params.in),
-        tile(at),
-        step(s),
-        expert(expert_at(params.in.w, params.in.routing.experts, at.expert)) {
-    paired = in.w.paired && at.expert < in.routing.experts;
-    inner = static_cast<int>(expert.inner);
-    int both = in.w.gated ? 2 * inner : inner;
-    columns = step == GATE_UP ? both : step == HIDDEN_GRAD ? inner : static_cast<int>(in.k);
-    segments = step == INPUT_GRAD && in.w.gated && !paired ? 2 : 1;
-    depth = static_cast<int>(step == GATE_UP ? in.k : step == HIDDEN_GRAD ? in.n : both / segments);
-    left_next = segments == 2 ? gradient_row(p, tile.row).up : 0;
-    right_next = segments == 2 ? elements(expert.up.data) - elements(expert.gate.data) : 0;
-  }
-
-  // 一块的第 row 行；越界的为空。
-  __device__ __forceinline__ const uint16_t *left(int row) const {
-    if (row >= tile.rows) return nullptr;
-    int64_t at = tile.row + row;
-    if (step == GATE_UP) return elements(in.x.data) + in.routing.token[at] * in.x.rs;
-    if (step == HIDDEN_GRAD) return elements(p.dy.data) + in.routing.token[at] * p.dy.rs;
-    return elements(p.gu) + gradient_row(p, at).at;
-  }
-
-  // 第 c 列在 k = 0 的地址；越界的为空。GATE_UP 的列是 gate 的全部、再 up 的全部。
-  __device__ __forceinline__ const uint16_t *right(int c) const {
-    if (c >= columns) return nullptr;
-    if (step == HIDDEN_GRAD) return elements(expert.down.data) + (WIDE ? c : c * expert.down.rs);
-    bool up = step == GATE_UP && !paired && c >= inner;
-    int n = up ? c - inner : c;
-    const uint16_t *base = elements(up ? expert.up.data : expert.gate.data);
-    return base + (WIDE ? n : n * (up ? expert.up.rs : expert.gate.rs));
-  }
-
-  // WIDE 时 k 的间隔；second：第二段。
-  __device__ __forceinline__ int64_t right_stride(bool second) const {
-    if (step == HIDDEN_GRAD) return expert.down.rs;
-    return second ? expert.up.rs : expert.gate.rs;
-  }
+      : RowShape(params, s, at.expert), p(params), in(params.in), tile(at), step(s) {}
 
   // 第 row 行第 c 列起的 8 个结果；返回其中的 <A, h>。
   __device__ __forceinline__ float finish(int row, int c, Vec<8> v) const {
@@ -90,8 +113,9 @@ struct RowProduct {
 
   // 加偏置，写进 gu；8 列在同一边。
   __device__ __forceinline__ void store_gate_up(int64_t row, int c, Vec<8> v) const {
-    bool up = !paired && c >= inner, clips = dso_act_clips(in.act.kind);
+    bool up = !paired && c >= inner, clipped = clips(in.act.kind);
     int n = up ? c - inner : c;
+    dso_expert expert = expert_at(in.w, in.routing.experts, tile.expert);
     int64_t bias_step = paired ? 1 : expert.bias_step;
     const void *bias = up ? expert.up_bias : expert.gate_bias;
 #pragma unroll
@@ -99,7 +123,7 @@ struct RowProduct {
       float x = v.v[j];
       if (bias) x += load_one(bias, E::dtype, (n + j) * bias_step);
       bool one_sided = paired ? j % 2 == 0 : !up;  // gate 只截上面
-      v.v[j] = clips && !(one_sided && x < 0.0f) ? keep_side<E>(x, in.act.limit) : x;
+      v.v[j] = clipped && !(one_sided && x < 0.0f) ? keep_side<E>(x, in.act.limit) : x;
     }
     GradientRow to = gradient_row(p, row);
     store<8>(p.gu, E::dtype, to.at + (up ? to.up : 0) + n, v);
@@ -205,16 +229,17 @@ struct WeightProduct {
   // 第 m 行第 n 列起的 8 个结果；它们在 gate 或 up 的同一边。
   __device__ __forceinline__ void finish(int m, int n, Vec<8> v) const {
     if (m >= left.columns || n >= right.columns) return;
-    const dso_mat *to = &grad.down;
+    // 逐个字段按值选：取地址会把整个对象放进局部内存。
+    const void *base = grad.down.data;
+    int64_t rs = grad.down.rs;
     if (step == GATE_UP_WEIGHT) {
-      int at = transposed ? n : m;
-      bool up = in.w.gated && !paired && at >= inner;
+      bool up = in.w.gated && !paired && (transposed ? n : m) >= inner;
       if (up && transposed) n -= inner;
       if (up && !transposed) m -= inner;
-      to = up ? &grad.up : &grad.gate;
+      base = up ? grad.up.data : grad.gate.data, rs = up ? grad.up.rs : grad.gate.rs;
     }
-    void *data = const_cast<void *>(to->data);
-    int64_t at = m * to->rs + n;
+    void *data = const_cast<void *>(base);
+    int64_t at = m * rs + n;
     if (p.add) {
       Vec<8> old = load<8>(data, E::dtype, at);
 #pragma unroll

@@ -103,44 +103,41 @@ struct Producer {
     cp_async_16(to, valid ? from : nullptr, valid);
   }
 
-  template <class E, bool WIDE>
-  __device__ __forceinline__ void rows(const RowProduct<E, WIDE> &w, int first) {
-    constexpr int A_COPIES = ROWS / LINES, B_COPIES = COLUMNS / LINES, K_COPIES = DEPTH / LINES;
-    int per = steps_of(w.depth);
-    const uint16_t *a[A_COPIES], *b[COLUMNS / BOX_COLUMNS];
+  template <bool WIDE>
+  __device__ __forceinline__ void rows(const RowOperands<WIDE> &w, int first) {
+    constexpr int A_COPIES = ROWS / LINES, B_COPIES = COLUMNS / LINES, K_COPIES = DEPTH / LINES,
+                  BOXES = COLUMNS / BOX_COLUMNS;
+    int per = steps_of(w.depth), a[A_COPIES];
 #pragma unroll
-    for (int i = 0; i < A_COPIES; i++) a[i] = w.left(line + i * LINES);
-    if (WIDE) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS / BOX_COLUMNS; i++)
-        b[i] = w.right(first + i * BOX_COLUMNS + column);
-    }
+    for (int i = 0; i < A_COPIES; i++) a[i] = w.left_index(line + i * LINES);
 #pragma unroll 1
     for (int s = 0; s < per * w.segments; s++, step++) {
       bool second = s >= per;
       int k0 = (second ? s - per : s) * DEPTH;
       mbarrier_wait(shared.empty(step), Shared::parity(step) ^ 1);
       unsigned char *to = shared.a(step) + swizzled(line, column);
-      int64_t skip = k0 + column + (second ? w.left_next : 0);
+      const uint16_t *left = w.left_base + (k0 + column + (second ? w.left_next : 0));
       bool inside = k0 + column < w.depth;
 #pragma unroll
       for (int i = 0; i < A_COPIES; i++)
-        copy(to + i * LINES * BOX_ROW, a[i] + skip, inside && a[i]);
+        copy(to + i * LINES * BOX_ROW, left + a[i] * w.left_rs, inside && a[i] >= 0);
       to += A_BYTES;
-      skip = second ? w.right_next : 0;
+      int64_t skip = second ? w.high - w.low : 0;
       if (WIDE) {
         int64_t rs = w.right_stride(second);
+        int c = first + column;
+        const uint16_t *from = w.low + (skip + (k0 + line) * rs + c);
 #pragma unroll
-        for (int i = 0; i < K_COPIES; i++) {
-          int k = k0 + line + i * LINES;
-          int64_t at = skip + k * rs;
+        for (int i = 0; i < K_COPIES; i++, from += LINES * rs) {
+          bool valid = k0 + line + i * LINES < w.depth;
 #pragma unroll
-          for (int j = 0; j < COLUMNS / BOX_COLUMNS; j++)
-            copy(to + j * BOX + i * LINES * BOX_ROW, b[j] + at, b[j] && k < w.depth);
+          for (int j = 0; j < BOXES; j++)
+            copy(to + j * BOX + i * LINES * BOX_ROW, from + j * BOX_COLUMNS,
+                 valid && c + j * BOX_COLUMNS < w.columns);
         }
       } else {
         skip += k0 + column;
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < B_COPIES; i++) {
           const uint16_t *from = w.right(first + line + i * LINES);
           copy(to + i * LINES * BOX_ROW, from + skip, inside && from);
@@ -227,13 +224,8 @@ struct Consumer {
     step++;
   }
 
-  // 步数少于级数时不错开：否则第 0 组可能领先两块，具名屏障分不清是哪一块的。
+  // steps 大于 0。步数少于级数时不错开：否则第 0 组可能领先两块，具名屏障分不清是哪一块的。
   __device__ __forceinline__ void multiply(int steps) {
-    if (steps == 0) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 2; i++) acc[i] = 0.0f;
-      return;
-    }
     bool apart = steps >= STAGES;
     if (apart && group == 1) named_barrier_sync(LEAD_BARRIER, CONSUMERS);
     issue(false);
@@ -264,26 +256,38 @@ struct Consumer {
     return tile + line * PART + ((column / 4) ^ (line % 8)) * 4 + column % 4;
   }
 
-  // 经共享内存换成每线程一行的 8 列：finish(块内的行, 列, 8 个结果)，每行 8 个线程，依次 4 段列。
+  template <int PART_AT>
+  __device__ __forceinline__ void stage() {
+#pragma unroll
+    for (int j = 0; j < PART / 8; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float *from = acc + PART_AT * PART / 2 + 4 * j + 2 * h;
+        float *to = staged(lane / 4 + 8 * h, j * 8 + lane % 4 * 2);
+        *reinterpret_cast<float2 *>(to) = make_float2(from[0], from[1]);
+      }
+  }
+
+  // 经共享内存换成每线程一行的 8 列：finish(块内的行, 列, 8 个结果)，每行 8 个线程，依次 4 段列。finish 很长，只展开一份。
   template <class Finish>
-  __device__ __forceinline__ void write(Finish finish) {
-#pragma unroll
+  __device__ __forceinline__ void write(bool empty, Finish finish) {
+    static_assert(COLUMNS == 4 * PART, "4 段");
+#pragma unroll 1
     for (int part = 0; part < COLUMNS / PART; part++) {
-#pragma unroll
-      for (int j = 0; j < PART / 8; j++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const float *from = acc + part * PART / 2 + 4 * j + 2 * h;
-          float *to = staged(lane / 4 + 8 * h, j * 8 + lane % 4 * 2);
-          *reinterpret_cast<float2 *>(to) = make_float2(from[0], from[1]);
-        }
+      if (part == 0) stage<0>();
+      if (part == 1) stage<1>();
+      if (part == 2) stage<2>();
+      if (part == 3) stage<3>();
       __syncwarp();
 #pragma unroll 1
       for (int line = lane / 8; line < WARP_ROWS; line += WARP / 8) {
         int column = lane % 8 * 8;
-        float4 low = *reinterpret_cast<const float4 *>(staged(line, column)),
-               high = *reinterpret_cast<const float4 *>(staged(line, column + 4));
-        Vec<8> v = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+        Vec<8> v = {};
+        if (!empty) {
+          float4 low = *reinterpret_cast<const float4 *>(staged(line, column)),
+                 high = *reinterpret_cast<const float4 *>(staged(line, column + 4));
+          v = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+        }
         finish(warp * WARP_ROWS + line, part * PART + column, v);
       }
       __syncwarp();
@@ -302,7 +306,7 @@ __global__ __launch_bounds__(THREADS, 1) void moe_rows_sm90(BackwardParams p, Ba
     registers_decrease<MOE_BACKWARD_PRODUCER_REGISTERS>();
     Producer producer;
     each_tile(p.in.routing, column_blocks, [&](const dso_cuda_moe_tile &tile, int block) {
-      RowProduct<E, WIDE> w(p, tile, step);
+      RowOperands<WIDE> w(p, tile, step);
       if (block * COLUMNS < w.columns) producer.rows(w, block * COLUMNS);
     });
   } else {
@@ -310,12 +314,13 @@ __global__ __launch_bounds__(THREADS, 1) void moe_rows_sm90(BackwardParams p, Ba
     Consumer<E, false, WIDE> consumer;
     int64_t parts = ceil_of(hidden_columns(p.in), PART);
     each_tile(p.in.routing, column_blocks, [&](const dso_cuda_moe_tile &tile, int block) {
-      RowProduct<E, WIDE> w(p, tile, step);
-      int first = block * COLUMNS, steps = steps_of(w.depth) * w.segments;
-      if (first >= w.columns) return;
+      RowShape shape(p, step, tile.expert);
+      int first = block * COLUMNS, steps = steps_of(shape.depth) * shape.segments;
+      if (first >= shape.columns) return;
       if (consumer.group * GROUP_ROWS >= tile.rows) return consumer.skip(steps);
-      consumer.multiply(steps);
-      consumer.write([&](int row, int column, const Vec<8> &v) {
+      if (steps > 0) consumer.multiply(steps);
+      RowResults<E> w(p, tile, step);
+      consumer.write(steps == 0, [&](int row, int column, const Vec<8> &v) {
         float dot = w.finish(row, first + column, v);
         if (step != HIDDEN_GRAD) return;
 #pragma unroll
@@ -347,9 +352,11 @@ __global__ __launch_bounds__(THREADS, 1) void moe_weights_sm90(BackwardParams p,
     each_weight(experts, row_blocks, column_blocks, [&](int e, int m, int n) {
       WeightProduct<E> w(p, step, e);
       if (!w.wanted(m, n)) return;
-      consumer.multiply(steps_of(w.rows.rows));
-      consumer.write(
-          [&](int row, int column, const Vec<8> &v) { w.finish(m + row, n + column, v); });
+      int steps = steps_of(w.rows.rows);
+      if (steps > 0) consumer.multiply(steps);
+      consumer.write(steps == 0, [&](int row, int column, const Vec<8> &v) {
+        w.finish(m + row, n + column, v);
+      });
     });
   }
 }

@@ -8,11 +8,11 @@ namespace {
 
 using namespace dso;
 
-// ---- 偏置的梯度：一块一个专家的 32 列，各 warp 隔着取行，再按 warp 的次序相加 ----
+// ---- 偏置的梯度（共享专家没有）：一块一个专家的 32 列，各 warp 隔着取行，再按 warp 的次序相加 ----
 
-constexpr int BIAS_WARPS = 32;
+constexpr int BIAS_WARPS = 16;
 
-__global__ __launch_bounds__(BIAS_WARPS *WARP) void moe_bias_grads(BackwardParams p, bool down) {
+__global__ __launch_bounds__(BIAS_WARPS *WARP, 2) void moe_bias_grads(BackwardParams p, bool down) {
   __shared__ float part[BIAS_WARPS][WARP];
   const dso_cuda_moe_experts_params &in = p.in;
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
@@ -23,27 +23,29 @@ __global__ __launch_bounds__(BIAS_WARPS *WARP) void moe_bias_grads(BackwardParam
   int64_t n = up ? column - inner : column, columns = down ? in.n : in.w.gated ? 2 * inner : inner;
   const void *bias = down ? to.down_bias : up ? to.up_bias : to.gate_bias;
   ExpertRows rows = rows_of(in.routing, e);
+  bool wanted = bias && column < columns;
   float sum = 0.0f;
-  for (int i = warp; column < columns && bias && i < rows.rows; i += BIAS_WARPS) {
-    int64_t row = rows.begin + i;
-    if (down) {
-      sum += row_weight(in, row) *
-             load_one(p.dy.data, p.dy.dtype, in.routing.token[row] * p.dy.rs + n);
-    } else {
-      GradientRow g = gradient_row(p, row);
-      sum += load_one(p.gu, in.dtype, g.at + (up ? g.up : 0) + n * g.step);
+  if (wanted && down) {
+    for (int i = warp; i < rows.rows; i += BIAS_WARPS) {
+      int64_t row = rows.begin + i;
+      float dy = load_one(p.dy.data, p.dy.dtype, in.routing.token[row] * p.dy.rs + n);
+      sum += in.weights[in.routing.slot[row]] * dy;
     }
+  } else if (wanted) {
+    GradientRow g = gradient_row(p, rows.begin);
+    int64_t at = g.at + (up ? g.up : 0) + n * g.step;
+    for (int i = warp; i < rows.rows; i += BIAS_WARPS)
+      sum += load_one(p.gu, in.dtype, at + i * g.stride);
   }
   part[warp][lane] = sum;
   __syncthreads();
-  if (warp > 0 || column >= columns || !bias) return;
+  if (warp > 0 || !wanted) return;
   sum = 0.0f;
   for (int w = 0; w < BIAS_WARPS; w++) sum += part[w][lane];
   store_one(const_cast<void *>(bias), to.bias_dtype, n * (down ? 1 : to.bias_step), sum);
 }
 
 cudaError_t bias_grads(const BackwardParams &p, bool down, cudaStream_t stream) {
-  // 共享专家没有偏置
   int64_t columns = down ? p.in.n : gate_up_columns(p.in);
   dim3 grid(static_cast<unsigned>(p.in.routing.experts),
             static_cast<unsigned>(ceil_div(columns, WARP)));

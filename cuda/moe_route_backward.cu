@@ -22,7 +22,7 @@ __device__ float logit_score(dso_score score, float z) {
 
 __device__ float slope(dso_score score, float s) {
   if (score == DSO_SCORE_SIGMOID) return s * (1.0f - s);
-  return s == 0.0f ? 0.0f : -expm1f(-s * s) / (2.0f * s);  // 极小的 logits 下溢为 0
+  return -expm1f(-s * s) / fmaxf(2.0f * s, 1e-37f);  // 极小的 logits 得分下溢为 0
 }
 
 struct Row {
@@ -50,14 +50,15 @@ struct Row {
   }
 
   __device__ void scores(float *top, float *inverse) const {
-    auto chosen = [&](int j) { return logits[index[j]]; };
+    if (!is_softmax()) {
+      for (int j = lane; j < top_k; j += WARP) score[j] = logit_score(rule.score, logits[index[j]]);
+      return;
+    }
     if (over_all())
       normalizer(experts, [&](int e) { return logits[e]; }, top, inverse);
-    else if (is_softmax())
-      normalizer(top_k, chosen, top, inverse);
-    for (int j = lane; j < top_k; j += WARP)
-      score[j] =
-          is_softmax() ? expf(chosen(j) - *top) * *inverse : logit_score(rule.score, chosen(j));
+    else
+      normalizer(top_k, [&](int j) { return logits[index[j]]; }, top, inverse);
+    for (int j = lane; j < top_k; j += WARP) score[j] = expf(logits[index[j]] - *top) * *inverse;
   }
 
   // Σ_j grad_j score_j
@@ -87,18 +88,19 @@ struct Row {
       score_grads(d_weights);
       if (is_softmax()) common = dot();
     }
-    for (int e = lane; e < experts; e += WARP) {
-      float x = d_logits ? d_logits[e] : 0.0f;
-      if (d_weights && over_all()) x -= common * (expf(logits[e] - top) * inverse);
-      out[e] = x;
-    }
+    for (int e = lane; e < experts; e += WARP) out[e] = d_logits ? d_logits[e] : 0.0f;
+    if (d_weights && over_all())
+      for (int e = lane; e < experts; e += WARP)
+        out[e] -= common * (expf(logits[e] - top) * inverse);
     __syncwarp();
     if (!d_weights) return;
     // 每个 logits 只归一个线程：下标重复时也依次相加
+    for (int j = lane; j < top_k; j += WARP)
+      score[j] = is_softmax() ? score[j] * (over_all() ? grad[j] : grad[j] - common)
+                              : grad[j] * slope(rule.score, score[j]);
+    __syncwarp();
     for (int j = 0; j < top_k; j++)
-      if (index[j] % WARP == lane)
-        out[index[j]] += is_softmax() ? score[j] * (over_all() ? grad[j] : grad[j] - common)
-                                      : grad[j] * slope(rule.score, score[j]);
+      if (index[j] % WARP == lane) out[index[j]] += score[j];
   }
 };
 
