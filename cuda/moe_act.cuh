@@ -38,8 +38,7 @@ __device__ __forceinline__ float plain_act(dso_act_kind kind, float x) {
 // h；没有门时不看 up。
 template <bool FAST>
 __device__ __forceinline__ float activate(const dso_act &act, bool gated, float gate, float up) {
-  if (!clips(act.kind))
-    return plain_act<FAST>(act.kind, gate) * (gated ? up : 1.0f);
+  if (!clips(act.kind)) return plain_act<FAST>(act.kind, gate) * (gated ? up : 1.0f);
   bool shifted = act.kind == DSO_CLIPPED;
   float g = gate > act.limit ? act.limit : gate;
   float u = up < -act.limit ? -act.limit : up > act.limit ? act.limit : up;
