@@ -74,8 +74,12 @@ Tensor decode(const char *op, const DeviceInputs &m) {
   const ScalarType type = compute_type(in);
   Tensor q_abs = absorb(m, type);
   Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
-  dso_cuda_mla_decode_params p{in, q_abs.const_data_ptr(), o.mutable_data_ptr(),
-                               float_dtype(op, "q", q_abs), m.longest * in.heads, m.covered};
+  dso_cuda_mla_decode_params p{in,
+                               q_abs.const_data_ptr(),
+                               o.mutable_data_ptr(),
+                               float_dtype(op, "q", q_abs),
+                               m.longest * in.heads,
+                               m.covered};
   const Launch launch(m.q);
   size_t bytes = 0;
   check(op, dso_cuda_mla_decode_scratch(&p, &bytes));

@@ -26,9 +26,11 @@ constexpr int DECODE_TRACKS = 4;
 constexpr int GENERAL_ROWS = 8;
 constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
-// 合并：一个 warp 一行的 4 * 32 列；只有几行而分成上百段时也有足够的 warp 同时读。
+// 合并：一个 warp 一行的 128 列，每线程 16 字节；一行的段数平均多于这么多时由几个 warp 分着加（H200 上一行分成 130 段、
+// 一个 warp 逐段加要 30 微秒，几乎全是等显存）。
 constexpr int COMBINE_THREADS = 256;
-constexpr int COMBINE_EACH = 4;
+constexpr int COMBINE_COLUMNS = 128;
+constexpr int COMBINE_SEGMENTS = 4;
 
 // ---- 采样与 MTP ----
 

@@ -174,20 +174,18 @@ __global__ __launch_bounds__(THREADS) void moe_route_kernel(dso_moe_route_params
   }
 }
 
-// ---- 词元少时的 logits：一个 warp 一个专家、LOGIT_TOKENS 个词元 ----
+// ---- 词元少时的 logits：一个 CTA 一个专家、LOGIT_TOKENS 个词元；各 warp 分 K，读权重的请求才够多 ----
 
-constexpr int LOGIT_TOKENS = 8;
+constexpr int LOGIT_TOKENS = 8, LOGIT_WARPS = 4, LOGIT_THREADS = LOGIT_WARPS * WARP;
 
 template <int V>
-__global__ __launch_bounds__(THREADS) void moe_logits_kernel(dso_moe_route_params p) {
-  int lane = static_cast<int>(threadIdx.x) % WARP;
-  int64_t expert =
-      static_cast<int64_t>(blockIdx.x) * MOE_ROUTE_WARPS + static_cast<int>(threadIdx.x) / WARP;
-  int64_t first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
-  if (expert >= p.experts) return;
+__global__ __launch_bounds__(LOGIT_THREADS) void moe_logits_kernel(dso_moe_route_params p) {
+  __shared__ float sums[LOGIT_WARPS][LOGIT_TOKENS];
+  int thread = static_cast<int>(threadIdx.x);
+  int64_t expert = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
   float sum[LOGIT_TOKENS] = {};
-#pragma unroll 2
-  for (int64_t k = static_cast<int64_t>(lane) * V; k < p.k; k += WARP * V) {
+#pragma unroll(V == 1 ? 1 : 4)
+  for (int64_t k = static_cast<int64_t>(thread) * V; k < p.k; k += LOGIT_THREADS * V) {
     Vec<V> w = load<V>(p.weight.data, p.weight.dtype, expert * p.weight.rs + k);
 #pragma unroll
     for (int t = 0; t < LOGIT_TOKENS; t++) {
@@ -200,20 +198,26 @@ __global__ __launch_bounds__(THREADS) void moe_logits_kernel(dso_moe_route_param
 #pragma unroll
   for (int t = 0; t < LOGIT_TOKENS; t++) {
     float total = warp_sum(sum[t]);
-    if (lane == 0 && first + t < p.tokens) p.logits[(first + t) * p.experts + expert] = total;
+    if (thread % WARP == 0) sums[thread / WARP][t] = total;
   }
+  __syncthreads();
+  if (thread >= LOGIT_TOKENS || first + thread >= p.tokens) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < LOGIT_WARPS; w++) total += sums[w][thread];
+  p.logits[(first + thread) * p.experts + expert] = total;
 }
 
 }  // namespace
 
 cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream) {
-  dim3 grid(static_cast<unsigned>(ceil_div(p->experts, MOE_ROUTE_WARPS)),
+  dim3 grid(static_cast<unsigned>(p->experts),
             static_cast<unsigned>(ceil_div(p->tokens, LOGIT_TOKENS)));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   bool wide = p->k % 8 == 0 && wide_ok(p->x.data, p->x.dtype, p->x.rs) &&
               wide_ok(p->weight.data, p->weight.dtype, p->weight.rs);
-  if (wide) return launch(moe_logits_kernel<8>, grid, dim3(THREADS), 0, stream, *p);
-  return launch(moe_logits_kernel<1>, grid, dim3(THREADS), 0, stream, *p);
+  if (wide) return launch(moe_logits_kernel<8>, grid, dim3(LOGIT_THREADS), 0, stream, *p);
+  return launch(moe_logits_kernel<1>, grid, dim3(LOGIT_THREADS), 0, stream, *p);
 }
 
 cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream) {

@@ -31,6 +31,7 @@ TARGETS: dict[Path, bool | str] = {
 }
 BALANCE_BEGIN, BALANCE_END = "<!-- balance:begin -->", "<!-- balance:end -->"
 RETROFIT_BEGIN, RETROFIT_END = "<!-- retrofit:begin -->", "<!-- retrofit:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 _BALANCE = ("max_over_mean", "entropy")
 _BALANCE_NAMES = {
     "none": "不均衡",
@@ -223,14 +224,47 @@ def retrofit(path: Path = RESULTS / "mtp-retrofit.json") -> str:
     return "\n".join([RETROFIT_BEGIN, NOTICE, "", *lines, "", RETROFIT_END])
 
 
+def gpu(path: Path = RESULTS / "gpu-h200.json") -> str:
+    """GPU 上的各项：读数、占屋顶线、要求、对各对照的倍数。"""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    roofline = document["roofline"]
+    lines = [
+        f"{document['date'][:10]}；{document['device']}，驱动 {document['smi']['driver_version']}，"
+        f"torch {document['torch']}，CUDA {document['cuda']}，triton {document['triton']}，"
+        f"transformers {document['transformers']}；拷贝 {roofline['copy_gbps']:,.0f} GB/s，"
+        f"bf16 矩阵乘 {roofline['bf16_tflops']:.0f} TFLOP/s。",
+        "",
+        "| 项 | 微秒 | 读数 | 占屋顶线 | 要求 | 达到 | 对照（倍数） |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        value, target, share = (row.get(key) for key in ("value", "target", "roofline"))
+        reading = f"{_number(value, row['unit'])}" if value is not None else "—"
+        peers = (
+            f"{p['name']} {p['speedup']:.2f}x" for p in row.get("peers", []) if p.get("speedup")
+        )
+        cells = [
+            row["key"],
+            "—" if row.get("us") is None else f"{row['us']:,.0f}",
+            reading,
+            "—" if share is None else f"{share:.0%}",
+            "—" if target is None else f"≥ {target:g}",
+            {True: "是", False: "**否**", None: "—"}[row.get("met")],
+            "、".join(peers) or "—",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([GPU_BEGIN, NOTICE, "", *lines, "", GPU_END])
+
+
 def replaced(text: str, begin: str, end: str, make: Callable[[], str]) -> str:
     """换掉 begin … end 的区块后的全文；没有区块的不变。"""
     return between(begin, end).sub(lambda _: make(), text)
 
 
 def others(text: str) -> str:
-    """换掉均衡与 retrofit 的区块。"""
+    """换掉均衡、retrofit 与 GPU 的区块。"""
     text = replaced(text, BALANCE_BEGIN, BALANCE_END, balance)
+    text = replaced(text, GPU_BEGIN, GPU_END, gpu)
     return replaced(text, RETROFIT_BEGIN, RETROFIT_END, retrofit)
 
 

@@ -37,7 +37,9 @@ def build(env: Env, of: shapes.Shape, attention: str = "sdpa") -> nn.Module:
 def optimized(model: nn.Module) -> tuple[nn.Module, Any]:
     """共用权重、优化过的副本，与它的报告。"""
     fast = shapes.twin(model)
-    report = optimize(fast, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(), dense=DenseConfig()))
+    report = optimize(
+        fast, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(), dense=DenseConfig())
+    )
     stop_metrics(fast)
     return fast, report
 

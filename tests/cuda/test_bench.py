@@ -377,7 +377,8 @@ def test_graph_timing(fake_cuda):
     assert not fake_cuda
 
 
-def test_a_graph_keeps_what_it_reads(fake_cuda):
+@pytest.mark.usefixtures("fake_cuda")
+def test_a_graph_keeps_what_it_reads():
     """图里只有地址：被录的函数（连同它持有的缓存）要活到不再重放。"""
 
     class Cache:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from transformers import DynamicCache  # noqa: E402  # pylint: disable=wrong-import-position
-
-from deepseek_opt import (  # noqa: E402  # pylint: disable=wrong-import-position
-    DenseConfig,
-    MLAConfig,
-    OptimizationProfile,
-    optimize,
-)
-from deepseek_opt.benchmarks import shapes  # noqa: E402  # pylint: disable=wrong-import-position
-from deepseek_opt.errors import DeviceMemoryError  # noqa: E402  # pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-position
+from deepseek_opt import DenseConfig, MLAConfig, OptimizationProfile, optimize  # noqa: E402
+from deepseek_opt.benchmarks import shapes  # noqa: E402
+from deepseek_opt.errors import DeviceMemoryError  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +31,7 @@ def _model():
 def prefilled(model, rows):
     """(缓存, 下一个词元, 它的位置)；缓存留出以后各步的位置。"""
     tokens = torch.arange(rows * PROMPT, device="cuda").view(rows, PROMPT) * 7 % 128
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     logits = model(tokens, past_key_values=cache).logits
     for layer in cache.layers:
         layer.reserve(PROMPT + STEPS + 2, layer.latent, layer.rope)

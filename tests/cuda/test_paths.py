@@ -144,6 +144,18 @@ def test_decode_lengths(length):
     close(ops.mla_decode(*case.args()), case.exact()[0], torch.bfloat16)
 
 
+@pytest.mark.parametrize("rank", [64, 130, 33])
+@pytest.mark.parametrize("sms", [12, 40])
+def test_one_row_on_many_ctas(monkeypatch, sms, rank):
+    """一行分给许多 CTA：合并时由几个 warp 分着加，位数不变。"""
+    monkeypatch.setenv("DSO_HOST_SMS", str(sms))
+    case = attention(1, 1, 3000, 4, (rank, 16, 8, 8), dtype=torch.bfloat16)
+    got = ops.mla_decode(*case.args())
+    close(got, case.exact()[0], torch.bfloat16)
+    monkeypatch.setenv("DSO_HOST_ORDER", "random:3")
+    assert torch.equal(ops.mla_decode(*case.args()), got)
+
+
 def test_device_spans_are_not_read():
     """spans 在设备上时不检查：这里的“设备”就是 CPU，只能核对空的查询范围也照常。"""
     case = attention(2, 3, 40, 4, (64, 16, 8, 8), dtype=torch.bfloat16)

@@ -25,14 +25,17 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return cuda_host::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 
-// 模拟成一块 132 个 SM 的卡太慢；3 个足够让切分与合并都发生。DSO_HOST_SHARED 可改共享内存的上限。
+// 模拟成一块 132 个 SM 的卡太慢；3 个足够让切分与合并都发生。DSO_HOST_SMS 可改个数，DSO_HOST_SHARED 可改共享内存的
+// 上限。
 struct Device {
   int sms, shared_limit, major;
 };
 
 inline cudaError_t device_of(Device *device) {
   const char *shared = std::getenv("DSO_HOST_SHARED"), *major = std::getenv("DSO_HOST_MAJOR");
-  *device = {3, shared ? std::atoi(shared) : 227 << 10, major ? std::atoi(major) : 8};
+  const char *sms = std::getenv("DSO_HOST_SMS");
+  *device = {sms ? std::atoi(sms) : 3, shared ? std::atoi(shared) : 227 << 10,
+             major ? std::atoi(major) : 8};
   return cudaSuccess;
 }
 
