@@ -14,25 +14,32 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-# 每个进程只用得上一个核：分成两半同时跑，先一起编译好。
+# 每个进程只用得上一个核：分成两半（MLA 与其余）同时跑，先一起编译好；再当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
+# 算子的测试里 fp16 与 bf16 是同样的模板，tests/cuda 里两种都有；any_shape 等逐个造数据的慢测试 CPU 上跑。
 LD_PRELOAD="${libraries[*]}" "$python" -c 'from tests.cuda import host_library; host_library.load()'
+few='not float16 and not any_shape and not adversarial'
+half() {
+    local -n cuda_tests=$1_cuda operators=$1_operators hopper_tests=$1_hopper
+    local status=0
+    run "${cuda_tests[@]/#/tests/cuda/test_}" || status=$?
+    run -k "$few" "${operators[@]/#/tests/test_}" || status=$?
+    DSO_HOST_MAJOR=9 run "${hopper_tests[@]/#/tests/cuda/test_}" || status=$?
+    return "$status"
+}
+# shellcheck disable=SC2034  # half 里按名字取
+{
+    mla_cuda=({simulator,simulator_sm90,orders,paths,layer,gpu}.py)
+    mla_operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
+        mla_layer_decode.py)
+    mla_hopper=({orders,gpu,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py)
+    rest_cuda=({gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
+    rest_operators=({mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
+    rest_hopper=({gpu_moe,gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+}
 log=build/cuda-host.log
-(
-    status=0
-    run tests/cuda/test_{simulator,simulator_sm90,orders,paths,layer,gpu}.py \
-        tests/test_{linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_decode_paged}.py \
-        tests/test_{mla_prefill,mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head}.py || status=$?
-    # 再当作 Hopper 跑一遍：形状合适的走 *_sm90.cu。
-    export DSO_HOST_MAJOR=9
-    run tests/cuda/test_{orders,gpu,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py \
-        tests/cuda/test_{gpu_moe,gpu_moe_backward,moe_orders,moe_experts_sm90}.py || status=$?
-    exit "$status"
-) >"$log" 2>&1 &
+half mla >"$log" 2>&1 &
 status=0
-# any_shape、adversarial 是逐个造数据的慢测试，CPU 上跑；这里各算子的形状已经够多。
-run tests/cuda/test_{gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py tests/test_sample.py \
-    tests/test_moe_{route,experts,experts_list,errors,quantized}.py \
-    -k 'not any_shape and not adversarial' || status=$?
+half rest || status=$?
 wait $! || status=$?
 cat "$log"
 exit "$status"
