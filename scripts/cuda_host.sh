@@ -31,10 +31,10 @@ half() {
     mla_cuda=({simulator,simulator_sm90,orders,paths,layer,gpu}.py)
     mla_operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
         mla_layer_decode.py)
-    mla_hopper=({orders,gpu,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py)
+    mla_hopper=({orders,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py)
     rest_cuda=({gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
     rest_operators=({mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
-    rest_hopper=({gpu_moe,gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+    rest_hopper=({gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
 }
 log=build/cuda-host.log
 half mla >"$log" 2>&1 &
