@@ -47,13 +47,13 @@ def error(got: Tensor, want: Tensor) -> Tensor:
 
 
 def assert_no_worse(got: Tensor, eager: Tensor, exact: Tensor, factor: float = 1.1) -> None:
-    """均方根误差不超过 eager 的 factor 倍，最大误差（单个样本，起伏大，也随机器的 BLAS 而变）不超过 2 倍。"""
+    """均方根误差不超过 eager 的 factor 倍，最大误差（单个样本，起伏大，也随机器的 BLAS 而变）不超过 2 倍与 factor 的 1.5 倍。"""
     floor = 1e-3 * torch.finfo(got.dtype).eps * exact.abs().max().item()
     ours, theirs = error(got, exact), error(eager, exact)
     a, b = (e.square().mean().sqrt().item() for e in (ours, theirs))
     assert a <= factor * b + floor, f"均方根误差 {a:.3e} 大于 eager 的 {b:.3e}"
     a, b = ours.max().item(), theirs.max().item()
-    assert a <= 2 * b + floor, f"最大误差 {a:.3e} 大于 eager 的 {b:.3e}"
+    assert a <= max(2, 1.5 * factor) * b + floor, f"最大误差 {a:.3e} 大于 eager 的 {b:.3e}"
 
 
 @dataclasses.dataclass
