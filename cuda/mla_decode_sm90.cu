@@ -19,7 +19,7 @@ namespace {
 using namespace dso;
 
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
-constexpr int PARTS = 3;         // 一级缓冲分开等待的部分：潜变量的前一半、后一半、旋转的键
+constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
 // 具名屏障；后两种一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
 constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
@@ -34,8 +34,8 @@ struct Shape {
   static constexpr int BOXES = RANK / BOX_COLUMNS, HALF = BOXES / 2;
   static constexpr int BOX = KEYS * BOX_ROW, QUERY_BOX = ROWS * BOX_ROW;
   static constexpr int STAGE = (BOXES + 1) * BOX, QUERIES = (BOXES + 1) * QUERY_BOX;
-  // 其余：至多 5 个 ROWS 的浮点数，与每级 2 * PARTS 个 mbarrier。
-  static constexpr int FLOATS = 5 * ROWS * 4, BARRIERS = 2 * PARTS * 8;
+  // 其余：至多 5 个 ROWS 的浮点数，与每级的 mbarrier：一块（64 列）一个等到达的，一部分一个等放行的。
+  static constexpr int FLOATS = 5 * ROWS * 4, BARRIERS = (BOXES + 1 + PARTS) * 8;
   static constexpr int FIT = (SHARED_SM90 - QUERIES - FLOATS) / (STAGE + BARRIERS);
   static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
   static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
@@ -64,16 +64,20 @@ struct Shared {
     barriers = reinterpret_cast<uint64_t *>(floats + 5 * ROWS);
   }
   __device__ unsigned char *stage(int i) const { return stages + i * S::STAGE; }
-  __device__ uint64_t *full(int stage, int part) const { return barriers + stage * PARTS + part; }
-  __device__ uint64_t *empty(int stage, int part) const { return full(S::STAGES + stage, part); }
+  __device__ uint64_t *full(int stage, int box) const {
+    return barriers + stage * (S::BOXES + 1) + box;
+  }
+  __device__ uint64_t *empty(int stage, int part) const {
+    return full(S::STAGES, 0) + stage * PARTS + part;
+  }
 
   // 一半潜变量由用它的组放行（行少时只有一组），最后一块由所有消费者放行；一个 warp 报到一次。
   __device__ void start() const {
-    for (int i = 0; i < S::STAGES; i++)
-      for (int part = 0; part < PARTS; part++) {
-        mbarrier_init(full(i, part), 1);
+    for (int i = 0; i < S::STAGES; i++) {
+      for (int box = 0; box <= S::BOXES; box++) mbarrier_init(full(i, box), 1);
+      for (int part = 0; part < PARTS; part++)
         mbarrier_init(empty(i, part), part == TAIL ? S::CONSUMERS / WARP : GROUP / WARP);
-      }
+    }
     mbarrier_init_fence();
   }
 };
@@ -90,15 +94,16 @@ struct Producer {
   Ring ring;
 
   __device__ void load_part(const Piece &piece, int slot, int part) {
-    uint64_t *full = shared.full(ring.stage, part);
     int first = part * S::HALF, count = part == TAIL ? 1 : S::HALF;
     // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
     int tail = in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS;
     mbarrier_wait(shared.empty(ring.stage, part), ring.parity ^ 1);
-    mbarrier_expect(full, count * S::BOX);
-    for (int i = first; i < first + count; i++)
+    for (int i = first; i < first + count; i++) {
+      uint64_t *full = shared.full(ring.stage, i);
+      mbarrier_expect(full, S::BOX);
       tma_load(shared.stage(ring.stage) + i * S::BOX, part == TAIL ? rope : latent, full,
                part == TAIL ? tail : i * BOX_COLUMNS, slot, piece.at.row);
+    }
   }
 
   __device__ void run(const Piece &piece) {
@@ -133,8 +138,8 @@ struct Consumer {
         lane(static_cast<int>(threadIdx.x) % WARP) {}
 
   __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
-  __device__ void wait(Ring at, int part) const {
-    mbarrier_wait(shared.full(at.stage, part), at.parity);
+  __device__ void wait(Ring at, int box) const {
+    mbarrier_wait(shared.full(at.stage, box), at.parity);
   }
 
   // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。
@@ -158,16 +163,15 @@ struct Consumer {
     named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
   }
 
-  // 发出这一块的得分；行少时左边是键，行多时左边是查询。
+  // 发出这一块的得分；行少时左边是键，行多时左边是查询。到了 64 列就算 64 列，不等整块：
+  // 缓冲只有两级，要等整块，刚放行的那一级来不及补上。
   template <int R>
   __device__ void score(Ring at, float (&s)[R]) {
     uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
 #pragma unroll
     for (int box = 0; box <= S::BOXES; box++) {
-      if (box % S::HALF == 0) {
-        wait(at, box / S::HALF);
-        wgmma_fence();
-      }
+      wait(at, box);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < BOX_ROW; k += 32) {
         uint64_t key = advance(keys, box * S::BOX + k);
@@ -458,7 +462,8 @@ struct Many : Consumer<E, RANK, ROWS> {
   // 等另一组的 P。
   __device__ void receive(Ring at) const {
     named_barrier_sync(READY_BARRIER + 1 - W, S::CONSUMERS);
-    this->wait(at, W);
+#pragma unroll
+    for (int box = W * S::HALF; box < (W + 1) * S::HALF; box++) this->wait(at, box);
   }
 
   // 发出 O = O * 缩放 + P · 块的第 W 半列；sum 是自己算的块的指数之和。

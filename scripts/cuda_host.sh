@@ -14,32 +14,18 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-# 每个进程只用得上一个核：分成两半（MLA 与其余）同时跑，先一起编译好；再当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
-# 算子的测试里 fp16 与 bf16 是同样的模板，tests/cuda 里两种都有；any_shape 等逐个造数据的慢测试 CPU 上跑。
+# 先一起编译好，再分给两个进程；最后当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
+# 算子的测试里 fp16 与 bf16 是同样的模板，tests/cuda 里两种都有；逐个造数据的、CPU 线程数的、很大的只在 CPU 上跑。
 LD_PRELOAD="${libraries[*]}" "$python" -c 'from tests.cuda import host_library; host_library.load()'
-few='not float16 and not any_shape and not adversarial'
-half() {
-    local -n cuda_tests=$1_cuda operators=$1_operators hopper_tests=$1_hopper
-    local status=0
-    run "${cuda_tests[@]/#/tests/cuda/test_}" || status=$?
-    run -k "$few" "${operators[@]/#/tests/test_}" || status=$?
-    DSO_HOST_MAJOR=9 run "${hopper_tests[@]/#/tests/cuda/test_}" || status=$?
-    return "$status"
-}
-# shellcheck disable=SC2034  # half 里按名字取
-{
-    mla_cuda=({simulator,simulator_sm90,orders,paths,layer,gpu}.py)
-    mla_operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
-        mla_layer_decode.py)
-    mla_hopper=({orders,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py)
-    rest_cuda=({gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
-    rest_operators=({mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
-    rest_hopper=({gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
-}
-log=build/cuda-host.log
-half mla >"$log" 2>&1 &
+cuda=({simulator,simulator_sm90,orders,paths,layer,gpu}.py
+    {gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
+operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
+    {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
+hopper=({orders,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
+    {gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+few='not float16 and not any_shape and not adversarial and not thread_count and not activation_no_less and not 400-dtype'
 status=0
-half rest || status=$?
-wait $! || status=$?
-cat "$log"
+run "${parallel[@]}" "${cuda[@]/#/tests/cuda/test_}" || status=$?
+run "${parallel[@]}" -k "$few" "${operators[@]/#/tests/test_}" || status=$?
+DSO_HOST_MAJOR=9 run "${parallel[@]}" "${hopper[@]/#/tests/cuda/test_}" || status=$?
 exit "$status"
