@@ -85,6 +85,15 @@ __device__ inline bool token_seen(const dso_mla_inputs &in, int64_t token) {
   return __any_sync(ALL_LANES, seen) != 0;
 }
 
+// 没有键可看的第 token 个查询：它在 rows 里的 width 个结果写 0。整个 warp 一起调用；返回写了没有。
+__device__ inline bool clear_unseen(const dso_mla_inputs &in, int64_t token, void *rows,
+                                    dso_dtype dtype, int64_t width) {
+  if (token >= in.b * in.t || token_seen(in, token)) return false;
+  for (int64_t i = threadIdx.x % WARP; i < width; i += WARP)
+    store_one(rows, dtype, token * width + i, 0.0f);
+  return true;
+}
+
 __device__ inline const char *element(const void *base, dso_dtype dtype, int64_t i) {
   return static_cast<const char *>(base) + i * bytes_of(dtype);
 }

@@ -73,7 +73,13 @@ __device__ inline void write_pair(const DecodeArgs &args, const Piece &piece, in
   if (second) store_one(args.o, args.dtype, at * args.in.rank + column + 1, b * inverse);
 }
 
-// mla_decode_sm90.cu：bytes 不为空时只算共享内存的大小，不启动。
+// 各条路径（mla_decode_{mma,sm90,general}.cu）：bytes 不为空时只算共享内存的大小，不启动。
+cudaError_t run_decode_mma(const DecodeArgs &args, int *bytes, cudaStream_t stream);
 cudaError_t run_decode_sm90(const DecodeArgs &args, int *bytes, cudaStream_t stream);
+cudaError_t run_decode_general(const DecodeArgs &args, int *bytes, cudaStream_t stream);
+
+// 部分结果的合并；不在任何 span 里的词元写 0。
+cudaError_t run_decode_combine(const DecodeArgs &args, const dso_cuda_mla_decode_params &p,
+                               cudaStream_t stream);
 
 }  // namespace dso

@@ -33,8 +33,10 @@ bool prefill_sm90_fits(const dso_mla_inputs &in, const Device &device);
 cudaError_t run_prefill_sm90(const dso_cuda_mla_prefill_params *p, int tiles, int sms,
                              cudaStream_t stream);
 
-// Hopper 的反向（mla_prefill_backward_sm90.cu）。
-bool backward_sm90_fits(const dso_mla_inputs &in, const Device &device);
-cudaError_t run_backward_sm90(const dso_cuda_mla_prefill_backward_params *p, cudaStream_t stream);
+// Hopper 的反向（mla_prefill_backward_{dkv,dq}_sm90.cu）：形状、设备的要求同前向。
+cudaError_t run_backward_dkv_sm90(const dso_cuda_mla_prefill_backward_params &p,
+                                  cudaStream_t stream);
+cudaError_t run_backward_dq_sm90(const dso_cuda_mla_prefill_backward_params &p,
+                                 cudaStream_t stream);
 
 }  // namespace dso

@@ -590,7 +590,10 @@ cudaError_t dso_cuda_mla_prefill_backward(const Params *p, cudaStream_t stream) 
   Device device;
   cudaError_t error = device_of(&device);
   if (error != cudaSuccess) return error;
-  if (backward_sm90_fits(in, device)) return run_backward_sm90(p, stream);
+  if (prefill_sm90_fits(in, device)) {
+    error = run_backward_dkv_sm90(*p, stream);
+    return error == cudaSuccess ? run_backward_dq_sm90(*p, stream) : error;
+  }
   to.shared_limit = device.shared_limit;
   return p->in.dtype == DSO_BF16 ? pick<Bf16>(p, to) : pick<F16>(p, to);
 }

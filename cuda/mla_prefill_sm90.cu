@@ -7,10 +7,7 @@
 //
 // span 末尾之后的 V 可能是别人的 NaN（0 * NaN 会混进来），所以最后一块的那些行在共享内存里清零；被 kv_mask
 // 遮住的由调用者在展开之前清零（mla_latents.cu）。
-#include <tma.cuh>
-
-#include "mla_prefill.cuh"
-#include "tile_sm90.cuh"
+#include "mla_prefill_sm90.cuh"
 
 namespace {
 
@@ -23,10 +20,6 @@ constexpr int SCORES = KEYS / 2;            // 每线程的得分数
 // 具名屏障：轮到哪一组（一组一个）、最后一块清零了、组内的（一组一个）。
 constexpr int TURN_BARRIER = 1, TAIL_BARRIER = TURN_BARRIER + GROUPS;
 constexpr int GROUP_BARRIER = TAIL_BARRIER + 1;
-
-struct Maps {
-  CUtensorMap q, k, v, rope;
-};
 
 // 共享内存：Q、各级的 K（含旋转部分）与 V，都由 64 列的块组成；末尾是 mbarrier。算完之后结果经 Q 的位置写出。
 template <int NOPE_BOXES, int DV>
@@ -100,41 +93,35 @@ struct Producer {
   using L = Layout<NOPE_BOXES, DV>;
   using S = Shared<NOPE_BOXES, DV>;
 
-  const Maps &maps;
+  const PrefillMaps &maps;
   const dso_cuda_mla_prefill_params &p;
   S shared;
   int turn = 0, block = 0;  // 第几块工作，第几块键
 
-  __device__ Producer(const Maps &m, const dso_cuda_mla_prefill_params &params)
+  __device__ Producer(const PrefillMaps &m, const dso_cuda_mla_prefill_params &params)
       : maps(m), p(params) {}
 
   __device__ void load_queries(const Tile &tile) {
-    int nope = static_cast<int>(p.in.nope_dim), t = static_cast<int>(p.in.t);
+    auto t = static_cast<int>(p.in.t);
     mbarrier_wait(shared.q_empty(), turn % 2 ^ 1);
     mbarrier_expect(shared.q_full(), L::K_BOXES * L::Q_BOX);
-    for (int i = 0; i < L::K_BOXES; i++)
-      tma_load(shared.base + i * L::Q_BOX, &maps.q, shared.q_full(),
-               i < NOPE_BOXES ? i * BOX_COLUMNS : nope, static_cast<int>(p.first_head) + tile.head,
-               tile.at.q_begin % t + tile.first, tile.at.q_begin / t);
+    load_q<NOPE_BOXES>(maps, p.in, tile.at.q_begin / t, tile.at.q_begin % t + tile.first,
+                       static_cast<int>(p.first_head) + tile.head, shared.base, L::Q_BOX,
+                       shared.q_full());
   }
 
   __device__ void load_keys(const Tile &tile, int slot) {
     mbarrier_wait(shared.k_empty(block), S::parity(block) ^ 1);
     mbarrier_expect(shared.k_full(block), L::K_STAGE);
-    for (int i = 0; i < NOPE_BOXES; i++)
-      tma_load(shared.k(block) + i * L::KEY_BOX, &maps.k, shared.k_full(block), i * BOX_COLUMNS,
-               tile.head, slot, tile.at.row);
-    // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
-    tma_load(shared.k(block) + NOPE_BOXES * L::KEY_BOX, &maps.rope, shared.k_full(block),
-             p.in.rope_dim > 0 ? 0 : NOPE_BOXES * BOX_COLUMNS, 0, slot, tile.at.row);
+    load_k<NOPE_BOXES>(maps, p.in, tile.at.row, slot, tile.head, shared.k(block), L::KEY_BOX,
+                       shared.k_full(block));
   }
 
   __device__ void load_values(const Tile &tile, int slot) {
     mbarrier_wait(shared.v_empty(block), S::parity(block) ^ 1);
     mbarrier_expect(shared.v_full(block), L::V_STAGE);
-    for (int i = 0; i < L::V_BOXES; i++)
-      tma_load(shared.v(block) + i * L::KEY_BOX, &maps.v, shared.v_full(block), i * BOX_COLUMNS,
-               tile.head, slot, tile.at.row);
+    load_v<L::V_BOXES>(maps, tile.at.row, slot, tile.head, shared.v(block), L::KEY_BOX,
+                       shared.v_full(block));
   }
 
   __device__ void run(const Tile &tile) {
@@ -383,9 +370,9 @@ struct Consumer {
 };
 
 template <class E, int NOPE_BOXES, int DV>
-__global__ __launch_bounds__(THREADS, 1) void mla_prefill_sm90(const __grid_constant__ Maps maps,
-                                                               dso_cuda_mla_prefill_params p,
-                                                               int tiles) {
+__global__ __launch_bounds__(THREADS,
+                             1) void mla_prefill_sm90(const __grid_constant__ PrefillMaps maps,
+                                                      dso_cuda_mla_prefill_params p, int tiles) {
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
@@ -403,42 +390,10 @@ __global__ __launch_bounds__(THREADS, 1) void mla_prefill_sm90(const __grid_cons
   }
 }
 
-cudaError_t make_maps(const dso_cuda_mla_prefill_params &p, Maps *maps) {
-  const dso_mla_inputs &in = p.in;
-  int64_t width = in.nope_dim + in.v_dim, row = p.heads * width;
-  int64_t t_step = in.t == 1 ? in.q_hs * in.heads : in.q_ts;  // 只有一个的一维，步长随便
-  TensorBox q{in.q,
-              p.dtype,
-              4,
-              {in.nope_dim + in.rope_dim, in.heads, in.t, in.b},
-              {1, in.q_hs, t_step, in.q_bs},
-              {BOX_COLUMNS, 1, ROWS, 1}};
-  TensorBox k{p.kv,
-              p.dtype,
-              4,
-              {in.nope_dim, p.heads, in.s, in.b},
-              {1, width, row, in.s * row},
-              {BOX_COLUMNS, 1, KEYS, 1}};
-  TensorBox v = k;
-  v.base = static_cast<const uint16_t *>(p.kv) + in.nope_dim, v.dims[0] = in.v_dim;
-  TensorBox rope{in.rope,
-                 p.dtype,
-                 4,
-                 {in.rope_dim, 1, in.s, in.b},
-                 {1, in.rope_dim, in.rope_ts, in.rope_bs},
-                 {BOX_COLUMNS, 1, KEYS, 1}};
-  cudaError_t error = make_tensor_map(&maps->q, q);
-  if (error == cudaSuccess) error = make_tensor_map(&maps->k, k);
-  if (error == cudaSuccess) error = make_tensor_map(&maps->v, v);
-  // 没有旋转部分：借用 K 的描述，从界外读。
-  if (error == cudaSuccess) error = make_tensor_map(&maps->rope, in.rope_dim > 0 ? rope : k);
-  return error;
-}
-
 template <class E, int NOPE_BOXES, int DV>
 cudaError_t run(const dso_cuda_mla_prefill_params *p, int tiles, int sms, cudaStream_t stream) {
-  Maps maps;
-  cudaError_t error = make_maps(*p, &maps);
+  PrefillMaps maps;
+  cudaError_t error = make_prefill_maps(*p, ROWS, KEYS, &maps);
   if (error != cudaSuccess) return error;
   int64_t total = tiles * p->heads;
   auto ctas = static_cast<unsigned>(total < sms ? total : sms);
@@ -458,7 +413,7 @@ namespace dso {
 
 bool prefill_sm90_fits(const dso_mla_inputs &in, const Device &device) {
   auto positive = [](int64_t a, int64_t b) { return a > 0 && b > 0; };
-  return device.major == 9 && device.shared_limit >= Layout<2, 128>::BYTES && !in.pages &&
+  return device.major == 9 && device.shared_limit >= SHARED_SM90 && !in.pages &&
          in.nope_dim > 0 && in.nope_dim <= 128 && in.rope_dim <= 64 && in.v_dim <= 128 &&
          positive(in.q_hs, in.t == 1 ? 1 : in.q_ts) && (in.q_bs > 0 || in.b == 1) &&
          positive(in.s == 1 ? 1 : in.rope_ts, in.b == 1 ? 1 : in.rope_bs);

@@ -12,10 +12,8 @@ constexpr int WARPS = 8;
 // 一个 warp 一个词元。
 __global__ __launch_bounds__(WARPS *WARP) void mla_clear_unseen(dso_cuda_mla_unseen_params p) {
   int64_t token = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
-  if (token >= p.in.b * p.in.t || token_seen(p.in, token)) return;
-  int lane = static_cast<int>(threadIdx.x) % WARP;
-  for (int64_t i = lane; i < p.width; i += WARP)
-    store_one(p.rows, p.dtype, token * p.width + i, 0.0f);
+  if (!clear_unseen(p.in, token, p.rows, p.dtype, p.width)) return;
+  int64_t lane = threadIdx.x % WARP;
   for (int64_t i = lane; p.lse && i < p.in.heads; i += WARP)
     p.lse[token * p.in.heads + i] = -INFINITY;
 }

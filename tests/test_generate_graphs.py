@@ -134,9 +134,55 @@ def test_copies_and_returned_caches_do_not_share(model):
     assert out.past_key_values is not None and graphs._KEPT not in model.mtp.__dict__
 
 
-def test_sampling_and_processors_are_not_recorded(model):
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("eos", [None, EOS])
+def test_sampled_replays_give_the_same_tokens(model, rows, eos):
+    """随机数在录好的一步之外取：与逐个词元的采样相同，发生器也停在同一处。"""
+    options = {**SAMPLED, "eos_token_id": eos}
+    for seed in (1, 2):
+        inputs = prompts(rows, 6, seed)
+        before = Graph.replays
+        torch.manual_seed(seed)
+        out = model.generate(**inputs, **{**OPTIONS, **options})
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert torch.equal(out, plain(model, inputs, **options))
+        assert torch.equal(state, torch.get_rng_state())
+        if eos is None:
+            assert Graph.replays - before >= 3
+
+
+def test_other_sampling_options_record_again(model):
     inputs = prompts(2, 6, 1)
-    for options in ({"do_sample": True}, {"repetition_penalty": 1.2}):
+    for options in (SAMPLED, {**SAMPLED, "temperature": 1.3}, {}):
+        torch.manual_seed(1)
+        out = model.generate(**inputs, **{**OPTIONS, **options})
+        torch.manual_seed(1)
+        assert torch.equal(out, plain(model, inputs, **options))
+        assert len(model.mtp.__dict__[graphs._KEPT]._recorded) >= 1
+
+
+def test_accepted_samples_are_replayed_too(monkeypatch):
+    """随包的模型，温度低：草稿多半被接受，各行快慢不一，随机数各取各的。"""
+    install(monkeypatch)
+    original = mtp_models.original(torch.float32)
+    config = dso.MTPConfig(draft_length=4, fixed_draft_length=True)
+    fast = mtp_models.optimized(original, config)
+    ids = mtp_models.prompts(3, 24)
+    options = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 40, "pad_token_id": 0}
+    torch.manual_seed(3)
+    out = fast.generate(ids, **options, eos_token_id=None)
+    torch.manual_seed(3)
+    assert torch.equal(out, original.generate(ids, **options, eos_token_id=None))
+    assert Graph.replays > 5 and fast.mtp.draft_statistics.num_accepted_tokens > 20
+
+
+def test_processors_are_not_recorded(model):
+    inputs = prompts(2, 6, 1)
+    for options in ({"repetition_penalty": 1.2}, {"do_sample": True, "repetition_penalty": 1.2}):
         before = Graph.replays
         torch.manual_seed(1)
         out = model.generate(**inputs, **{**OPTIONS, **options})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,16 @@ class Greedy:
         if self.scores.reads_tokens:
             self.rows.place(drafts)
 
+    def prepare(self, step: Any, length: int, live: Sequence[int]) -> None:
+        """step 就要起草 length 个并核对；批里的 live 各行还在前进。"""
+
     def settle(self) -> None:
         """这一步的结果读回来了。"""
+
+    @property
+    def key(self) -> tuple:
+        """决定怎样选的一切：相同的可以接着用录好的 CUDA graph。"""
+        return (type(self),)
 
     @property
     def on_device(self) -> bool:
@@ -84,6 +93,7 @@ class Sampled:
     ):
         self.scores, self.rows, self.predictor = scores, rows, predictor
         self.generator = generator or default_generator(rows.device)
+        self._block: Tensor | None = None  # 这一步要用的 [R, D + 1, V]
         self._noise: list[Tensor] = []  # 从第 _first 个词元起，各 [B, V]
         self._states: list[Tensor] = []
         self._first = 0
@@ -96,7 +106,24 @@ class Sampled:
         most = max(NOISE_BYTES // (self._noise[0].numel() * 4), 1)
         return max(0, min(length, most - 1 - (max(counts) - min(counts))))
 
-    on_device = False  # 随机数按主机知道的步数取
+    @property
+    def key(self) -> tuple:
+        """同 :class:`Greedy`。"""
+        return (type(self), *sorted(self.scores.options.items()))
+
+    @property
+    def on_device(self) -> bool:
+        """同 :class:`Greedy`；随机数在一步之前取好。"""
+        return not self.scores.reads_tokens
+
+    def prepare(self, step: Any, length: int, live: Sequence[int]) -> None:
+        """取好这一步的随机数，放在 step.noise 里固定的地址上（录好的 CUDA graph 从那里读）。"""
+        shape = (step.rows, length + 1, step.vocabulary)
+        block = step.noise.get(shape)
+        if block is None:
+            block = step.noise[shape] = torch.ones(shape, device=self.rows.device)
+        block[to_device(torch.tensor(live), block.device)] = self._for_rows(length + 1, step.vocabulary)
+        self._block = block
 
     def drafted(self, drafts: Tensor) -> None:
         """草稿 [R, D] 起好了，还没有核对。"""
@@ -106,14 +133,13 @@ class Sampled:
     def pick(self, normed: Tensor, depth: int, place: int) -> Tensor:
         """归一化的隐藏状态 [R, H] -> 草稿 [R]：由 MTP 的分布，用第 place 个位置的随机数抽。"""
         probs = self.scores.draft_probabilities(self.predictor.draft_logits(normed, depth))
-        return (probs / self._for_rows(place, 1, probs)[:, 0]).argmax(-1)
+        return (probs / self._block[:, place]).argmax(-1)
 
     def verify(self, logits: Tensor, drafts: Tensor) -> Verified:
         """logits [R, D + 1, V]，drafts [R, D]。"""
         scores = self.scores.process(logits, self.rows)
         probs = self.scores.probabilities(scores, self.rows)
-        races = probs / self._for_rows(0, probs.shape[1], probs)
-        return _verified(scores, races, drafts)
+        return _verified(scores, probs / self._block, drafts)
 
     def finish(self, length: int) -> None:
         """随机数发生器停在逐个词元生成会停的地方。"""
@@ -121,20 +147,18 @@ class Sampled:
         if 0 <= used < len(self._states):
             self.generator.set_state(self._states[used])
 
-    def _for_rows(self, place: int, steps: int, like: Tensor) -> Tensor:
-        """批里各行从第 counts + place 个词元起 steps 个位置的随机数 [R, steps, V]。"""
-        active = self.rows.active
-        begins = [self.rows.counts[b] + place for b in active]
+    def _for_rows(self, steps: int, vocabulary: int) -> Tensor:
+        """还在前进的各行从第 counts 个词元起 steps 个位置的随机数 [R, steps, V]。"""
+        active, device = self.rows.active, self.rows.device
+        begins = [self.rows.counts[b] for b in active]
         while self._first + len(self._noise) < max(begins) + steps:
-            noise = torch.empty(len(self.rows.counts), like.shape[-1], device=like.device)
+            noise = torch.empty(len(self.rows.counts), vocabulary, device=device)
             noise.exponential_(1, generator=self.generator).clamp_min_(_TINY)  # 0 会得 0 / 0
             self._noise.append(noise)
             self._states.append(self.generator.get_state())
         used = self._noise[min(begins) - self._first : max(begins) - self._first + steps]
         late = torch.tensor([n - min(begins) for n in begins])[:, None] + torch.arange(steps)
-        index = to_device(
-            torch.stack((late, torch.tensor(active)[:, None].expand_as(late))), like.device
-        )
+        index = to_device(torch.stack((late, torch.tensor(active)[:, None].expand_as(late))), device)
         return torch.stack(used)[index[0], index[1]]
 
     def settle(self) -> None:

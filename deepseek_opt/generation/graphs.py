@@ -5,7 +5,7 @@
 留到下一次生成，同样多的行、参数的地址没变就接着用；至多留一份。
 
 能录的条件：真的 CUDA 设备，各层由本库的算子直接计算（integrations/steady.py），一个物理的 MTP 层，选词元只是设备上
-的计算（贪心，没有处理器，不返回分数）。不满足的照常逐个算子计算，结果相同。
+的计算（贪心，或随机数在一步之前取好的采样；不看已有的词元，不返回分数）。不满足的照常逐个算子计算，结果相同。
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _can_record(plan: Any, step: Step) -> bool:
 
 def _stamp(plan: Any, step: Step) -> tuple:
     """决定录好的还能不能用的一切：行数、选词元的规则、缓存的种类、参数与缓冲区的地址。"""
-    model, chooser = step.adapter.model, plan.chooser
-    rule = (type(chooser), getattr(chooser, "rule", None), getattr(chooser, "threshold", None))
+    model = step.adapter.model
     caches = (step.target.cache, *step.drafter.caches)
     kinds = [
         (type(layer), layer.store_dtype, layer.max_length, layer.budget_bytes)
@@ -81,7 +80,7 @@ def _stamp(plan: Any, step: Step) -> tuple:
     vocabulary = plan.predictor.draft_vocabulary
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [] if vocabulary is None else [vocabulary]
-    return (step.rows, rule, tuple(kinds), tuple(t.data_ptr() for t in tensors))
+    return (step.rows, plan.chooser.key, tuple(kinds), tuple(t.data_ptr() for t in tensors))
 
 
 class StepGraphs:

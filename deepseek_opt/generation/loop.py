@@ -97,6 +97,7 @@ class Loop:
         behind = drafter.pending if drafter.behind else 0
         length = self._draft_length(behind)
         caught_up = length > 0 and behind > 0
+        self.plan.chooser.prepare(self.step, length, self.live)
         if self.graphs is not None:
             found = self.graphs.run(length, timed=caught_up)
         else:

@@ -26,7 +26,12 @@ class Lossy:
         self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self.scores = chooser.scores
         self.limit, self.pick, self.finish = chooser.limit, chooser.pick, chooser.finish
-        self.drafted, self.settle = chooser.drafted, chooser.settle
+        self.drafted, self.settle, self.prepare = chooser.drafted, chooser.settle, chooser.prepare
+
+    @property
+    def key(self) -> tuple:
+        """同 :class:`~deepseek_opt.generation.choose.Greedy`。"""
+        return (type(self), self.rule, self.threshold, self.chooser.key)
 
     @property
     def on_device(self) -> bool:

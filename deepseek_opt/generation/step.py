@@ -47,7 +47,8 @@ class Step:
     """批里各行的状态与一步的计算；与何时结束、生成到哪里无关。
 
     ``last`` [R] 是各行最后一个词元，还没有进主模型的缓存。``alive`` [R] 为 0 的行不再前进（录好的 graph 不换行数，
-    结束的行留在里面）；None 为都在前进。
+    结束的行留在里面）；None 为都在前进。``vocabulary`` 是 logits 的宽，``noise`` 是采样的
+    随机数，一种形状一块。
     """
 
     def __init__(self, predictor: TokenPredictor, rows: int, device: torch.device):
@@ -56,6 +57,8 @@ class Step:
         self.drafter = Drafter(predictor, rows, device)
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.alive: Tensor | None = None
+        self.vocabulary = 0
+        self.noise: dict[tuple[int, int, int], Tensor] = {}
         self.chooser: Any = None
 
     @property
@@ -70,6 +73,8 @@ class Step:
         self.target.keep(counts)
         logits = self.adapter.logits(last_of(hidden, counts))[:, None]
         drafts = tokens.new_empty(len(lengths), 0)
+        self.vocabulary = logits.shape[-1]
+        self.chooser.prepare(self, 0, range(self.rows))
         found = self.chooser.verify(logits, drafts)
         known = torch.cat((tokens[:, 1:], tokens.new_zeros(len(lengths), 1)), dim=1)
         known.scatter_(1, counts[:, None] - 1, real(found.following)[:, None])
@@ -113,6 +118,7 @@ class Step:
         self.drafter.select(kept)
         index = torch.tensor(kept, device=self.last.device)
         self.last = self.last[index]
+        self.noise.clear()
         self.alive = None if self.alive is None else self.alive[index]
 
     def empty(self) -> None:

@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,6 +51,14 @@ def torch_flags() -> list[str]:
     return [*defines, f"-isystem{folder / 'include'}"]
 
 
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """先写到别处再换名：几个进程同时编译时，别的进程读不到写了一半的文件。"""
+    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    yield partial
+    partial.replace(target)
+
+
 def _compile(source: Path, extra: list[str], folder: Path) -> Path:
     """编译一个文件；源文件与头文件都没变就用上次的。"""
     command = [compiler(), *flags(), *INCLUDES, *extra, "-x", "c++", "-c"]
@@ -62,7 +72,8 @@ def _compile(source: Path, extra: list[str], folder: Path) -> Path:
             return target
     target.unlink(missing_ok=True)
     depend = ["-MMD", "-MF", str(depends)]
-    subprocess.run([*command, *depend, str(source), "-o", str(target)], check=True)
+    with _whole(target) as partial:
+        subprocess.run([*command, *depend, str(source), "-o", str(partial)], check=True)
     return target
 
 
@@ -74,7 +85,8 @@ def build(sources: list[Path], name: str, folder: Path, extra: list[str] | None 
     target = folder / f"{name}.so"
     libs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"]
     link = [compiler(), *flags(), "-shared", *map(str, objects)]
-    subprocess.run([*link, *(libs if extra else []), "-o", str(target)], check=True)
+    with _whole(target) as partial:
+        subprocess.run([*link, *(libs if extra else []), "-o", str(partial)], check=True)
     return target
 
 

@@ -1,0 +1,148 @@
+// mla_decode 的 Hopper 路径，行少（8、16、32）：列是查询，行是键（得分）或潜变量的列（输出）。
+#pragma once
+
+#include "mla_decode_sm90.cuh"
+
+namespace dso::decode {
+
+template <class E, int RANK, int ROWS>
+struct Few : Consumer<E, RANK, ROWS> {
+  using Base = Consumer<E, RANK, ROWS>;
+  using S = Shape<RANK, ROWS>;
+  using Base::args, Base::in, Base::shared, Base::ring, Base::warp, Base::lane, Base::tile;
+
+  static constexpr int COLUMNS = ROWS / 4;  // 一个线程有几列查询
+  float o[S::BOXES][ROWS / 2];
+  float m[COLUMNS], l[COLUMNS];
+  int limit[COLUMNS];
+
+  __device__ explicit Few(const DecodeArgs &a) : Base(a) {}
+
+  // 线程的第 i 列是哪个查询；它的两个键的得分在 s[value_of(i)]、s[value_of(i) + 2]。
+  __device__ int query_of(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ static constexpr int value_of(int i) { return i / 2 * 4 + i % 2; }
+
+  // 在同一列的 8 个线程之间；跨 warp 的由 reduce 交换。
+  template <class Combine>
+  __device__ void reduce_columns(float (&x)[COLUMNS], Combine combine) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+      for (int step = 4; step < WARP; step *= 2)
+        x[i] = combine(x[i], __shfl_xor_sync(ALL_LANES, x[i], step));
+      if (lane < 4) shared.floats[warp * ROWS + query_of(i)] = x[i];
+    }
+    named_barrier_sync(GROUP_BARRIER, GROUP);
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+      x[i] = shared.floats[query_of(i)];
+#pragma unroll
+      for (int w = 1; w < GROUP / WARP; w++)
+        x[i] = combine(x[i], shared.floats[w * ROWS + query_of(i)]);
+    }
+  }
+
+  // 得分变成 P（不写回共享内存），旧的输出乘上缩放。
+  __device__ void softmax(const Piece &piece, int first, float (&s)[ROWS / 2]) {
+    float scale = score_scale(in), top[COLUMNS];
+    int index[2];
+    bool seen[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      index[h] = first + warp * 16 + lane / 4 + 8 * h;
+      seen[h] = this->usable(piece, index[h]);
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float &x = s[value_of(i) + 2 * h];
+        x = seen[h] && index[h] < limit[i] ? x * scale : -INFINITY;
+      }
+      top[i] = fmaxf(s[value_of(i)], s[value_of(i) + 2]);
+    }
+    reduce_columns(top, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+      float next = fmaxf(m[i], top[i]), base = finite_max(next), keep = fast_exp2(m[i] - base);
+      float &a = s[value_of(i)], &b = s[value_of(i) + 2];
+      a = fast_exp2(a - base), b = fast_exp2(b - base);
+      m[i] = next, l[i] = l[i] * keep + (a + b);
+#pragma unroll
+      for (int box = 0; box < S::BOXES; box++)
+        o[box][value_of(i)] *= keep, o[box][value_of(i) + 2] *= keep;
+    }
+  }
+
+  // Pᵀ 写成 [ROWS][64 个键]。
+  __device__ void store_p(const float (&s)[ROWS / 2]) const {
+    unsigned char *p = tile(ring) + S::BOXES * S::BOX;
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i += 4) {
+      uint32_t pairs[2] = {E::pack(s[i], s[i + 1]), E::pack(s[i + 2], s[i + 3])};
+      stmatrix_x2_trans(p + swizzled(i * 2 + lane % 8, warp * 16 + lane / 8 % 2 * 8), pairs);
+    }
+  }
+
+  __device__ void accumulate() {
+    uint64_t values = uniform(mn_major(tile(ring), S::BOX));
+    uint64_t p = uniform(k_major(tile(ring) + S::BOXES * S::BOX));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < S::KEYS; k += 16)
+#pragma unroll
+      for (int box = 0; box < S::BOXES; box++)
+        wgmma<Base::BF16, 1, 0>(o[box], advance(values, box * S::BOX + k * BOX_ROW),
+                                advance(p, k * 2), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int box = 0; box < S::BOXES; box++) wgmma_settle(o[box]);
+  }
+
+  __device__ void finish(const Piece &piece) {
+    reduce_columns(l, [](float a, float b) { return a + b; });
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+      int row = query_of(i);
+      if (!piece.whole && warp == 0 && lane < 4)
+        args.part_m[piece.slot * ROWS + row] = m[i], args.part_l[piece.slot * ROWS + row] = l[i];
+      auto to = this->row_of(piece, row, warp * 16 + lane / 4, l[i]);
+#pragma unroll
+      for (int box = 0; box < S::BOXES; box++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          to.write(box * BOX_COLUMNS + 8 * h, o[box][value_of(i) + 2 * h]);
+    }
+    named_barrier_sync(GROUP_BARRIER, GROUP);  // 下一段要重写 floats
+  }
+
+  __device__ void run(const Piece &piece) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++)
+      m[i] = -INFINITY, l[i] = 0.0f, limit[i] = row_limit(args, piece, query_of(i));
+#pragma unroll
+    for (int box = 0; box < S::BOXES; box++)
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; i++) o[box][i] = 0.0f;
+    this->load_queries(piece);
+    for (int block = 0; block < piece.units; block++) {
+      int first = piece.key_begin + block * S::KEYS;
+      float s[ROWS / 2];
+      this->score(ring, s);
+      wgmma_wait<0>();
+      wgmma_settle(s);
+      softmax(piece, first, s);  // 其中的屏障之后，没有 warp 还在读旋转的键
+      store_p(s);
+      this->clean(piece, ring, first, 0, S::BOXES);
+      fence_proxy_async();
+      named_barrier_sync(GROUP_BARRIER, GROUP);
+      accumulate();
+      for (int part = 0; part < PARTS; part++) this->release(ring, part);
+      ring = ring.next(S::STAGES);
+    }
+    finish(piece);
+  }
+};
+
+}  // namespace dso::decode

@@ -1,0 +1,240 @@
+// 吸收式解码（Hopper）：TMA 把键成块拷进环形的缓冲，wgmma 累加；工作的划分、部分结果与合并同别的路径。
+//
+// 一块 64 个键读进来一次，既当键又当值；一个 warp 是生产者，只发 TMA，其余是消费者（4 个 warp 一组）：
+//   行少（8、16、32）：键放在 wgmma 的 M 一维，Sᵀ [64, ROWS] = 块 · Qᵀ，Oᵀ [r, ROWS] += 块的前 r 列ᵀ · Pᵀ，
+//     头再少也不必补到 64 行；一个消费者组。
+//   行多（64）：S [64, 64] = Q · 块ᵀ，两个消费者组各管隔一块的得分与 softmax，O [64, r] 各管一半的列；
+//     两块一起走，一组做 softmax 时另一组的矩阵乘正在算。
+// 缓冲里每 64 列一个块（tile_sm90.cuh）；最后一块先放旋转的键，得分算完之后原地换成 P。
+#pragma once
+
+#include <tma.cuh>
+
+#include "config.cuh"
+#include "mla_decode.cuh"
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+
+namespace dso::decode {
+
+constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
+constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
+constexpr int TAIL = 2;
+// 具名屏障；后两种一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
+constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
+
+template <int RANK, int ROWS>
+struct Shape {
+  static constexpr bool FEW = ROWS <= 32;
+  static constexpr int GROUPS = FEW ? 1 : 2;
+  // 两个消费者组时生产者也占一组（只有第一个 warp 干活），好把它的寄存器让出来。
+  static constexpr int CONSUMERS = GROUPS * GROUP, THREADS = CONSUMERS + (FEW ? WARP : GROUP);
+  static constexpr int KEYS = DECODE_KEYS_SM90;
+  static constexpr int BOXES = RANK / BOX_COLUMNS, HALF = BOXES / 2;
+  static constexpr int BOX = KEYS * BOX_ROW, QUERY_BOX = ROWS * BOX_ROW;
+  static constexpr int STAGE = (BOXES + 1) * BOX, QUERIES = (BOXES + 1) * QUERY_BOX;
+  // 其余：至多 5 个 ROWS 的浮点数，与每级的 mbarrier：一块（64 列）一个等到达的，一部分一个等放行的。
+  static constexpr int FLOATS = 5 * ROWS * 4, BARRIERS = (BOXES + 1 + PARTS) * 8;
+  static constexpr int FIT = (SHARED_SM90 - QUERIES - FLOATS) / (STAGE + BARRIERS);
+  static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
+  static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
+  static_assert(STAGES >= 2, "放不下两级");
+};
+
+// 环里的位置：第几级、这一级用过几轮（的奇偶）。
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ Ring next(int stages) const {
+    return stage + 1 == stages ? Ring{0, parity ^ 1} : Ring{stage + 1, parity};
+  }
+};
+
+template <int RANK, int ROWS>
+struct Shared {
+  using S = Shape<RANK, ROWS>;
+  unsigned char *stages, *queries;
+  float *floats;
+  uint64_t *barriers;
+
+  __device__ Shared() {
+    stages = dynamic_shared();
+    queries = stages + S::STAGES * S::STAGE;
+    floats = reinterpret_cast<float *>(queries + S::QUERIES);
+    barriers = reinterpret_cast<uint64_t *>(floats + 5 * ROWS);
+  }
+  __device__ unsigned char *stage(int i) const { return stages + i * S::STAGE; }
+  __device__ uint64_t *full(int stage, int box) const {
+    return barriers + stage * (S::BOXES + 1) + box;
+  }
+  __device__ uint64_t *empty(int stage, int part) const {
+    return full(S::STAGES, 0) + stage * PARTS + part;
+  }
+
+  // 一半潜变量由用它的组放行（行少时只有一组），最后一块由所有消费者放行；一个 warp 报到一次。
+  __device__ void start() const {
+    for (int i = 0; i < S::STAGES; i++) {
+      for (int box = 0; box <= S::BOXES; box++) mbarrier_init(full(i, box), 1);
+      for (int part = 0; part < PARTS; part++)
+        mbarrier_init(empty(i, part), part == TAIL ? S::CONSUMERS / WARP : GROUP / WARP);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+// ---- 生产者：整个 warp 找下一段，第一个线程发 TMA ----
+
+template <int RANK, int ROWS>
+struct Producer {
+  using S = Shape<RANK, ROWS>;
+
+  const dso_mla_inputs &in;
+  const CUtensorMap *latent, *rope;
+  Shared<RANK, ROWS> shared;
+  Ring ring;
+
+  __device__ void load_part(const Piece &piece, int slot, int part) {
+    int first = part * S::HALF, count = part == TAIL ? 1 : S::HALF;
+    // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
+    int tail = in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS;
+    mbarrier_wait(shared.empty(ring.stage, part), ring.parity ^ 1);
+    for (int i = first; i < first + count; i++) {
+      uint64_t *full = shared.full(ring.stage, i);
+      mbarrier_expect(full, S::BOX);
+      tma_load(shared.stage(ring.stage) + i * S::BOX, part == TAIL ? rope : latent, full,
+               part == TAIL ? tail : i * BOX_COLUMNS, slot, piece.at.row);
+    }
+  }
+
+  __device__ void run(const Piece &piece) {
+    for (int block = 0; block < piece.units; block++) {
+      if (threadIdx.x % WARP == 0) {
+        int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
+        for (int part = 0; part < PARTS; part++) load_part(piece, slot, part);
+      }
+      ring = ring.next(S::STAGES);
+    }
+    __syncwarp();
+  }
+};
+
+// ---- 消费者的公共部分 ----
+
+template <class E, int RANK, int ROWS>
+struct Consumer {
+  using S = Shape<RANK, ROWS>;
+  static constexpr bool BF16 = E::dtype == DSO_BF16;
+
+  const DecodeArgs &args;
+  const dso_mla_inputs &in;
+  Shared<RANK, ROWS> shared;
+  Ring ring;
+  int warp, lane;  // warp 是组内的
+
+  __device__ explicit Consumer(const DecodeArgs &a)
+      : args(a),
+        in(a.in),
+        warp(static_cast<int>(threadIdx.x) % GROUP / WARP),
+        lane(static_cast<int>(threadIdx.x) % WARP) {}
+
+  __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
+  __device__ void wait(Ring at, int box) const {
+    mbarrier_wait(shared.full(at.stage, box), at.parity);
+  }
+
+  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。
+  __device__ void load_queries(const Piece &piece) {
+    for (int row = static_cast<int>(threadIdx.x) / WARP; row < ROWS; row += S::CONSUMERS / WARP) {
+      int64_t at = row_at(args, piece, row);
+      const auto *latent = static_cast<const uint16_t *>(args.q_abs) + (at < 0 ? 0 : at * in.rank);
+      const auto *rope = static_cast<const uint16_t *>(in.q);
+      if (at >= 0) rope += query_at(in, at / in.heads, at % in.heads) + in.nope_dim;
+      for (int c = lane; c < (S::BOXES + 1) * 8; c += WARP) {
+        int column = c * 8;
+        bool part = column < RANK;
+        bool ok = at >= 0 && (part ? column < in.rank : column - RANK < in.rope_dim);
+        cp_async_16(shared.queries + c / 8 * S::QUERY_BOX + swizzled(row, c % 8 * 8),
+                    part ? latent + (ok ? column : 0) : rope + (ok ? column - RANK : 0), ok);
+      }
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
+  }
+
+  // 发出这一块的得分；行少时左边是键，行多时左边是查询。到了 64 列就算 64 列，不等整块：
+  // 缓冲只有两级，要等整块，刚放行的那一级来不及补上。
+  template <int R>
+  __device__ void score(Ring at, float (&s)[R]) {
+    uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
+#pragma unroll
+    for (int box = 0; box <= S::BOXES; box++) {
+      wait(at, box);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < BOX_ROW; k += 32) {
+        uint64_t key = advance(keys, box * S::BOX + k);
+        uint64_t query = advance(queries, box * S::QUERY_BOX + k);
+        wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, box + k > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  __device__ bool usable(const Piece &piece, int index) const {
+    return index < piece.key_end && slot_seen(in, piece.at, piece.at.slot + index);
+  }
+
+  // 范围之外与被遮住的键可能是 NaN：0 * NaN 不是 0，所以当值用之前清掉 [begin, begin + boxes) 块里的那几行。
+  // 返回有没有要清的（整个 CTA 一致）；之后要 fence_proxy_async 与屏障。
+  __device__ bool clean(const Piece &piece, Ring at, int first, int begin, int boxes) const {
+    if (first + S::KEYS <= piece.key_end && !in.kv_mask) return false;
+    for (int key = warp; key < S::KEYS; key += GROUP / WARP) {
+      if (usable(piece, first + key)) continue;
+      for (int c = lane; c < boxes * 8; c += WARP)
+        *reinterpret_cast<uint4 *>(tile(at) + (begin + c / 8) * S::BOX + key * BOX_ROW +
+                                   c % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    return true;
+  }
+
+  // 一行结果从 column 列起：完整的一段写归一化之后的 16 位，否则写部分结果。
+  struct Row {
+    uint16_t *whole;
+    float *part;
+    float inverse;
+    int room;  // 还有几列；这组之外的行是 0
+    __device__ void write(int offset, float x) const {
+      if (offset >= room) return;
+      if (whole)
+        whole[offset] = static_cast<uint16_t>(E::pack(x * inverse, 0.0f));
+      else
+        part[offset] = x;
+    }
+    // 相邻的两个，offset 是偶数：r 与 column 是 8 的倍数，所以对齐，也不会只有一个在范围内。
+    __device__ void write_pair(int offset, float x, float y) const {
+      if (offset >= room) return;
+      if (whole)
+        *reinterpret_cast<uint32_t *>(whole + offset) = E::pack(x * inverse, y * inverse);
+      else
+        *reinterpret_cast<float2 *>(part + offset) = make_float2(x, y);
+    }
+  };
+
+  __device__ Row row_of(const Piece &piece, int row, int column, float l) const {
+    int64_t at = row_at(args, piece, row);
+    Row to{nullptr, nullptr, l == 0.0f ? 0.0f : 1.0f / l,
+           at < 0 ? 0 : static_cast<int>(in.rank) - column};
+    if (piece.whole)
+      to.whole = static_cast<uint16_t *>(args.o) + (at < 0 ? 0 : at * in.rank + column);
+    else
+      to.part = args.part + static_cast<int64_t>(piece.slot * ROWS + row) * in.rank + column;
+    return to;
+  }
+
+  __device__ void release(Ring at, int part) const {
+    if (lane == 0) mbarrier_arrive(shared.empty(at.stage, part));
+  }
+};
+
+}  // namespace dso::decode
