@@ -17,6 +17,7 @@ struct Many : Consumer<E, RANK, ROWS> {
   using Base = Consumer<E, RANK, ROWS>;
   using S = Shape<RANK, ROWS>;
   using Base::args, Base::in, Base::shared, Base::ring, Base::warp, Base::lane, Base::tile;
+  static constexpr int ALL = S::BOXES + 1;
 
   float o[RANK / 4];
   float l[2];  // 只含自己算的块
@@ -120,12 +121,11 @@ struct Many : Consumer<E, RANK, ROWS> {
     this->release(at, TAIL);
   }
 
-  // 自己的一块：得分算完之后的 softmax 与写出 P。
-  __device__ void weigh(const Piece &piece, Ring at, int block, float (&s)[32], float (&sum)[2]) {
+  // 自己的一块：得分算完之后的 softmax；之后 publish。
+  __device__ void weigh(const Piece &piece, int block, float (&s)[32], float (&sum)[2]) {
     wgmma_settle(s);
     sum[0] = sum[1] = 0.0f;
     softmax(piece, piece.key_begin + block * S::KEYS, W, s, sum);
-    publish(at, s);
   }
 
   // 两组各自的循环：一条 wgmma 没有完成时不经过分支（编译器会把它们排成串行），所以最后一对单独写。
@@ -133,21 +133,24 @@ struct Many : Consumer<E, RANK, ROWS> {
     const float none[2] = {0.0f, 0.0f};
     float s[32], sum[2];
     int block = 0;
-    this->score(ring, s);
+    this->template score<0, ALL>(ring, s);
     wgmma_wait<0>();
     for (; block + 2 < piece.units; block += 2) {
       const Ring second = ring.next(S::STAGES), third = second.next(S::STAGES);
-      weigh(piece, ring, block, s, sum);
+      weigh(piece, block, s, sum);
+      publish(ring, s);
       accumulate(piece, ring, block, sum);
       retire<0>(ring);
       receive(second);
       accumulate(piece, second, block + 1, none);
-      this->score(third, s);
-      retire<1>(second);
+      this->template score<0, S::HALF>(third, s);
+      retire<1>(second);  // 得分的后一半可能还没有到：不让这一级跟着等
+      this->template score<S::HALF, ALL>(third, s);
       wgmma_wait<0>();
       ring = third;
     }
-    weigh(piece, ring, block, s, sum);
+    weigh(piece, block, s, sum);
+    publish(ring, s);
     accumulate(piece, ring, block, sum);
     retire<0>(ring);
     ring = ring.next(S::STAGES);
@@ -165,13 +168,14 @@ struct Many : Consumer<E, RANK, ROWS> {
     int block = 0;
     for (; block + 1 < piece.units; block += 2) {
       const Ring second = ring.next(S::STAGES);
-      this->score(second, s);
+      this->template score<0, ALL>(second, s);
       wgmma_wait<0>();
       wgmma_settle(s);  // 没有完成的 wgmma 不跨过下面的分支，只跨过 softmax
       receive(ring);
       accumulate(piece, ring, block, none);
-      weigh(piece, second, block + 1, s, sum);
+      weigh(piece, block + 1, s, sum);
       retire<0>(ring);
+      publish(second, s);
       accumulate(piece, second, block + 1, sum);
       retire<0>(second);
       ring = second.next(S::STAGES);

@@ -162,13 +162,13 @@ struct Consumer {
     named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
   }
 
-  // 发出这一块的得分；行少时左边是键，行多时左边是查询。到了 64 列就算 64 列，不等整块：
-  // 缓冲只有两级，要等整块，刚放行的那一级来不及补上。
-  template <int R>
+  // 发出这一块的得分里 [BEGIN, END) 各 64 列的部分；行少时左边是键，行多时左边是查询。到了 64 列就算 64 列，
+  // 不等整块：缓冲只有两级，要等整块，刚放行的那一级来不及补上。
+  template <int BEGIN, int END, int R>
   __device__ void score(Ring at, float (&s)[R]) {
     uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
 #pragma unroll
-    for (int box = 0; box <= S::BOXES; box++) {
+    for (int box = BEGIN; box < END; box++) {
       wait(at, box);
       wgmma_fence();
 #pragma unroll
