@@ -208,12 +208,13 @@ inline dso_act check_experts(Experts &m, Stacks &s, const Tensor &x, const Tenso
   const bool gated = options.gated;
   expect_shape(kOp, "x", x, {-1, -1});
   expect(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, kOp,
-         "：group_size 应为 0（int8、fp8）或 32、64、128（int4；fp8 只有 128），实际是 ", group_size, "。");
+         "：group_size 应为 0（int8、fp8）或 32、64、128（int4；fp8 只有 128），实际是 ",
+         group_size, "。");
   const dso_act act = act_of(kOp, options.activation, options.alpha, options.limit, gated);
   expect(shared.empty() || gated, kOp, "：有 shared 时必须有门。");
   const Format format = format_of("gate_up", gate_up, group_size);
-  s.up = stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero, {-1, -1, x.size(1)},
-                  format);
+  s.up =
+      stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero, {-1, -1, x.size(1)}, format);
   expect(!gated || s.up.rows % 2 == 0, kOp, "：gate_up 应由等宽的 gate 与 up 组成，实际宽 ",
          s.up.rows, "。");
   m.x = row_major(x), m.routed = gate_up.size(0), m.inner = gated ? s.up.rows / 2 : s.up.rows;

@@ -393,10 +393,10 @@ constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
 
 // 一个 SM 上至少几块：再多寄存器就要溢出。
 template <Kind K, int MOST>
-constexpr int RESIDENT = MOST > 1     ? (Step<K>::int4 ? 2 : 3)
-                         : K == PLAIN ? 6
+constexpr int RESIDENT = MOST > 1             ? (Step<K>::int4 ? 2 : 3)
+                         : K == PLAIN         ? 6
                          : Step<K>::row_scale ? 5
-                                      : 4;
+                                              : 4;
 
 template <class E, Kind K, int MOST>
 __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(

@@ -23,6 +23,7 @@ from deepseek_opt.quantize import (
     require_finite,
 )
 
+
 def scheme_of(config: Any) -> Scheme | None:
     """MOEConfig 要求的量化；没有要求为 None。"""
     kind = getattr(config, "quantization", None)

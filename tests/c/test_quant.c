@@ -12,8 +12,8 @@ typedef struct {
 } scheme;
 
 static const scheme SCHEMES[] = {
-    {DSO_I8, 0, 0},   {DSO_I4, 32, 0}, {DSO_I4, 32, 1}, {DSO_I4, 64, 0},  {DSO_I4, 64, 1},
-    {DSO_I4, 128, 0}, {DSO_I4, 128, 1}, {DSO_F8, 0, 0}, {DSO_F8, 128, 0},
+    {DSO_I8, 0, 0},   {DSO_I4, 32, 0},  {DSO_I4, 32, 1}, {DSO_I4, 64, 0},  {DSO_I4, 64, 1},
+    {DSO_I4, 128, 0}, {DSO_I4, 128, 1}, {DSO_F8, 0, 0},  {DSO_F8, 128, 0},
 };
 enum { SCHEME_COUNT = sizeof SCHEMES / sizeof *SCHEMES };
 
@@ -174,7 +174,8 @@ static void saturated(const dso_isa *isa, int64_t k, scheme s, int code) {
   double want[2] = {(double)k * (s.group ? code - 8 : code), 0.0};
   want[1] = -want[0];
   char label[96];
-  snprintf(label, sizeof label, "%s 满量程 k=%d 组=%d 码=%d", isa->name, (int)k, (int)s.group, code);
+  snprintf(label, sizeof label, "%s 满量程 k=%d 组=%d 码=%d", isa->name, (int)k, (int)s.group,
+           code);
   check_close(label, &c, want, 1e-2, 0.0);
   free_all();
 }
@@ -205,8 +206,8 @@ static void nan_code(const dso_isa *isa, int64_t m, int64_t k, int64_t group) {
   ((uint8_t *)w.mat.data)[bad * k + random_below(k)] = NAN_CODE;
   buf a = new_random(DSO_F32, m * k, 1.0), c = multiply(isa, &a, m, n, k, &w);
   for (int64_t i = 0; i < m * n; i++)
-    check(isnan(get(&c, i)) == (i % n == bad), "%s NaN 的码 m=%d k=%d 组=%d 第 %d 个：%g", isa->name,
-          (int)m, (int)k, (int)group, (int)i, get(&c, i));
+    check(isnan(get(&c, i)) == (i % n == bad), "%s NaN 的码 m=%d k=%d 组=%d 第 %d 个：%g",
+          isa->name, (int)m, (int)k, (int)group, (int)i, get(&c, i));
   free_all();
 }
 

@@ -146,9 +146,7 @@ def test_quantized(form, dtype):
     check_quantized(case, dtype)
 
 
-@pytest.mark.parametrize(
-    "form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str
-)
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str)
 @pytest.mark.parametrize("tokens", [3, 150])
 def test_quantized_with_shared(tokens, form):
     """共享专家没有量化、同样量化、int8 的共享配 int4、fp8 的路由。"""

@@ -49,9 +49,7 @@ def test_experts(monkeypatch, tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens", [4, 5, 150])
-@pytest.mark.parametrize(
-    "form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str
-)
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str)
 def test_quantized(monkeypatch, tokens, form):
     case = quantized.make((tokens, 96, 48, 40), form, dtype=BF16, count=5)
     case = case.but(indices=skewed(tokens, 5))
