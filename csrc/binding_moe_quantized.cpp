@@ -1,4 +1,4 @@
-// moe_experts_quantized 的 CPU 绑定：int8、int4 的专家，只做前向。
+// moe_experts_quantized 的 CPU 绑定：int8、int4、fp8 的专家，只做前向。
 #include "binding_moe_quantized.h"
 
 namespace dso {

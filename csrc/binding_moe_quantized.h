@@ -1,4 +1,4 @@
-// moe_experts_quantized 的参数：int8、int4 的专家；CPU 与 CUDA 的绑定共用。
+// moe_experts_quantized 的参数：int8、int4、fp8 的专家；CPU 与 CUDA 的绑定共用。
 #pragma once
 
 #include "binding_moe.h"
@@ -10,8 +10,8 @@ inline constexpr const char *kOp = "moe_experts_quantized";
 constexpr int64_t kSingle = -2;  // 共享专家：没有专家这一维
 
 // 一叠量化的矩阵 [E, R, C]：int8 [E, R, C] 与尺度 [E, R]；int4 每行 ⌈C / 组⌉ 组，打包成
-// [E, R, 组数 * 组 / 2] uint8，尺度、零点 [E, R, 组数]。共享专家是单个矩阵，没有 E 这一维。
-// 张量要活到执行结束。
+// [E, R, 组数 * 组 / 2] uint8，尺度、零点 [E, R, 组数]；fp8 [E, R, C]，尺度 [E, R]（组为 0）或 [E, R, 组数]
+// （组为 128）。共享专家是单个矩阵，没有 E 这一维。张量要活到执行结束。
 struct Stack {
   Tensor packed, scale, zero;
   dso_dtype type;
@@ -58,31 +58,60 @@ struct Names {
   std::string packed, scale, zero;
 };
 
+// 一叠权重的格式与组；由第一个张量的类型与 group_size 定。
+struct Format {
+  dso_dtype type;
+  int64_t group;
+};
+
+inline void check_packed(const std::string &name, const Tensor &packed) {
+  expect(packed.defined(), kOp, "：", name, " 应为张量，实际是 None。");
+}
+
+// fp8 由类型分辨；其余的 group_size 大于 0 是 int4，为 0 是 int8（类型由 stack_of 核对）。
+inline Format format_of(const std::string &name, const Tensor &packed, int64_t group_size) {
+  check_packed(name, packed);
+  if (packed.scalar_type() == ScalarType::Float8_e4m3fn) {
+    expect(group_size == 0 || group_size == 128, kOp, "：group_size 应为 0 或 128（", name,
+           " 是 fp8），实际是 ", group_size, "。");
+    return {DSO_F8, group_size};
+  }
+  return {group_size > 0 ? DSO_I4 : DSO_I8, group_size};
+}
+
+inline void check_codes(const std::string &name, const Tensor &packed, dso_dtype type) {
+  if (type == DSO_F8)
+    check_codes(name, packed, ScalarType::Float8_e4m3fn, "float8_e4m3fn（与 gate_up 相同）");
+  else if (type == DSO_I4)
+    check_codes(name, packed, ScalarType::Byte, "uint8（group_size 大于 0 时是 int4）");
+  else
+    check_codes(name, packed, ScalarType::Char, "int8（group_size 为 0 时）");
+}
+
 inline Stack stack_of(const Names &name, const Tensor &packed, const Tensor &scale,
-                      const std::optional<Tensor> &zero, Want want, int64_t group_size) {
-  const bool int4 = group_size > 0;
-  expect(packed.defined(), kOp, "：", name.packed, " 应为张量，实际是 None。");
+                      const std::optional<Tensor> &zero, Want want, Format format) {
+  const int64_t group = format.group;
+  const bool int4 = format.type == DSO_I4;
+  check_packed(name.packed, packed);
   expect(scale.defined(), kOp, "：", name.scale,
          " 应为张量（量化的权重必须有尺度），实际是 None。");
   Stack s{};
-  s.type = int4 ? DSO_I4 : DSO_I8, s.group = group_size;
-  s.groups = int4 ? (want.columns + group_size - 1) / group_size : 1;
-  s.width = int4 ? s.groups * group_size / 2 : want.columns;
-  if (int4)
-    check_codes(name.packed, packed, ScalarType::Byte, "uint8（group_size 大于 0 时是 int4）");
-  else
-    check_codes(name.packed, packed, ScalarType::Char, "int8（group_size 为 0 时）");
+  s.type = format.type, s.group = group;
+  s.groups = group ? (want.columns + group - 1) / group : 1;
+  s.width = int4 ? s.groups * group / 2 : want.columns;
+  check_codes(name.packed, packed, format.type);
   want.check(name.packed, packed, want.rows, s.width);
   s.rows = packed.size(packed.dim() - 2);
   if (want.experts != kSingle) want.experts = packed.size(0);
   expect_type(kOp, name.scale.c_str(), scale, ScalarType::Float);
-  if (int4)
+  if (group)
     want.check(name.scale, scale, s.rows, s.groups);
   else
     want.check(name.scale, scale, s.rows);
   s.packed = torch::stable::contiguous(packed), s.scale = torch::stable::contiguous(scale);
   if (!zero) return s;
-  expect(int4, kOp, "：", name.zero, " 应为 None（int8 没有零点），实际给了。");
+  expect(int4, kOp, "：", name.zero, " 应为 None（", format.type == DSO_F8 ? "fp8" : "int8",
+         " 没有零点），实际给了。");
   check_codes(name.zero, *zero, ScalarType::Byte, "uint8");
   want.check(name.zero, *zero, s.rows, s.groups);
   s.zero = torch::stable::contiguous(*zero);
@@ -128,7 +157,7 @@ inline void fill_biases(Experts &m, int64_t rows, bool gated, const std::optiona
   }
 }
 
-// 量化的共享专家：格式由 gate 的类型分辨，int8 的可与 int4 的路由专家同用。kept 留住张量。
+// 量化的共享专家：格式由 gate 的类型分辨，int8 的可与 int4、fp8 的路由专家同用。kept 留住张量。
 inline void add_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
                                  const std::vector<Tensor> &scale, const std::vector<Tensor> &zero,
                                  int64_t group_size, std::vector<Stack> &kept) {
@@ -140,6 +169,7 @@ inline void add_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
          zero.size(), " 个。");
   const int64_t k = m.x.size(1);
   const bool int8 = shared[0].scalar_type() == ScalarType::Char;
+  const Format format = format_of("shared[0]", shared[0], int8 ? 0 : group_size);
   for (size_t i = 0; i < 3; i++) {
     const std::string at = "[" + std::to_string(i) + "]";
     const Want want{kSingle,
@@ -150,7 +180,7 @@ inline void add_quantized_shared(Experts &m, const std::vector<Tensor> &shared,
     std::optional<Tensor> zeros;
     if (!zero.empty()) zeros = zero[i];
     kept.push_back(stack_of({"shared" + at, "shared_scale" + at, "shared_zero" + at}, shared[i],
-                            scale[i], zeros, want, int8 ? 0 : group_size));
+                            scale[i], zeros, want, format));
   }
   m.list.push_back(expert_of(kept[0], 0, kept[1], 0, kept[2], 0, kept[0].rows));
 }
@@ -178,16 +208,17 @@ inline dso_act check_experts(Experts &m, Stacks &s, const Tensor &x, const Tenso
   const bool gated = options.gated;
   expect_shape(kOp, "x", x, {-1, -1});
   expect(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, kOp,
-         "：group_size 应为 0（int8）或 32、64、128（int4），实际是 ", group_size, "。");
+         "：group_size 应为 0（int8、fp8）或 32、64、128（int4；fp8 只有 128），实际是 ",
+         group_size, "。");
   const dso_act act = act_of(kOp, options.activation, options.alpha, options.limit, gated);
   expect(shared.empty() || gated, kOp, "：有 shared 时必须有门。");
-  s.up = stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero, {-1, -1, x.size(1)},
-                  group_size);
+  const Format format = format_of("gate_up", gate_up, group_size);
+  s.up =
+      stack_of(named("gate_up"), gate_up, gate_up_scale, gate_up_zero, {-1, -1, x.size(1)}, format);
   expect(!gated || s.up.rows % 2 == 0, kOp, "：gate_up 应由等宽的 gate 与 up 组成，实际宽 ",
          s.up.rows, "。");
   m.x = row_major(x), m.routed = gate_up.size(0), m.inner = gated ? s.up.rows / 2 : s.up.rows;
-  s.down =
-      stack_of(named("down"), down, down_scale, down_zero, {m.routed, -1, m.inner}, group_size);
+  s.down = stack_of(named("down"), down, down_scale, down_zero, {m.routed, -1, m.inner}, format);
   m.in.n = s.down.rows, m.in.gated = gated;
   return act;
 }

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* DSO_I4 只用于量化的权重，以字节（两个权重）为单位计大小与步长；打包见 dso_quant。
- * DSO_F8 是 e4m3fn（没有无穷，0x7f、0xff 是 NaN，最大 448），只用于缓存里的潜变量。 */
+ * DSO_F8 是 e4m3fn（没有无穷，0x7f、0xff 是 NaN，最大 448），用于缓存里的潜变量与量化的权重。 */
 typedef enum {
   DSO_F32 = 0,
   DSO_BF16 = 1,
@@ -66,7 +66,8 @@ typedef struct {
 } dso_mat;
 
 /* 量化权重 W [n, k] 的尺度：W[n, k] = scale[n, k / group] * (码[n, k] - 零点[n, k / group])。
- * int8：每行一个尺度（groups 为 1，group 不用），没有零点。
+ * int8：每行一个尺度（groups 为 1，group 为 0），没有零点。
+ * fp8（DSO_F8）：码是 e4m3fn 的数，没有零点；group 为 0 时每行一个尺度，否则每 group（32 的倍数）个一个，不补齐。
  * int4：group 为 32 的倍数；k 补齐到 group 的倍数（补的码任意），每 32 个权重 16 字节，第 j 字节的
  * 低 4 位是第 j 个、高 4 位是第 j + 16 个：一次解开两个向量。zero 为 NULL 时零点都是 8。 */
 typedef struct {
@@ -242,7 +243,7 @@ static inline int dso_act_clips(dso_act_kind kind) {
 
 /* 一个专家的权重：gate、up [I, K]，down [N, I]；transposed 时 [K, I]、[I, N]。
  * paired（只与 transposed 同用）：gate 是 [K, 2 I]，偶数列是门、奇数列是 up。没有 up 时 up 不用。
- * 量化的（int8、int4）三个权重都量化，不转置，只做前向。 */
+ * 量化的（int8、int4、fp8）三个权重都量化，不转置，只做前向。 */
 typedef struct {
   int64_t inner;
   dso_mat gate, up, down;

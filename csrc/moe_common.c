@@ -56,7 +56,7 @@ static void multiply_unpacked(const dso_isa *isa, dso_dtype fmt, const dso_moe_p
   const dso_mat *w = &p->w;
   for (int64_t k0 = 0; k0 < p->k; k0 += depth) {
     int64_t kc = dso_min(depth, p->k - k0), at = w->dtype == DSO_I4 ? k0 / 2 : k0;
-    int64_t group = w->dtype == DSO_I4 ? k0 / p->quant->group : 0;
+    int64_t group = p->quant->group ? k0 / p->quant->group : 0;
     for (int64_t j = 0; j < p->nc; j++) {
       dso_quant q = dso_quant_at(p->quant, p->n0 + j, group);
       isa->dequant(dso_at_mut(scratch->unpacked, fmt, j * depth), fmt,

@@ -39,7 +39,7 @@ static inline int64_t dso_moe_find(const int64_t *at, int64_t count, int64_t tas
 }
 
 static inline int dso_moe_is_quantized(const dso_mat *w) {
-  return w->dtype == DSO_I8 || w->dtype == DSO_I4;
+  return w->dtype == DSO_I8 || w->dtype == DSO_I4 || w->dtype == DSO_F8;
 }
 
 /* 行数少时直接读权重，不打包；没有量化的权重。 */

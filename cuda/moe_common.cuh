@@ -65,16 +65,15 @@ __device__ inline float bias_at(const void *bias, dso_dtype dtype, int64_t i) {
 
 // 量化的权重第 row 行第 k 个：布局见 dso_quant，公式同 csrc/isa/scalar.c 的 quantized。
 __device__ inline float quantized_at(const dso_mat &w, const dso_quant &q, int64_t row, int64_t k) {
-  if (w.dtype == DSO_I8)
-    return q.scale[row] * static_cast<float>(static_cast<const int8_t *>(w.data)[row * w.rs + k]);
-  int64_t at = k % 32, group = row * q.groups + k / q.group;
+  int64_t at = k % 32, group = row * q.groups + (q.group ? k / q.group : 0);
+  if (w.dtype != DSO_I4) return q.scale[group] * load_one(w.data, w.dtype, row * w.rs + k);
   int byte = static_cast<const uint8_t *>(w.data)[row * w.rs + k / 32 * 16 + at % 16];
   int zero = q.zero ? q.zero[group] : 8;
   return q.scale[group] * static_cast<float>((at < 16 ? byte & 15 : byte >> 4) - zero);
 }
 
 __host__ __device__ inline bool is_quantized(dso_dtype dtype) {
-  return dtype == DSO_I8 || dtype == DSO_I4;
+  return dtype == DSO_I8 || dtype == DSO_I4 || dtype == DSO_F8;
 }
 
 // h 至多多少列（连同共享专家）。

@@ -31,10 +31,10 @@ __global__ __launch_bounds__(THREADS) void moe_combine_kernel(dso_cuda_moe_exper
   store<V>(p.y, p.x.dtype, token * p.n + column, sum);
 }
 
-// 一行 k 个权重（或转置的）能按 16 字节读。量化的行不转置：int8 一行 k 字节，int4 一行是 16 的倍数。
+// 一行 k 个权重（或转置的）能按 16 字节读。量化的行不转置：int8、fp8 一行 k 字节，int4 一行是 16 的倍数。
 bool rows_fit(const dso_mat &w, dso_dtype dtype, int64_t k) {
   if (reinterpret_cast<uintptr_t>(w.data) % 16 != 0) return false;
-  if (w.dtype == DSO_I8) return w.rs % 16 == 0 && k % 16 == 0;
+  if (w.dtype == DSO_I8 || w.dtype == DSO_F8) return w.rs % 16 == 0 && k % 16 == 0;
   if (w.dtype == DSO_I4) return w.rs % 16 == 0;
   return w.dtype == dtype && w.rs % 8 == 0;
 }

@@ -13,8 +13,9 @@ using namespace dso;
 using namespace dso::gemm;
 
 static_assert(DEPTH == 32, "int4 一行一级正好一段");
+static_assert(128 % DEPTH == 0, "fp8 的一级在一组里");
 
-enum Weights { ROW_MAJOR, TRANSPOSED, INT8, INT4 };
+enum Weights { ROW_MAJOR, TRANSPOSED, INT8, INT4, FP8 };
 
 // 一列权重所在的矩阵。
 struct Column {
@@ -154,6 +155,18 @@ struct Gemm {
     return static_cast<float>(static_cast<int8_t>(word >> (8 * byte)));
   }
 
+  // codes 的第 i 个字。
+  __device__ __forceinline__ uint32_t word_of(int i) const {
+    const uint4 c = codes[i / 4];
+    return i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
+  }
+
+  // 第 n 列从 k0 起的一级在哪个尺度；越界的列尺度为 0，码也都是 0。
+  __device__ __forceinline__ float scale_of(const Column &from, int n, int k0) const {
+    if (n >= columns) return 0.0f;
+    return from.scale[n * from.groups + (from.group ? k0 / from.group : 0)];
+  }
+
   __device__ __forceinline__ void put(int block) {
     int k0 = block * DEPTH, n = column_of(thread);
     if (k0 >= depth) return;
@@ -162,19 +175,23 @@ struct Gemm {
     if (W == INT8) {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const uint4 c = codes[i / 4];
-        uint32_t word = i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
+        uint32_t word = word_of(i);
         out[2 * i] = E::pack(int8_of(word, 0), int8_of(word, 1));
         out[2 * i + 1] = E::pack(int8_of(word, 2), int8_of(word, 3));
       }
+    } else if (W == FP8) {  // 组的尺度在这里乘，不另要累加器
+      float scale = scale_of(column_from(is_up(thread)), n, k0);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float2 low = e4m3_pair(word_of(i)), high = e4m3_pair(word_of(i) >> 16);
+        out[2 * i] = E::pack(scale * low.x, scale * low.y);
+        out[2 * i + 1] = E::pack(scale * high.x, scale * high.y);
+      }
     } else {
       Column from = column_from(is_up(thread));
-      float scale = 0.0f, zero = 8.0f;
-      if (n < columns) {
-        int64_t group = n * from.groups + k0 / from.group;
-        scale = from.scale[group];
-        if (from.zero) zero = static_cast<float>(from.zero[group]);
-      }
+      float scale = scale_of(from, n, k0), zero = 8.0f;
+      if (n < columns && from.zero)
+        zero = static_cast<float>(from.zero[n * from.groups + k0 / from.group]);
       uint32_t words[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
 #pragma unroll
       for (int i = 0; i < 4; i++)
@@ -237,7 +254,7 @@ struct Gemm {
   }
 
   __device__ __forceinline__ void run() {
-    constexpr bool QUANTIZED = W == INT8 || W == INT4;
+    constexpr bool QUANTIZED = W == INT8 || W == INT4 || W == FP8;
     int blocks = (depth + DEPTH - 1) / DEPTH;
     locate();
 #pragma unroll
@@ -294,6 +311,7 @@ cudaError_t run(const Call &c) {
 Weights kind_of(const dso_expert &e, bool transposed) {
   if (e.down.dtype == DSO_I8) return INT8;
   if (e.down.dtype == DSO_I4) return INT4;
+  if (e.down.dtype == DSO_F8) return FP8;
   return transposed ? TRANSPOSED : ROW_MAJOR;
 }
 
@@ -304,6 +322,8 @@ cudaError_t choose(const Call &c, Weights kind) {
       return run<E, INT8>(c);
     case INT4:
       return run<E, INT4>(c);
+    case FP8:
+      return run<E, FP8>(c);
     case TRANSPOSED:
       return run<E, TRANSPOSED>(c);
     default:

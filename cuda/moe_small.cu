@@ -3,7 +3,8 @@
 // 一个 warp 管 16 行权重（有门时 8 行 gate 与对应的 8 行 up，于是同一个线程得到一对，当场激活）、一块至多 32 个词元：
 // 权重是 mma 的 M，词元是 N。k 在一步里怎样排列无关紧要，只要两个操作数相同：每个线程连续读 16 字节，
 // 就当作它在片段里的那几个 k。一个 CTA 的 4 个 warp 各管 K 的一段，最后按次序相加。
-// int8 的码在 16 位里是精确的，尺度最后乘；int4 一步正好一组，码减零点之后是精确的整数，尺度乘在一组的和上。
+// int8、fp8 的码在 16 位里是精确的，整行的尺度最后乘；int4 一步正好一组，码减零点之后是精确的整数，尺度乘在一组的
+// 和上；fp8 按组时同样，两步一组。
 #include <assert.h>
 
 #include "config.cuh"
@@ -17,15 +18,18 @@ using namespace dso;
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
 
-enum Kind { PLAIN, INT8, INT4_32, INT4_64, INT4_128 };
+// FP8 整行一个尺度，FP8_128 每 128 个一个。
+enum Kind { PLAIN, INT8, FP8, FP8_128, INT4_32, INT4_64, INT4_128 };
 
 // 一步里每个线程读多少个字（4 字节）、多少个 k；int4 一步就是一组。
 template <Kind K>
 struct Step {
   static constexpr bool int4 = K >= INT4_32;
+  static constexpr bool grouped = int4 || K == FP8_128, row_scale = K == INT8 || K == FP8;
   static constexpr int words = K == INT4_32 ? 1 : K == INT4_64 ? 2 : 4;
-  static constexpr int lane_k = K == PLAIN ? 8 : K == INT8 ? 16 : 8 * words;
+  static constexpr int lane_k = K == PLAIN ? 8 : int4 ? 8 * words : 16;
   static constexpr int k = 4 * lane_k;
+  static constexpr int per_group = K == FP8_128 ? 128 / k : 1;  // 几步一组
   // 一次发出几步的读（连同尺度），占 32 个寄存器左右：每个 SM 上 64 到 100 KiB 在途。sets 份 16 行一起读时减半
   __host__ __device__ static constexpr int unroll(int sets) {
     return !int4 ? 4 : (K == INT4_128 ? 4 : 8) / sets;
@@ -121,20 +125,23 @@ __device__ __forceinline__ void multiply_plain(float (&acc)[NT][4], const Words<
   }
 }
 
-// 一个字里的 4 个 int8：(0, 1)、(2, 3) 两对。
-template <class E>
-__device__ __forceinline__ uint32_t int8_pair(uint32_t word, int first) {
-  return E::pack(static_cast<float>(static_cast<int8_t>(word >> (8 * first))),
-                 static_cast<float>(static_cast<int8_t>(word >> (8 * first + 8))));
+// 一个字里的 4 个一字节的码：(0, 1)、(2, 3) 两对。
+template <class E, Kind K>
+__device__ __forceinline__ uint32_t code_pair(uint32_t word, int first) {
+  if constexpr (K == INT8)
+    return E::pack(static_cast<float>(static_cast<int8_t>(word >> (8 * first))),
+                   static_cast<float>(static_cast<int8_t>(word >> (8 * first + 8))));
+  float2 pair = e4m3_pair(word >> (8 * first));
+  return E::pack(pair.x, pair.y);
 }
 
-template <class E, int NT>
-__device__ __forceinline__ void multiply_int8(float (&acc)[NT][4], const Words<4> &top,
-                                              const Words<4> &bottom, const Words<8> (&x)[NT]) {
+template <class E, Kind K, int NT>
+__device__ __forceinline__ void multiply_codes(float (&acc)[NT][4], const Words<4> &top,
+                                               const Words<4> &bottom, const Words<8> (&x)[NT]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    uint32_t a[4] = {int8_pair<E>(top.v[i], 0), int8_pair<E>(bottom.v[i], 0),
-                     int8_pair<E>(top.v[i], 2), int8_pair<E>(bottom.v[i], 2)};
+    uint32_t a[4] = {code_pair<E, K>(top.v[i], 0), code_pair<E, K>(bottom.v[i], 0),
+                     code_pair<E, K>(top.v[i], 2), code_pair<E, K>(bottom.v[i], 2)};
 #pragma unroll
     for (int t = 0; t < NT; t++) E::mma(acc[t], a, x[t].v[2 * i], x[t].v[2 * i + 1]);
   }
@@ -178,8 +185,8 @@ struct Stream {
 
   __device__ __forceinline__ explicit Stream(int k) : depth(k) {}
 
-  // 没有量化的、int8 的一步：w [份][上、下]。
-  __device__ __forceinline__ void step(const Words<S::words> (&w)[SETS][2],
+  // 没有量化的、一个码一字节的一步：w [份][上、下]。按组的先求这一步的和，再乘组的尺度。
+  __device__ __forceinline__ void step(const Words<S::words> (&w)[SETS][2], const Group &group,
                                        const uint16_t *const (&x)[NT], int k0) {
     int k = k0 + lane_offset<K>(lane % 4);
     if constexpr (K == PLAIN) {
@@ -187,12 +194,26 @@ struct Stream {
 #pragma unroll
       for (int t = 0; t < NT; t++) in[t] = load_input<4>(x[t], k, depth);
       multiply_plain<E, NT>(acc[0], w[0][0], w[0][1], in);
-    } else if constexpr (K == INT8) {
+    } else if constexpr (!S::int4) {
       Words<8> in[NT];
 #pragma unroll
       for (int t = 0; t < NT; t++) in[t] = load_input<8>(x[t], k, depth);
-      multiply_int8<E, NT>(acc[0], w[0][0], w[0][1], in);
+      if constexpr (S::grouped) {
+        float part[NT][4] = {};
+        multiply_codes<E, K, NT>(part, w[0][0], w[0][1], in);
+        add_scaled(acc[0], part, group);
+      } else {
+        multiply_codes<E, K, NT>(acc[0], w[0][0], w[0][1], in);
+      }
     }
+  }
+
+  __device__ static __forceinline__ void add_scaled(float (&to)[NT][4], const float (&part)[NT][4],
+                                                    const Group &group) {
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[t][i] += (i < 2 ? group.top : group.bottom) * part[t][i];
   }
 
   // int4 的一步：x 的低、高两段（相隔 16 个 k）配码的低、高 4 位。
@@ -219,12 +240,7 @@ struct Stream {
         }
       }
 #pragma unroll
-    for (int s = 0; s < SETS; s++)
-#pragma unroll
-      for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          acc[s][t][i] += (i < 2 ? group[s].top : group[s].bottom) * part[s][t][i];
+    for (int s = 0; s < SETS; s++) add_scaled(acc[s], part[s], group[s]);
   }
 
   __device__ static __forceinline__ uint32_t zero_of(uint32_t zero, bool has_zero) {
@@ -249,15 +265,17 @@ struct Stream {
       Group group[UNROLL][SETS];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        bool inside = i + u < end && tail_ok(i + u);
+        bool inside = i + u < end;
         int64_t byte = static_cast<int64_t>(i + u) * 4 * BYTES + at;
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
           w[u][s][0] = w[u][s][1] = {}, group[u][s] = {};
           if (!inside) continue;
+          // 尺度是结果那一行的：末一步里自己的 k 越过的线程也要
+          if (S::grouped) group[u][s] = load_group(rows[s], (i + u) / S::per_group);
+          if (!tail_ok(i + u)) continue;
           w[u][s][0] = load_words<S::words>(rows[s].top + byte);
           w[u][s][1] = load_words<S::words>(rows[s].bottom + byte);
-          if (S::int4) group[u][s] = load_group(rows[s], i + u);
         }
       }
 #pragma unroll
@@ -266,12 +284,12 @@ struct Stream {
         if constexpr (S::int4)
           step_int4(w[u], group[u], has_zero, x, (i + u) * S::k);
         else
-          step(w[u], x, (i + u) * S::k);
+          step(w[u], group[u][0], x, (i + u) * S::k);
       }
     }
   }
 
-  // 16 位与 int8 的行正好 depth 个：最后一步里越过的不读。int4 补齐到组。
+  // 16 位与一个码一字节的行正好 depth 个：最后一步里越过的不读。int4 补齐到组。
   __device__ __forceinline__ bool tail_ok(int i) const {
     return S::int4 || i * S::k + lane_offset<K>(lane % 4) < depth;
   }
@@ -309,7 +327,7 @@ __device__ __forceinline__ void finish(const float (&acc)[SETS][NT][4], const Wo
     if (row >= work.tile.rows || n >= work.columns) continue;
     float x = total(set, t, i, lane);
     int64_t at = work.tile.row + row;
-    if (K == INT8) x *= (work.hidden ? expert.gate_quant : expert.down_quant).scale[n];
+    if (Step<K>::row_scale) x *= (work.hidden ? expert.gate_quant : expert.down_quant).scale[n];
     if (!work.hidden) {
       x += bias_at(expert.down_bias, expert.bias_dtype, n);
       static_cast<uint16_t *>(p.o)[at * p.n + n] = static_cast<uint16_t>(E::pack(x, 0.0f));
@@ -319,7 +337,7 @@ __device__ __forceinline__ void finish(const float (&acc)[SETS][NT][4], const Wo
     float u = 0.0f;
     if (work.paired) {
       u = total(set, t, i + 2, lane);
-      if (K == INT8) u *= expert.up_quant.scale[n];
+      if (Step<K>::row_scale) u *= expert.up_quant.scale[n];
       u += bias_at(expert.up_bias, expert.bias_dtype, n * expert.bias_step);
     }
     x = activate<true>(p.act, work.paired, x, u);
@@ -375,10 +393,10 @@ constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
 
 // 一个 SM 上至少几块：再多寄存器就要溢出。
 template <Kind K, int MOST>
-constexpr int RESIDENT = MOST > 1     ? (Step<K>::int4 ? 2 : 3)
-                         : K == PLAIN ? 6
-                         : K == INT8  ? 5
-                                      : 4;
+constexpr int RESIDENT = MOST > 1             ? (Step<K>::int4 ? 2 : 3)
+                         : K == PLAIN         ? 6
+                         : Step<K>::row_scale ? 5
+                                              : 4;
 
 template <class E, Kind K, int MOST>
 __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(
@@ -469,7 +487,7 @@ __global__ __launch_bounds__(DIRECT_THREADS,
     Stream<E, K, 1, 1, DIRECT_UNROLL<K>> stream(static_cast<int>(expert.inner));
     stream.run(rows, x, begin - start, finish - start);
     float a = stream.acc[0][0][0], b = stream.acc[0][0][2];  // 第 0 个词元，只有 lane % 4 == 0 的是
-    if (K == INT8) a *= expert.down_quant.scale[top], b *= expert.down_quant.scale[bottom];
+    if (S::row_scale) a *= expert.down_quant.scale[top], b *= expert.down_quant.scale[bottom];
     if (begin == start) {
       a += bias_at(expert.down_bias, expert.bias_dtype, top);
       b += bias_at(expert.down_bias, expert.bias_dtype, bottom);
@@ -517,6 +535,7 @@ cudaError_t run(const Call &c) {
 
 Kind kind_of(const dso_expert &e) {
   if (e.down.dtype == DSO_I8) return INT8;
+  if (e.down.dtype == DSO_F8) return e.down_quant.group ? FP8_128 : FP8;
   if (e.down.dtype != DSO_I4) return PLAIN;
   return e.down_quant.group == 32 ? INT4_32 : e.down_quant.group == 64 ? INT4_64 : INT4_128;
 }
@@ -526,6 +545,10 @@ cudaError_t choose(const Call &c, Kind kind) {
   switch (kind) {
     case INT8:
       return run<E, INT8>(c);
+    case FP8:
+      return run<E, FP8>(c);
+    case FP8_128:
+      return run<E, FP8_128>(c);
     case INT4_32:
       return run<E, INT4_32>(c);
     case INT4_64:

@@ -80,7 +80,7 @@ __device__ inline uint32_t pack_f16(float a, float b) {
   return r;
 }
 
-// 一对 e4m3fn（低字节在前）转成一对 fp16；更早的架构没有这条指令，见 vec.cuh 的 byte_pair。
+// 一对 e4m3fn（低字节在前）转成一对 fp16；更早的架构没有这条指令，见 vec.cuh 的 e4m3_pair。
 #if __CUDA_ARCH__ >= 890
 __device__ inline uint32_t unpack_e4m3(unsigned short pair) {
   uint32_t r;

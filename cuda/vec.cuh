@@ -69,15 +69,21 @@ __device__ inline unsigned char byte_code(dso_dtype dtype, float x) {
                          : static_cast<unsigned char>(static_cast<signed char>(x));
 }
 
+// 低 16 位里的两个 e4m3fn，低字节在前。
+__device__ inline float2 e4m3_pair(uint32_t bits) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t halves = unpack_e4m3(static_cast<unsigned short>(bits));
+  return make_float2(half_bits(static_cast<unsigned short>(halves)),
+                     half_bits(static_cast<unsigned short>(halves >> 16)));
+#else
+  return make_float2(e4m3_bits(static_cast<unsigned char>(bits)),
+                     e4m3_bits(static_cast<unsigned char>(bits >> 8)));
+#endif
+}
+
 // 相邻的两个，低地址在前。
 __device__ inline float2 byte_pair(dso_dtype dtype, unsigned char low, unsigned char high) {
-#if __CUDA_ARCH__ >= 890
-  if (dtype == DSO_F8) {
-    uint32_t halves = unpack_e4m3(static_cast<unsigned short>(low | high << 8));
-    return make_float2(half_bits(static_cast<unsigned short>(halves)),
-                       half_bits(static_cast<unsigned short>(halves >> 16)));
-  }
-#endif
+  if (dtype == DSO_F8) return e4m3_pair(low | static_cast<uint32_t>(high) << 8);
   return make_float2(byte_value(dtype, low), byte_value(dtype, high));
 }
 

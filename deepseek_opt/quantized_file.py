@@ -23,7 +23,7 @@ from deepseek_opt.integrations import experts, moe_block, moe_layer, quantized
 from deepseek_opt.integrations.expert_store import ExpertStore, Scheme, weight_at
 from deepseek_opt.integrations.quantized import Known
 from deepseek_opt.optimize import FilterFn, apply_profile, check_model, is_optimized, lock_of
-from deepseek_opt.quantize import GROUP_SIZES, QuantizedExperts, packed_shapes
+from deepseek_opt.quantize import FP8_GROUP_SIZE, GROUP_SIZES, QuantizedExperts, packed_shapes
 from deepseek_opt.report import OptimizationReport
 
 FORMAT, VERSION = "deepseek_opt.quantized_experts", "2"
@@ -233,6 +233,7 @@ def _header(file: Any) -> tuple[Scheme, dict[str, _Layer]]:
             f"这个版本的 deepseek_opt 只认 {VERSION}"
         )
     try:
+        data.setdefault("floating", "false")  # 有 fp8 之前写的文件
         scheme = Scheme(*(json.loads(data[name]) for name in Scheme._fields))
         layers = {
             name: _Layer({k: tuple(map(int, v)) for k, v in one["weights"].items()}, one["layout"])
@@ -241,10 +242,12 @@ def _header(file: Any) -> tuple[Scheme, dict[str, _Layer]]:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"文件的元数据不完整：{error!r}") from error
     allowed = [Scheme(8, 0, True), *(Scheme(4, g, s) for g in GROUP_SIZES for s in (True, False))]
+    allowed.extend(Scheme(8, group, True, True) for group in (0, FP8_GROUP_SIZE))
     if scheme not in allowed:
         raise InputError(
             f"文件的量化方式不认识：bits={scheme.bits}，group_size={scheme.group_size}，"
-            f"symmetric={scheme.symmetric}；应为 int8，或 int4 且组大小为 32、64、128"
+            f"symmetric={scheme.symmetric}，floating={scheme.floating}；应为 int8，int4 且组大小为 32、64、128，"
+            "或 fp8 且不分组、组大小为 128"
         )
     return scheme, layers
 
@@ -253,9 +256,10 @@ def _profile(profile: Any, scheme: Scheme) -> Any:
     from deepseek_opt.config import MOEConfig, OptimizationProfile
 
     if profile is None:
-        fields: dict[str, Any] = {"quantization": f"int{scheme.bits}"}
-        if scheme.bits == 4:
+        fields: dict[str, Any] = {"quantization": scheme.kind}
+        if scheme.group_size:
             fields["quantization_group_size"] = scheme.group_size
+        if scheme.bits == 4:
             fields["quantization_symmetric"] = scheme.symmetric
         return OptimizationProfile(moe=MOEConfig(**fields))
     if not isinstance(profile, OptimizationProfile):
@@ -297,7 +301,7 @@ def _check_layers(
 def _check_weight(
     file: Any, keys: set[str], scheme: Scheme, where: tuple[str, str], shape: tuple[int, int, int]
 ) -> Iterator[str]:
-    wanted = packed_shapes(shape, scheme.bits, scheme.group_size, scheme.symmetric)
+    wanted = packed_shapes(shape, *scheme)
     for part, (dtype, size) in wanted.items():
         key = _key(*where, part)
         if key not in keys:
@@ -309,7 +313,12 @@ def _check_weight(
             yield f"{key}：应为 {_DTYPES[dtype]} {list(size)}，文件里是 {got[0]} {list(got[1])}"
 
 
-_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}
+_DTYPES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+}
 
 
 def _names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -27,7 +27,7 @@ from deepseek_opt.report import LayerError, VerificationReport
 
 # fp32：只差求和次序，相对误差远小于此；16 位：相对 logits 的均方根。
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-_INT8_RELATIVE = 0.1  # 缓存是 int8、fp8，或专家是 int8
+_INT8_RELATIVE = 0.1  # 缓存或专家是 int8、fp8
 _INT4_RELATIVE = 0.3  # 专家是 int4；毫不相干的输出约为 1.1
 _ACCURACY_DROP = 0.005  # 规范：精度下降不超过 0.5 %
 
@@ -56,7 +56,7 @@ def verify(
 
     期间会临时取下再装回补丁，别的线程不要同时使用这个模型。
 
-    量化了专家时上限放宽（int8 平均误差 10 %，int4 30 %），报告里写明所用的上限；贪心生成只报告、不作要求。
+    量化了专家时上限放宽（int8、fp8 平均误差 10 %，int4 30 %），报告里写明所用的上限；贪心生成只报告、不作要求。
 
     抛出 InputError（输入不对，或已优化的模型又给了 profile）、UnsupportedError（专家的原权重已释放，没有对照）。
 

@@ -317,7 +317,12 @@ def test_moe_suite_on_a_tiny_shape():
     result = runner.run_suite("moe", shape=TINY, quick=True)
     rows = {row.key: row for row in result.rows}
     assert set(rows) >= {"layer.1", "layer.train.bf16", "layer.train.memory", "router.512"}
-    assert {"experts.int8.1", "experts.int4-g128.8", "experts.int4-g32.1"} <= set(rows)
+    assert {
+        "experts.int8.1",
+        "experts.int4-g128.8",
+        "experts.int4-g32.1",
+        "experts.fp8-g128.8",
+    } <= set(rows)
     assert {"model.decode.1x24", "model.prefill.16", "model.overhead"} <= set(rows)
     for row in result.rows:
         assert row.ours is not None and row.peer is not None and row.note == "", row.key

@@ -377,6 +377,7 @@ def test_model_option_lists_what_the_experts_cost(fake, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "原权重：5.6 MiB，3 层" in out and "int8：2.9 MiB；保留原权重" in out
     assert "int4（64 个一组），默认：1.6 MiB" in out
+    assert "fp8：2.9 MiB" in out and "fp8（128 个一组）：2.9 MiB" in out
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert cli.run(["doctor", "--model", str(tmp_path)]) == 0
     assert "没有认得的 MoE 专家" in capsys.readouterr().out

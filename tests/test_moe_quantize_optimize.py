@@ -34,8 +34,11 @@ moe_module = pytest.importorskip("transformers.integrations.moe")
 
 HERE = [name for name in MODELS if available(name) and name not in SKIPPED]
 INT4 = {"quantization": "int4", "quantization_group_size": 32}
+FP8 = {"quantization": "fp8"}
 FORMS = {
     "int8": ({"quantization": "int8"}, (8, None, True)),
+    "fp8": (FP8, (8, None, True, True)),
+    "fp8 分组": ({**FP8, "quantization_group_size": 128}, (8, 128, True, True)),
     "int4": (INT4, (4, 32, True)),
     "int4 带零点": ({**INT4, "quantization_symmetric": False}, (4, 32, False)),
 }
@@ -477,7 +480,7 @@ def test_verify_states_the_limits(model, form):
     expected = logits(model)
     checked = dso.verify(model, make_ids(), max_new_tokens=3)
     assert checked.passed, checked.failures
-    limit = 0.1 if form == "int8" else 0.3
+    limit = 0.3 if form.startswith("int4") else 0.1
     assert checked.quantization.startswith(form.split()[0]) and checked.error_limit == limit
     assert checked.accuracy_limit >= 0.005 and f"≤ 均方根的 {limit:.0%}" in str(checked)
     assert torch.equal(logits(model), expected) and quantized.stores_in(model)

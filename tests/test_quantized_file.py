@@ -30,6 +30,8 @@ pytest.importorskip("transformers.integrations.moe")
 INT4 = {"quantization": "int4", "quantization_group_size": 32}
 FORMS = {
     "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
+    "fp8 分组": {"quantization": "fp8", "quantization_group_size": 128},
     "int4": INT4,
     "zero": {**INT4, "quantization_symmetric": False},
 }

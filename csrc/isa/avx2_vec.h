@@ -50,13 +50,14 @@ static inline vf v_load_f16(const uint16_t *p) {
 static inline vf v_load_i8(const int8_t *p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-/* 指数与尾数移到 fp16 的位置，再乘 2^8；0x7f 在那里是 480，换成 NaN。 */
-static inline vf v_load_f8(const uint8_t *p) {
+/* 数的 2^-8 倍：指数与尾数移到 fp16 的位置；0x7f 在那里是 480 / 256，换成 NaN。 */
+static inline vf v_load_f8_256th(const uint8_t *p) {
   __m128i h = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
-  vf v = _mm256_cvtph_ps(_mm_and_si128(h, _mm_set1_epi16((short)0xbfff))) * v_set1(256.0f);
-  vf nan = _mm256_cmp_ps(v_abs(v), v_set1(480.0f), _CMP_EQ_OQ);
+  vf v = _mm256_cvtph_ps(_mm_and_si128(h, _mm_set1_epi16((short)0xbfff)));
+  vf nan = _mm256_cmp_ps(v_abs(v), v_set1(1.875f), _CMP_EQ_OQ);
   return _mm256_or_ps(v, _mm256_and_ps(nan, v_set1(NAN)));
 }
+static inline vf v_load_f8(const uint8_t *p) { return v_load_f8_256th(p) * v_set1(256.0f); }
 static inline void v_store_bf16(uint16_t *p, vf v) {
   __m256i u = _mm256_castps_si256(v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

@@ -36,7 +36,7 @@ static void transpose(float *dst, int64_t ldd, const float *src, int64_t lds, in
 #define DOT_NR_WIDE 8
 #define AXPY_MR 4
 #define AXPY_MAX 16
-#define DOT_NR_I4 4
+#define DOT_NR_QUANT 4
 #include "simd_gemm.h"
 #include "simd_quant.h"
 

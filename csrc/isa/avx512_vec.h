@@ -37,13 +37,14 @@ static inline vf v_load_f16(const uint16_t *p) {
 static inline vf v_load_i8(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-/* 指数与尾数移到 fp16 的位置，再乘 2^8；0x7f 在那里是 480，换成 NaN。 */
-static inline vf v_load_f8(const uint8_t *p) {
+/* 数的 2^-8 倍：指数与尾数移到 fp16 的位置；0x7f 在那里是 480 / 256，换成 NaN。 */
+static inline vf v_load_f8_256th(const uint8_t *p) {
   __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
-  vf v = _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff))) * v_set1(256.0f);
-  __mmask16 nan = _mm512_cmp_ps_mask(v_abs(v), v_set1(480.0f), _CMP_EQ_OQ);
+  vf v = _mm512_cvtph_ps(_mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(v_abs(v), v_set1(1.875f), _CMP_EQ_OQ);
   return _mm512_mask_or_ps(v, nan, v, v_set1(NAN));
 }
+static inline vf v_load_f8(const uint8_t *p) { return v_load_f8_256th(p) * v_set1(256.0f); }
 static inline __m256i v_to_bf16(vf v) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(v);

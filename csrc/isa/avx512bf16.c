@@ -291,6 +291,27 @@ static void dequant_i8(uint16_t *dst, const int8_t *w, float scale, int64_t k) {
   store_halves(dst + x, v, k - x);
 }
 
+static inline __m512i scaled_f8(const uint8_t *p, __m512 scale) {
+  __m512 low = v_load_f8_256th(p), high = v_load_f8_256th(p + VL);
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+}
+
+static void dequant_f8(uint16_t *dst, const uint8_t *w, const dso_quant *q, int64_t k) {
+  for (int64_t g = 0, x = 0; x < k; g++) {
+    __m512 factor = _mm512_set1_ps(256.0f * q->scale[g]);
+    int64_t end = q->group ? dso_min(x + q->group, k) : k;
+    for (; x + 32 <= end; x += 32) {
+      _mm_prefetch((const char *)w + x + UNPACK_AHEAD, _MM_HINT_T0);
+      store_halves(dst + x, scaled_f8(w + x, factor), 32);
+    }
+    if (x == end) continue;
+    uint8_t rest[32] = {0};
+    memcpy(rest, w + x, (size_t)(end - x));
+    store_halves(dst + x, scaled_f8(rest, factor), end - x);
+    x = end;
+  }
+}
+
 /* 每组的 16 个值先算好，32 个码查一次表。查表只看下标的低 5 位：表存两遍，第 5 位不必屏蔽。 */
 static void dequant_i4(uint16_t *dst, const uint8_t *w, const dso_quant *q, int64_t k) {
   for (int64_t g = 0; g * q->group < k; g++) {
@@ -314,6 +335,8 @@ static void dequant(void *dst, dso_dtype fmt, const void *w, dso_dtype w_dtype, 
     base.dequant(dst, fmt, w, w_dtype, q, k);
   else if (w_dtype == DSO_I8)
     dequant_i8((uint16_t *)dst, (const int8_t *)w, q->scale[0], k);
+  else if (w_dtype == DSO_F8)
+    dequant_f8((uint16_t *)dst, (const uint8_t *)w, q, k);
   else
     dequant_i4((uint16_t *)dst, (const uint8_t *)w, q, k);
 }

@@ -129,9 +129,12 @@ static void pack_i4(fixed_row row, const void *src, dso_dtype dtype, int64_t k, 
   }
 }
 
+/* fp8 的码不是整数，沿用 AVX-512 的。 */
+static int fixed_point(dso_dtype w_dtype, int64_t k) { return w_dtype != DSO_F8 && k <= MAX_K; }
+
 static void pack_q(void *dst, const void *src, dso_dtype dtype, int64_t k, dso_dtype w_dtype,
                    int64_t group) {
-  if (k > MAX_K) {
+  if (!fixed_point(w_dtype, k)) {
     base.pack_q(dst, src, dtype, k, w_dtype, group);
     return;
   }
@@ -341,7 +344,7 @@ static void run(int64_t per, const product *p, const char *next) {
 static void dot_q(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_stride, const void *w,
                   dso_dtype w_dtype, int64_t ldw, const dso_quant *q, float *c, int64_t ldc,
                   const void *next) {
-  if (k > MAX_K) {
+  if (!fixed_point(w_dtype, k)) {
     base.dot_q(m, n, k, a, a_stride, w, w_dtype, ldw, q, c, ldc, next);
     return;
   }

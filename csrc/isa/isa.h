@@ -14,7 +14,7 @@ typedef struct dso_isa {
   const char *name;
   int native_bf16;
 
-  /* 类型转换，n 个元素；只有这两个（与由它们拼成的 stream）认得 DSO_F8。 */
+  /* 类型转换，n 个元素；认得 DSO_F8 的只有这两个（与由它们拼成的 stream），以及量化的权重的三个。 */
   void (*to_f32)(float *dst, const void *src, dso_dtype dtype, int64_t n);
   void (*from_f32)(void *dst, dso_dtype dtype, const float *src, int64_t n);
 
@@ -45,7 +45,7 @@ typedef struct dso_isa {
   void (*axpy_n)(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *w,
                  dso_dtype w_dtype, int64_t ldw, float *c, int64_t ldc);
 
-  /* 量化的权重（int8、int4，每组 32 的倍数）：dot_q 为 C [m, n] = A [m, k] · 反量化(W)ᵀ，dequant 解开
+  /* 量化的权重（int8、int4、fp8，每组 32 的倍数）：dot_q 为 C [m, n] = A [m, k] · 反量化(W)ᵀ，dequant 解开
    * 一行的前 k 个成计算格式 fmt。q 指向第一行的尺度，ldw 是行距（int4 以字节计）。A 的各行先由 pack_q 换成本指令集要的样子
    * （fp32 或定点，dso_pack_q_bytes(k) 字节，w_dtype、group 是要乘的权重的），行距 a_stride 字节。
    * next 是接下来要用的同样行距的权重（可为 NULL）：顺带预取。 */

@@ -120,8 +120,8 @@ static void axpy_n(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
 
 /* 第 x 个码减零点，乘尺度；int4 的码在 32 个一段的 16 字节里。 */
 static float quantized(const void *w, dso_dtype dtype, const dso_quant *q, int64_t x) {
-  if (dtype == DSO_I8) return q->scale[0] * (float)((const int8_t *)w)[x];
-  int64_t at = x % 32, g = x / q->group;
+  int64_t at = x % 32, g = q->group ? x / q->group : 0;
+  if (dtype != DSO_I4) return q->scale[g] * load(w, dtype, x);
   int byte = ((const uint8_t *)w)[x / 32 * 16 + at % 16], zero = q->zero ? q->zero[g] : 8;
   return q->scale[g] * (float)((at < 16 ? byte & 15 : byte >> 4) - zero);
 }

@@ -12,8 +12,14 @@ from deepseek_opt.benchmarks.cases import Env, SpeedCase, Work
 from deepseek_opt.buffers import large_empty
 
 _PEER = "本库 bf16"
-# （位数，组大小，要求的倍数）；组小则尺度多，只报告。
-_FORMATS = ((8, 0, 1.7), (4, 128, 2.8), (4, 32, None))
+# （格式，组大小，要求的倍数）；组小则尺度多，只报告。fp8 没有整数点积可用，也只报告。
+_FORMATS = (
+    ("int8", 0, 1.7),
+    ("fp8", 0, None),
+    ("fp8", 128, None),
+    ("int4", 128, 2.8),
+    ("int4", 32, None),
+)
 
 
 def _stack(count: int, rows: int, columns: int) -> Tensor:
@@ -27,17 +33,19 @@ def _repeated(one: Tensor, count: int) -> Tensor:
     return large_empty((count, *one.shape), one.dtype).copy_(one)
 
 
-def _codes(bits: int, group: int, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _codes(kind: str, group: int, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """随机的码与尺度（对称），形状同 ``quantize_experts`` 的结果。"""
     groups = -(-columns // group) if group else 1
-    if bits == 8:
+    scale = torch.full((count, rows, groups) if group else (count, rows), 1e-3)
+    if kind == "int4":
+        one = torch.randint(0, 256, (rows, groups * group // 2), dtype=torch.uint8)
+    else:
         one = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
-        return _repeated(one, count), torch.full((count, rows), 1e-3)
-    one = torch.randint(0, 256, (rows, groups * group // 2), dtype=torch.uint8)
-    return _repeated(one, count), torch.full((count, rows, groups), 1e-3)
+        one = one.to(torch.float8_e4m3fn) if kind == "fp8" else one
+    return _repeated(one, count), scale
 
 
-def _experts(env: Env, tokens: int, bits: int, group: int) -> Work:
+def _experts(env: Env, tokens: int, kind: str, group: int) -> Work:
     """路由专家与共享专家都量化；不含路由。"""
     from deepseek_opt import ops
 
@@ -52,10 +60,10 @@ def _experts(env: Env, tokens: int, bits: int, group: int) -> Work:
     gate_up, down = _stack(routed, 2 * inner, width), _stack(routed, width, inner)
     shared = [_stack(1, *size)[0] for size in sizes]
     up, last = (
-        _codes(bits, group, routed, 2 * inner, width),
-        _codes(bits, group, routed, width, inner),
+        _codes(kind, group, routed, 2 * inner, width),
+        _codes(kind, group, routed, width, inner),
     )
-    packed = [_codes(bits, group, 1, *size) for size in sizes]
+    packed = [_codes(kind, group, 1, *size) for size in sizes]
     scales = [scale[0] for _, scale in packed]
 
     def ours() -> Tensor:
@@ -67,20 +75,21 @@ def _experts(env: Env, tokens: int, bits: int, group: int) -> Work:
     def peer() -> Tensor:
         return ops.moe_experts(x, index, mix, gate_up, None, down, None, shared)
 
+    bits = 4 if kind == "int4" else 8
     cost = counts.quantized_experts(config, tokens, index.unique().numel(), bits, group)
     return Work(ours, peer, *cost, torch.bfloat16)
 
 
 def build() -> list[SpeedCase]:
-    """int8、int4 各在 1、8 个词元上。"""
+    """各种格式各在 1、8 个词元上。"""
     return [
         SpeedCase(
-            f"experts.int{bits}{f'-g{group}' if group else ''}.{tokens}",
-            f"专家 {tokens} 个词元 int{bits}{f' 组 {group}' if group else ''}",
-            partial(_experts, tokens=tokens, bits=bits, group=group),
+            f"experts.{kind}{f'-g{group}' if group else ''}.{tokens}",
+            f"专家 {tokens} 个词元 {kind}{f' 组 {group}' if group else ''}",
+            partial(_experts, tokens=tokens, kind=kind, group=group),
             target,
             _PEER,
         )
-        for bits, group, target in _FORMATS
+        for kind, group, target in _FORMATS
         for tokens in (1, 8)
     ]

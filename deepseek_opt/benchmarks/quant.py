@@ -15,7 +15,12 @@ import torch
 from deepseek_opt.benchmarks.cases import Case, Env, Row, register_suite
 from deepseek_opt.config import DenseConfig, MLAConfig, MOEConfig, OptimizationProfile
 from deepseek_opt.demo import compare, data
-from deepseek_opt.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC, GROUP_SIZES
+from deepseek_opt.quantize import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SYMMETRIC,
+    FP8_GROUP_SIZE,
+    GROUP_SIZES,
+)
 
 _WINDOW, _WINDOWS, _QUICK = 2048, 16, 1
 _PEER = "transformers bf16"
@@ -80,6 +85,12 @@ def _build(_env: Env) -> list[Case]:
     cases: list[Case] = [
         QuantCase("quant.none", "bf16（不量化）", {}, _LIMIT),
         QuantCase("quant.int8", "int8", {"quantization": "int8"}, _LIMIT),
+        QuantCase("quant.fp8", "fp8", {"quantization": "fp8"}, _LIMIT),
+        QuantCase(
+            f"quant.fp8.{FP8_GROUP_SIZE}",
+            f"fp8，{FP8_GROUP_SIZE} 个一组",
+            {"quantization": "fp8", "quantization_group_size": FP8_GROUP_SIZE},
+        ),
     ]
     for group, symmetric in itertools.product(GROUP_SIZES, (True, False)):
         fields = {

@@ -19,7 +19,6 @@ def expert_checks(folder: Path) -> list[Check]:
     """
     from deepseek_opt.config import format_bytes
     from deepseek_opt.demo.data import require_transformers
-    from deepseek_opt.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC, GROUP_SIZES
 
     require_transformers()
     if not (folder / "config.json").is_file():
@@ -29,19 +28,36 @@ def expert_checks(folder: Path) -> list[Check]:
         return [Check(_GROUP, folder.name, "warn", "没有认得的 MoE 专家，量化不起作用")]
     original = width * sum(math.prod(shape) for shape in shapes)
     checks = [Check(_GROUP, "原权重", "ok", f"{format_bytes(original)}，{layers} 层")]
-    forms = [("int8", 8, 0, True)]
-    for group in GROUP_SIZES:
-        for symmetric in (True, False):
-            note = "" if symmetric else "，带零点"
-            chosen = (group, symmetric) == (DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC)
-            title = f"int4（{group} 个一组{note}）" + ("，默认" if chosen else "")
-            forms.append((title, 4, group, symmetric))
-    for title, *form in forms:
+    for title, *form in _forms():
         size = sum(_size(shape, *form) for shape in shapes)
         both = format_bytes(size + original)
         value = f"{format_bytes(size)}；保留原权重（keep_original_weights）时共 {both}"
         checks.append(Check(_GROUP, title, "ok", value))
     return checks
+
+
+def _forms() -> list[tuple[Any, ...]]:
+    """(名称, 位数, 组大小, 对称, 码是不是浮点)。"""
+    from deepseek_opt.quantize import (
+        DEFAULT_GROUP_SIZE,
+        DEFAULT_SYMMETRIC,
+        FP8_GROUP_SIZE,
+        GROUP_SIZES,
+    )
+
+    grouped = f"fp8（{FP8_GROUP_SIZE} 个一组）"
+    forms = [
+        ("int8", 8, 0, True, False),
+        ("fp8", 8, 0, True, True),
+        (grouped, 8, FP8_GROUP_SIZE, True, True),
+    ]
+    for group in GROUP_SIZES:
+        for symmetric in (True, False):
+            note = "" if symmetric else "，带零点"
+            chosen = (group, symmetric) == (DEFAULT_GROUP_SIZE, DEFAULT_SYMMETRIC)
+            title = f"int4（{group} 个一组{note}）" + ("，默认" if chosen else "")
+            forms.append((title, 4, group, symmetric, False))
+    return forms
 
 
 def _shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int, int]:
@@ -71,8 +87,10 @@ def _shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int, int]:
     return [tuple(w.shape) for w in found], layers, width
 
 
-def _size(shape: tuple[int, int, int], bits: int, group: int, symmetric: bool) -> int:
+def _size(
+    shape: tuple[int, int, int], bits: int, group: int, symmetric: bool, floating: bool
+) -> int:
     from deepseek_opt.quantize import packed_shapes
 
-    parts = packed_shapes(shape, bits, group, symmetric).values()
+    parts = packed_shapes(shape, bits, group, symmetric, floating).values()
     return sum(dtype.itemsize * math.prod(size) for dtype, size in parts)

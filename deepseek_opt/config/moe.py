@@ -14,15 +14,17 @@ from deepseek_opt.config.base import ConfigBase, Conflict
 from deepseek_opt.config.fields import Count, CountOrZero, PositiveFloat, Weight, expected
 
 _GROUP_SIZES = (32, 64, 128)
+_FP8_GROUP_SIZE = 128
+_QUANTIZED = ("int8", "int4", "fp8")
 
 # (字段, 它依赖的字段, 依赖字段允许的取值)：依赖不满足时该字段不起作用，按错误报出。
 _DEPENDENT = (
     ("bias_update_rate", "balance_strategy", ("bias_update",)),
     ("aux_loss_weight", "balance_strategy", ("sequence_aux_loss", "global_aux_loss")),
     ("sequence_aux_loss_weight", "balance_strategy", ("bias_update",)),
-    ("quantization_group_size", "quantization", ("int4",)),
-    ("quantization_symmetric", "quantization", ("int8", "int4")),
-    ("keep_original_weights", "quantization", ("int8", "int4")),
+    ("quantization_group_size", "quantization", ("int4", "fp8")),
+    ("quantization_symmetric", "quantization", _QUANTIZED),
+    ("keep_original_weights", "quantization", _QUANTIZED),
 )
 
 # 由专家选 token 时每个专家恰好取满容量：没有分组，没有丢弃，也没有逐 token 的归一化。
@@ -110,11 +112,11 @@ class MOEConfig(ConfigBase):
     pad_to_capacity: bool | None = Field(
         None, description="是否把每个专家的输入补齐到容量；结果不变，CPU 核不需要补齐"
     )
-    quantization: Literal["none", "int8", "int4"] | None = Field(
-        None, description="专家权重的量化方式"
+    quantization: Literal["none", "int8", "int4", "fp8"] | None = Field(
+        None, description="专家权重的量化方式；fp8 是 float8_e4m3fn"
     )
     quantization_group_size: GroupSize | None = Field(
-        None, description="int4 的分组大小：32、64、128"
+        None, description="int4 的分组大小：32、64、128；fp8 分组时只能是 128，不写为每行一个尺度"
     )
     quantization_symmetric: bool | None = Field(None, description="量化是否对称（无零点）")
     keep_original_weights: bool | None = Field(
@@ -145,14 +147,21 @@ class MOEConfig(ConfigBase):
             if value is not None and values.get(on) not in allowed:
                 message = f"只用于 {on} 为 {' 或 '.join(allowed)} 时"
                 yield Conflict((field, on), message, value)
-        if values.get("quantization") == "int8" and values.get("quantization_symmetric") is False:
-            yield Conflict(
-                ("quantization_symmetric", "quantization"), "int8 没有零点，只能是 true", False
-            )
+        yield from _quantization_conflicts(values)
         for field in ("drop_policy", "drop_renormalize", "pad_to_capacity"):
             value = values.get(field)
             if value is not None and value is not False and values.get("capacity_factor") is None:
                 yield Conflict((field, "capacity_factor"), "需要同时给出 capacity_factor", value)
+
+
+def _quantization_conflicts(values: Mapping[str, Any]) -> Iterable[Conflict]:
+    kind, group = values.get("quantization"), values.get("quantization_group_size")
+    if kind in ("int8", "fp8") and values.get("quantization_symmetric") is False:
+        message = f"{kind} 没有零点，只能是 true"
+        yield Conflict(("quantization_symmetric", "quantization"), message, False)
+    if kind == "fp8" and group not in (None, _FP8_GROUP_SIZE):
+        message = f"fp8 分组时只能是 {_FP8_GROUP_SIZE}"
+        yield Conflict(("quantization_group_size", "quantization"), message, group)
 
 
 def _routing_conflicts(values: Mapping[str, Any]) -> Iterable[Conflict]:

@@ -29,11 +29,17 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int
     symmetric: bool
+    floating: bool = False
+
+    @property
+    def kind(self) -> str:
+        """配置里的名字。"""
+        return "fp8" if self.floating else f"int{self.bits}"
 
     def __str__(self) -> str:
-        if self.bits == 8:
-            return "int8"
-        return f"int4（{self.group_size} 个一组{'' if self.symmetric else '，带零点'}）"
+        if not self.group_size:
+            return self.kind
+        return f"{self.kind}（{self.group_size} 个一组{'' if self.symmetric else '，带零点'}）"
 
 
 class SharedTensors(NamedTuple):

@@ -23,22 +23,19 @@ from deepseek_opt.quantize import (
     require_finite,
 )
 
-_BITS = {"int8": 8, "int4": 4}
-
 
 def scheme_of(config: Any) -> Scheme | None:
     """MOEConfig 要求的量化；没有要求为 None。"""
-    bits = _BITS.get(getattr(config, "quantization", None))
-    if bits is None:
+    kind = getattr(config, "quantization", None)
+    if kind in (None, "none"):
         return None
-    if bits == 8:
+    group, symmetric = config.quantization_group_size, config.quantization_symmetric
+    if kind == "int8":
         return Scheme(8, 0, True)
-    symmetric = config.quantization_symmetric
-    return Scheme(
-        4,
-        config.quantization_group_size or DEFAULT_GROUP_SIZE,
-        DEFAULT_SYMMETRIC if symmetric is None else symmetric,
-    )
+    if kind == "fp8":
+        return Scheme(8, group or 0, True, floating=True)
+    symmetric = DEFAULT_SYMMETRIC if symmetric is None else symmetric
+    return Scheme(4, group or DEFAULT_GROUP_SIZE, symmetric)
 
 
 class Known(NamedTuple):
@@ -68,7 +65,7 @@ def quantize_module(
 
     逐个专家处理：转置、交错的布局在量化时换成核的布局，另占的内存是一个专家的几倍。
     """
-    options = (scheme.bits, scheme.group_size or None, scheme.symmetric)
+    options = scheme._replace(group_size=scheme.group_size or None)
     parts = {}
     for key in routed:
         weight = module._parameters[key]

@@ -31,21 +31,23 @@ def moe_experts_quantized(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """int8、int4 的稀疏专家：与 ``moe_experts`` 相同，权重在读入时反量化，以 fp32 累加；只做推理。
+    """int8、int4、fp8 的稀疏专家：与 ``moe_experts`` 相同，权重在读入时反量化，以 fp32 累加；只做推理。
 
     权重由 ``deepseek_opt.quantize.quantize_experts`` 得到。词元少时受读权重的带宽限制，读的字节只有
-    bf16 的一半（int8）、约四分之一（int4）。一个专家多于 16 行时，权重逐段解成 x 的计算格式再做矩阵乘。
+    bf16 的一半（int8、fp8）、约四分之一（int4）。一个专家多于 16 行时，权重逐段解成 x 的计算格式再做矩阵乘。
 
     Args:
         x: [T, K]；indices: [T, k] int64；weights: [T, k]。
         gate_up: int8 [E, 2I, K]，前 I 行 gate、后 I 行 up；或 int4 打包的 uint8 [E, 2I, K' / 2]，
-            K' 是 K 补齐到 group_size 的倍数。gated 为 False 时宽 I。
-        gate_up_scale: fp32，int8 时 [E, 2I]，int4 时 [E, 2I, 组数]。
-        gate_up_zero: uint8 [E, 2I, 组数]；None 是对称的（零点 8），int8 只能是 None。
+            K' 是 K 补齐到 group_size 的倍数；或 float8_e4m3fn [E, 2I, K]。gated 为 False 时宽 I。
+            格式由它的类型分辨。
+        gate_up_scale: fp32，int8 时 [E, 2I]，int4 时 [E, 2I, 组数]；fp8 时 [E, 2I]，或（group_size 为 128）
+            [E, 2I, 组数]。按 128 x 128 一块给出的尺度（DeepSeek-V3 的检查点）在行上重复即可。
+        gate_up_zero: uint8 [E, 2I, 组数]；None 是对称的（零点 8），int8、fp8 只能是 None。
         down, down_scale, down_zero: 同上，[E, N, I]。
         shared: 共享专家，同 ``moe_experts``；给了 shared_scale 时 gate、up、down 是量化的，形状同上，
-            没有 E 这一维。int8 的共享专家可与 int4 的专家同用，int4 的与专家同一个 group_size。
-        group_size: int8 为 0；int4 为 32、64 或 128。
+            没有 E 这一维。int8 的共享专家可与 int4、fp8 的专家同用，int4、fp8 的与专家同一个 group_size。
+        group_size: int8 为 0；int4 为 32、64 或 128；fp8 为 0 或 128。
         activation, alpha, limit: 同 ``moe_experts``。
         shared_scale: 共享专家没有量化时为空；否则 gate、up、down 三个的尺度。
         shared_zero: 同样三个零点；空是对称的。

@@ -17,6 +17,8 @@ def dequantize(
     if group_size == 0:
         return packed.to(dtype) * scale[..., None].to(dtype)
     k = torch.arange(columns)
+    if packed.dtype == torch.float8_e4m3fn:
+        return packed.to(dtype) * scale[..., k // group_size].to(dtype)
     byte = packed[..., k // 32 * 16 + k % 16]
     codes = torch.where(k % 32 < 16, byte & 15, byte >> 4).to(dtype)
     group = k // group_size

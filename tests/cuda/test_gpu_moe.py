@@ -9,7 +9,7 @@ import torch
 
 from deepseek_opt import ops, reference
 from deepseek_opt.quantize import quantize_experts
-from tests import test_moe_quantized as quantized
+from tests import quantized_cases as quantized
 from tests.cuda.device import DEVICE, ON_GPU, marks, needs_gpu
 from tests.moe_cases import Experts, Layout, close, experts
 
@@ -111,6 +111,7 @@ def test_many_slots():
 # ---- 量化的权重 ----
 
 SIZES = [(9, 64, 96, 40), (140, 160, 32, 72), (70, 48, 80, 16)]
+ALL_FORMATS = [*quantized.FORMATS, *quantized.FP8_FORMATS]
 
 
 def quantized_on_device(case):
@@ -134,7 +135,7 @@ def check_quantized(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMATS, ids=str)
 def test_quantized(form, dtype):
     for sizes in SIZES:
         index = skewed(sizes[0], 5)
@@ -145,10 +146,10 @@ def test_quantized(form, dtype):
     check_quantized(case, dtype)
 
 
-@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str)
 @pytest.mark.parametrize("tokens", [3, 150])
 def test_quantized_with_shared(tokens, form):
-    """共享专家没有量化、同样量化、int8 的共享配 int4 的路由。"""
+    """共享专家没有量化、同样量化、int8 的共享配 int4、fp8 的路由。"""
     dtype = torch.bfloat16
     case = quantized.make((tokens, 64, 96, 48), form, dtype=dtype)
     shared = experts((tokens, 64, 31, 48), 1, 1, dtype=dtype, shared=4).shared
@@ -159,6 +160,40 @@ def test_quantized_with_shared(tokens, form):
     packed = {"shared": tuple(q.packed[0] for q in stacks)}
     packed["shared_scale"] = tuple(q.scale[0] for q in stacks)
     check_quantized(case.but(**packed), dtype)
+    check_quantized(quantized.with_shared(case, form, 4), dtype)
+
+
+@pytest.mark.parametrize("form", quantized.FP8_FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 33, 140])
+def test_fp8_shapes(tokens, form):
+    """K 跨过、不满一组（128）、一步（64）、一级（32）；不是 16 的倍数的走通用路径；词元都到一个专家。"""
+    for dtype in HALF:
+        for k, inner, n in ((16, 48, 8), (272, 144, 40), (130, 33, 15)):
+            case = quantized.make((tokens, k, inner, n), form, dtype=dtype)
+            check_quantized(case, dtype)
+            check_quantized(case.but(indices=torch.zeros_like(case.indices)), dtype)
+    check_quantized(quantized.make((tokens, 200, 40, 24), form), torch.float32)
+
+
+@pytest.mark.parametrize("form", quantized.FP8_FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", [3, 20, 140])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_fp8_codes(tokens, form, dtype):
+    """全部 254 个有限的码都对；NaN 的码给出 NaN，只影响它那一列。"""
+    index = torch.zeros(tokens, 1, dtype=torch.int64)
+    case = quantized.make((tokens, 256, 16, 16), form, dtype=dtype, indices=index, count=1)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[127, 255]] = 0
+    packed = codes.expand(1, 32, 256).contiguous().view(torch.float8_e4m3fn)
+    scale = torch.full_like(case.up.scale, 1e-3)
+    case = case.but(up=case.up._replace(packed=packed, scale=scale))
+    check_quantized(case, dtype)
+    broken = case.down.packed.clone()
+    broken.view(torch.uint8)[0, 3, 9] = 0xFF
+    got = quantized_on_device(case.but(down=case.down._replace(packed=broken))).run().cpu()
+    assert got[:, 3].isnan().all()
+    got[:, 3] = 0
+    assert got.isfinite().all()
 
 
 # ---- 词元少的路径 ----
@@ -176,7 +211,7 @@ def test_few_tokens(tokens, dtype):
     check(experts((tokens, 520, 31, 24), 3, dtype=dtype, shared=4))
 
 
-@pytest.mark.parametrize("form", quantized.FORMATS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMATS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 12, 40])
 def test_few_tokens_quantized(tokens, form):
     for depth in (48, 144, 400):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_opt import ops
-from tests import test_moe_quantized as quantized
+from tests import quantized_cases as quantized
 from tests.cuda import host_library
 from tests.cuda.test_gpu_moe import skewed
 from tests.cuda.test_orders import same_in_every_order
@@ -49,7 +49,7 @@ def test_experts(monkeypatch, tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens", [4, 5, 150])
-@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4], ids=str)
+@pytest.mark.parametrize("form", [quantized.INT8, quantized.INT4, *quantized.FP8_FORMATS], ids=str)
 def test_quantized(monkeypatch, tokens, form):
     case = quantized.make((tokens, 96, 48, 40), form, dtype=BF16, count=5)
     case = case.but(indices=skewed(tokens, 5))
