@@ -7,7 +7,8 @@ source scripts/common.sh
 cxx=${CXX:-g++}
 libraries=("$("$cxx" -print-file-name=libasan.so)" "$("$cxx" -print-file-name=libubsan.so)")
 # 泄漏不查：Python 自己就有；链接次序也不查：libasan 由 LD_PRELOAD 装上。
-export DSO_HOST=1 DSO_HOST_SANITIZE=1
+# 模拟是串行的：参考结果也只用一个线程，不与另一个进程争。
+export DSO_HOST=1 DSO_HOST_SANITIZE=1 OMP_NUM_THREADS=1
 export ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0
 run() { LD_PRELOAD="${libraries[*]}" "$python" -m pytest -q -p no:cacheprovider "$@"; }
 if [ "$#" -gt 0 ]; then

@@ -27,7 +27,12 @@ SM80 = Target(300.0, "TFLOP/s")
 BANDWIDTH = Target(0.75, "占拷贝带宽")
 FASTER = Target(5.0, "倍于 transformers")
 MANY, FEW = (4096, 32768), (1, 2, 4, 8, 16, 32, 64)
-FORMS = {"bf16": None, "int8": (8, None), "int4": (4, 64)}
+FORMS = {
+    "bf16": None,
+    "int8": {"bits": 8},
+    "int4": {"bits": 4, "group_size": 64},
+    "fp8": {"bits": 8, "group_size": 128, "floating": True},
+}
 MAJOR = "DEEPSEEK_OPT_CUDA_MAJOR"
 _CHECKED = 4  # 核对几个词元
 
@@ -84,7 +89,7 @@ def make_weights(env: Env, dims: Dims, form: str) -> Weights:
     down = env.randn(dims.experts, dims.hidden, dims.inner) * dims.inner**-0.5
     if FORMS[form] is None:
         return Weights(gate_up, down)
-    up_codes, down_codes = (quantize_experts(w, *FORMS[form]) for w in (gate_up, down))
+    up_codes, down_codes = (quantize_experts(w, **FORMS[form]) for w in (gate_up, down))
     # 对照用反量化之后的权重：同样的数，读的字节多
     gate_up, down = (dequantize(codes, torch.bfloat16) for codes in (up_codes, down_codes))
     return Weights(gate_up, down, up_codes, down_codes)
