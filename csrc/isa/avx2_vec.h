@@ -58,6 +58,24 @@ static inline vf v_load_f8_256th(const uint8_t *p) {
   return _mm256_or_ps(v, _mm256_and_ps(nan, v_set1(NAN)));
 }
 static inline vf v_load_f8(const uint8_t *p) { return v_load_f8_256th(p) * v_set1(256.0f); }
+/* 32 个码的 2^-8 倍，不管 NaN；most 记下各字节两倍的码的最大值：是 0xfe 的有过 NaN。 */
+typedef __m256i v_bytes;
+static inline v_bytes v_bytes_zero(void) { return _mm256_setzero_si256(); }
+static inline __attribute__((always_inline)) void v8_unpack(vf *out, const uint8_t *p,
+                                                            v_bytes *most) {
+  __m256i codes = _mm256_loadu_si256((const __m256i *)p);
+  for (int i = 0; i < 2; i++) {
+    __m128i half = i ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+    __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(half), 7);
+    h = _mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff));
+    out[2 * i] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    out[2 * i + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+  }
+  *most = _mm256_max_epu8(*most, _mm256_add_epi8(codes, codes));
+}
+static inline int v_bytes_nan(v_bytes most) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8((char)0xfe))) != 0;
+}
 static inline void v_store_bf16(uint16_t *p, vf v) {
   __m256i u = _mm256_castps_si256(v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

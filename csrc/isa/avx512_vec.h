@@ -44,6 +44,21 @@ static inline vf v_load_f8_256th(const uint8_t *p) {
   __mmask16 nan = _mm512_cmp_ps_mask(v_abs(v), v_set1(1.875f), _CMP_EQ_OQ);
   return _mm512_mask_or_ps(v, nan, v, v_set1(NAN));
 }
+/* 32 个码的 2^-8 倍，不管 NaN；most 记下各字节两倍的码的最大值：是 0xfe 的有过 NaN。 */
+typedef __m256i v_bytes;
+static inline v_bytes v_bytes_zero(void) { return _mm256_setzero_si256(); }
+static inline __attribute__((always_inline)) void v8_unpack(vf *out, const uint8_t *p,
+                                                            v_bytes *most) {
+  __m256i codes = _mm256_loadu_si256((const __m256i *)p);
+  __m512i h = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7);
+  h = _mm512_and_si512(h, _mm512_set1_epi16((short)0xbfff));
+  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+  out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+  *most = _mm256_max_epu8(*most, _mm256_add_epi8(codes, codes));
+}
+static inline int v_bytes_nan(v_bytes most) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8((char)0xfe))) != 0;
+}
 static inline vf v_load_f8(const uint8_t *p) { return v_load_f8_256th(p) * v_set1(256.0f); }
 static inline __m256i v_to_bf16(vf v) {
 #if defined(__AVX512BF16__)
