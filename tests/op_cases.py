@@ -47,7 +47,12 @@ def error(got: Tensor, want: Tensor) -> Tensor:
 
 
 def assert_no_worse(got: Tensor, eager: Tensor, exact: Tensor, factor: float = 1.1) -> None:
-    """均方根误差不超过 eager 的 factor 倍，最大误差（单个样本，起伏大，也随机器的 BLAS 而变）不超过 2 倍与 factor 的 1.5 倍。"""
+    """均方根误差不超过 eager 的 factor 倍，最大误差（单个样本，起伏大）不超过 2 倍与 factor 的 1.5 倍。
+
+    fp32 时 eager 的误差由 BLAS 的分块决定，随机器、线程数变化：至少放宽到 1.5 倍。
+    """
+    if got.dtype == torch.float32:
+        factor = max(factor, 1.5)
     floor = 1e-3 * torch.finfo(got.dtype).eps * exact.abs().max().item()
     ours, theirs = error(got, exact), error(eager, exact)
     a, b = (e.square().mean().sqrt().item() for e in (ours, theirs))
