@@ -122,7 +122,9 @@ class Sampled:
         block = step.noise.get(shape)
         if block is None:
             block = step.noise[shape] = torch.ones(shape, device=self.rows.device)
-        block[to_device(torch.tensor(live), block.device)] = self._for_rows(length + 1, step.vocabulary)
+        block[to_device(torch.tensor(live), block.device)] = self._for_rows(
+            length + 1, step.vocabulary
+        )
         self._block = block
 
     def drafted(self, drafts: Tensor) -> None:
@@ -158,7 +160,9 @@ class Sampled:
             self._states.append(self.generator.get_state())
         used = self._noise[min(begins) - self._first : max(begins) - self._first + steps]
         late = torch.tensor([n - min(begins) for n in begins])[:, None] + torch.arange(steps)
-        index = to_device(torch.stack((late, torch.tensor(active)[:, None].expand_as(late))), device)
+        index = to_device(
+            torch.stack((late, torch.tensor(active)[:, None].expand_as(late))), device
+        )
         return torch.stack(used)[index[0], index[1]]
 
     def settle(self) -> None:
