@@ -17,6 +17,8 @@ from typing import Any
 MAX_DRAFTS = 8
 _SAMPLES = 7  # 每个 (行数, D) 留最近几步的用时，取中位数：一次被打断的步不算数
 _FIRST = ((0, 2), (1, 1))  # 还没有读数时先量的 (D, 步数)；更大的 D 由外推，看来合算才试
+# 起草有一份不随 D 变的用时，由 0 与 1 外推，多起草几个显得比实际贵：1 个不到这么多倍的用时就再量一次 _SECOND 个。
+_SECOND, _WORTH = 3, 3.0
 _PROBE_EVERY = 96  # 每隔几步重量一次没有选的：上下文变长，用时也变
 _PROBE_RARELY = 32  # 一直不合算时间隔逐次加倍，至多这么多倍：一次要补上落下的位置，不便宜
 _SHORTEST = 4  # 剩的词元更少时不为起草补落下的位置：补完就到头，量不出也省不下
@@ -134,8 +136,13 @@ class DraftLength:
                 drafts = min(drafts, self.longest)
                 if times.count(drafts) < wanted:
                     return drafts
-            if self.acceptance.unknown and times.estimate(1) < 2 * times.estimate(0):
-                return 1  # 全都接受就会合算：先弄清接受率
+            second = min(_SECOND, self.longest)
+            if not times.count(second) and times.estimate(1) < _WORTH * times.estimate(0):
+                return second
+            if self.acceptance.unknown:
+                drafts = self._hopeful(times, second)
+                if drafts:
+                    return drafts
             if times.probing is not None:  # 直到量出它的用时
                 return times.probing
             best, gain = self._best(times, scale)
@@ -163,6 +170,11 @@ class DraftLength:
         with self._lock:
             each = seconds / max(positions, 1)
             self._catch_up = each if not self._catch_up else 0.7 * self._catch_up + 0.3 * each
+
+    def _hopeful(self, times: Times, second: int) -> int:
+        """量过的里，全都接受就最合算的 D，用它弄清接受率；都不会合算为 0。"""
+        tried = [d for d in (0, 1, second) if times.count(d)]
+        return min(tried, key=lambda d: times.estimate(d) / (d + 1))
 
     def _best(self, times: Times, scale: float) -> tuple[int, float]:
         """(最划算的 D, 每个词元省的秒数)；不起草为 (0, 0)。"""
