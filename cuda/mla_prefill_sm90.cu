@@ -413,8 +413,8 @@ namespace dso {
 
 bool prefill_sm90_fits(const dso_mla_inputs &in, const Device &device) {
   auto positive = [](int64_t a, int64_t b) { return a > 0 && b > 0; };
-  return device.major == 9 && device.shared_limit >= SHARED_SM90 && !in.pages &&
-         in.nope_dim > 0 && in.nope_dim <= 128 && in.rope_dim <= 64 && in.v_dim <= 128 &&
+  return device.major == 9 && device.shared_limit >= SHARED_SM90 && !in.pages && in.nope_dim > 0 &&
+         in.nope_dim <= 128 && in.rope_dim <= 64 && in.v_dim <= 128 &&
          positive(in.q_hs, in.t == 1 ? 1 : in.q_ts) && (in.q_bs > 0 || in.b == 1) &&
          positive(in.s == 1 ? 1 : in.rope_ts, in.b == 1 ? 1 : in.rope_bs);
 }

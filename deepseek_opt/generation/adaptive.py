@@ -132,17 +132,9 @@ class DraftLength:
             times = self._times.setdefault(_bucket(rows), Times())
             if pending and remaining < _SHORTEST:
                 return 0
-            for drafts, wanted in _FIRST:
-                drafts = min(drafts, self.longest)
-                if times.count(drafts) < wanted:
-                    return drafts
-            second = min(_SECOND, self.longest)
-            if not times.count(second) and times.estimate(1) < _WORTH * times.estimate(0):
-                return second
-            if self.acceptance.unknown:
-                drafts = self._hopeful(times, second)
-                if drafts:
-                    return drafts
+            first = self._first(times)
+            if first is not None:
+                return first
             if times.probing is not None:  # 直到量出它的用时
                 return times.probing
             best, gain = self._best(times, scale)
@@ -171,10 +163,20 @@ class DraftLength:
             each = seconds / max(positions, 1)
             self._catch_up = each if not self._catch_up else 0.7 * self._catch_up + 0.3 * each
 
-    def _hopeful(self, times: Times, second: int) -> int:
-        """量过的里，全都接受就最合算的 D，用它弄清接受率；都不会合算为 0。"""
+    def _first(self, times: Times) -> int | None:
+        """还没有读数时先量的；够了为 None。"""
+        for drafts, wanted in _FIRST:
+            drafts = min(drafts, self.longest)
+            if times.count(drafts) < wanted:
+                return drafts
+        second = min(_SECOND, self.longest)
+        if not times.count(second) and times.estimate(1) < _WORTH * times.estimate(0):
+            return second
+        if not self.acceptance.unknown:
+            return None
+        # 量过的里，全都接受就最合算的，用它弄清接受率
         tried = [d for d in (0, 1, second) if times.count(d)]
-        return min(tried, key=lambda d: times.estimate(d) / (d + 1))
+        return min(tried, key=lambda d: times.estimate(d) / (d + 1)) or None
 
     def _best(self, times: Times, scale: float) -> tuple[int, float]:
         """(最划算的 D, 每个词元省的秒数)；不起草为 (0, 0)。"""
