@@ -22,6 +22,15 @@ FORMATS = [(8, None, True), *itertools.product((4,), (32, 64, 128), (True, False
 INT8, INT4 = FORMATS[0], (4, 32, False)
 FP8, FP8_128 = (8, None, True, True), (8, 128, True, True)
 FP8_FORMATS = [FP8, FP8_128]
+# 某一维为 0 的 (T, K, I, N)，词元少与多。
+EMPTY_SIZES = [
+    (0, 3, 4, 5),
+    (3, 0, 4, 5),
+    (3, 4, 0, 5),
+    (3, 4, 5, 0),
+    (40, 4, 0, 5),
+    (40, 0, 4, 5),
+]
 
 
 def accuracy(dtype: torch.dtype) -> torch.dtype | str:
@@ -117,3 +126,11 @@ def with_bias(case: Case, dtype: torch.dtype = torch.float32) -> Case:
     """加上路由专家的偏置。"""
     up, down = (randn(*q.shape[:2], dtype=dtype) for q in (case.up, case.down))
     return case.but(up_bias=up, down_bias=down)
+
+
+def check_rows(rows: int, form: tuple) -> None:
+    """一个专家 rows 行：边读边解与先解开的分界（16 行）、寄存器块、行块的边界；计算格式一段的边界（256、512）。"""
+    index = torch.zeros(rows, 1, dtype=torch.int64)
+    for dtype in FLOATS[:2]:
+        k = 513 if rows == 17 else 40
+        make((rows, k, 12, 11), form, dtype=dtype, indices=index, shared=3).check()

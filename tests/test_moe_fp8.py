@@ -11,12 +11,14 @@ from deepseek_opt.quantize import dequantize, packed_shapes, quantize_experts
 from tests.moe_cases import close, experts
 from tests.op_cases import FLOATS, flipped, randn
 from tests.quantized_cases import (
+    EMPTY_SIZES,
     FP8,
     FP8_128,
     FP8_FORMATS,
     INT4,
     INT8,
     OP,
+    check_rows,
     make,
     with_bias,
     with_shared,
@@ -157,11 +159,7 @@ def test_odd_shapes(sizes, form):
 @forms
 @pytest.mark.parametrize("rows", [1, 4, 5, 16, 17, 97])
 def test_row_boundaries(rows, form):
-    """边读边解与先解开的分界（16 行）、寄存器块、行块的边界；计算格式一段的边界（256、512）。"""
-    index = torch.zeros(rows, 1, dtype=torch.int64)
-    for dtype in FLOATS[:2]:
-        k = 513 if rows == 17 else 40
-        make((rows, k, 12, 11), form, dtype=dtype, indices=index, shared=3).check()
+    check_rows(rows, form)
 
 
 @pytest.mark.usefixtures("isa")
@@ -174,9 +172,7 @@ def test_biases_and_plain_experts(form):
 
 @pytest.mark.usefixtures("isa")
 @forms
-@pytest.mark.parametrize(
-    "sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0), (40, 4, 0, 5), (40, 0, 4, 5)]
-)
+@pytest.mark.parametrize("sizes", EMPTY_SIZES)
 def test_empty_dimensions(sizes, form):
     make(sizes, form).check()
     with_shared(make(sizes, form), form, 4).check()

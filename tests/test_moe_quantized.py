@@ -12,7 +12,18 @@ from deepseek_opt.errors import InputError
 from deepseek_opt.quantize import dequantize, quantize_experts
 from tests.moe_cases import experts
 from tests.op_cases import FLOATS, flipped, randn, strided
-from tests.quantized_cases import FORMATS, INT4, INT8, OP, Case, make, with_bias, with_shared
+from tests.quantized_cases import (
+    EMPTY_SIZES,
+    FORMATS,
+    INT4,
+    INT8,
+    OP,
+    Case,
+    check_rows,
+    make,
+    with_bias,
+    with_shared,
+)
 from tests.tolerances import tol
 
 # 高斯权重的相对误差（均方根）：(下限, 上限)；下限说明确实是这么多位，而不是没有量化。
@@ -215,18 +226,12 @@ def test_odd_shapes(sizes, form):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 96, 97, 529])
 @pytest.mark.parametrize("form", [INT8, INT4])
 def test_row_boundaries(rows, form):
-    """边读边解与先解开的分界（16 行）、寄存器块、行块的边界；计算格式一段的边界（256、512）。"""
-    index = torch.zeros(rows, 1, dtype=torch.int64)
-    for dtype in FLOATS[:2]:
-        k = 513 if rows == 17 else 40
-        make((rows, k, 12, 11), form, dtype=dtype, indices=index, shared=3).check()
+    check_rows(rows, form)
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", [INT8, INT4])
-@pytest.mark.parametrize(
-    "sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0), (40, 4, 0, 5), (40, 0, 4, 5)]
-)
+@pytest.mark.parametrize("sizes", EMPTY_SIZES)
 def test_empty_dimensions(sizes, form):
     make(sizes, form).check()
     make(sizes, form, shared=3).check()
