@@ -146,16 +146,17 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def(
       "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor? gate_up_bias,"
       " Tensor down, Tensor? down_bias, Tensor[] shared, str activation, float alpha, float limit,"
-      " bool transposed, bool interleaved, bool gated) -> Tensor");
+      " bool transposed, bool interleaved, bool gated, bool save=False) -> (Tensor, Tensor)");
   m.def(
       "moe_experts_list(Tensor x, Tensor indices, Tensor weights, Tensor[] gate, Tensor[] up, "
       "Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, Tensor[] shared,"
-      " str activation, float alpha, float limit, bool gated) -> Tensor");
+      " str activation, float alpha, float limit, bool gated, bool save=False) -> (Tensor, "
+      "Tensor)");
   m.def(
       "moe_experts_list_backward(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor[] "
       "gate, Tensor[] up, Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias,"
       " Tensor[] shared, str activation, float alpha, float limit, bool gated, bool need_x, bool "
-      "need_experts, bool need_shared)"
+      "need_experts, bool need_shared, Tensor? saved=None)"
       " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])");
   m.def(
       "moe_experts_quantized(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor "
@@ -167,13 +168,13 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
       "moe_experts_backward(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor gate_up,"
       " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str activation,"
       " float alpha, float limit, bool transposed, bool interleaved, bool gated, bool need_x, bool "
-      "need_experts, bool need_shared)"
+      "need_experts, bool need_shared, Tensor? saved=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
   m.def(
       "moe_experts_backward_into(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor "
       "gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor[] shared, str "
       "activation, float alpha, float limit, bool transposed, bool interleaved, bool gated, bool "
-      "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad)"
+      "need_x, bool need_shared, Tensor(a!) gate_up_grad, Tensor(b!) down_grad, Tensor? saved=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("mtp_draft_head(Tensor hidden, Tensor weight, Tensor? bias, Tensor? vocabulary) -> Tensor");
   m.def("mtp_verify_greedy(Tensor logits, Tensor drafts, Tensor? draft_len) -> (Tensor, Tensor)");

@@ -1,6 +1,5 @@
 // moe_experts 及其反向的 CPU 绑定：把各种权重布局换成逐专家的结构体。
 #include <limits>
-#include <tuple>
 
 #include "binding_buffers.h"
 #include "binding_moe_stacked.h"
@@ -49,6 +48,14 @@ void prepare(const char *op, Experts &m, const dso_act &act, bool backward) {
   dso_moe_prepare(&m.in, backward, m.at.data());
 }
 
+std::tuple<Tensor, Tensor> run_forward(const Experts &m, bool save) {
+  Tensor y = torch::stable::new_empty(m.x, {m.in.tokens, m.in.n});
+  dso_moe_params p{m.in, y.mutable_data_ptr(), {}};
+  Tensor saved = new_saved(m, m.index.size(1), save, &p.saved);
+  if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);
+  return {y, saved};
+}
+
 namespace {
 void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, const Tensor &weights,
           const Tensor &gate_up, const std::optional<Tensor> &gate_up_bias, const Tensor &down,
@@ -65,18 +72,17 @@ void fill(const char *op, Experts &m, const Tensor &x, const Tensor &indices, co
   prepare(op, m, act, backward);
 }
 
-Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,
-                   const Tensor &gate_up, const std::optional<Tensor> &gate_up_bias,
-                   const Tensor &down, const std::optional<Tensor> &down_bias,
-                   std::vector<Tensor> shared, std::string activation, double alpha, double limit,
-                   bool transposed, bool interleaved, bool gated) {
+std::tuple<Tensor, Tensor> moe_experts(const Tensor &x, const Tensor &indices,
+                                       const Tensor &weights, const Tensor &gate_up,
+                                       const std::optional<Tensor> &gate_up_bias,
+                                       const Tensor &down, const std::optional<Tensor> &down_bias,
+                                       std::vector<Tensor> shared, std::string activation,
+                                       double alpha, double limit, bool transposed,
+                                       bool interleaved, bool gated, bool save) {
   Experts m;
   fill("moe_experts", m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
        {activation, alpha, limit, {transposed, interleaved, gated}}, false);
-  Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
-  dso_moe_params p{m.in, y.mutable_data_ptr()};
-  if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);
-  return y;
+  return run_forward(m, save);
 }
 
 // 梯度的指针：与 expert_at 同样的位置，换到梯度张量上。
@@ -150,7 +156,8 @@ Tensor scale_grad(const Experts &m, const Tensor &scale, const std::vector<float
 
 CommonGrads run_backward(const char *op, Experts &m, const Tensor &grad, const Tensor &x,
                          const Tensor &weights, const std::vector<Tensor> &shared,
-                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared) {
+                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared,
+                         const std::optional<Tensor> &saved) {
   expect_shape(op, "grad", grad, {m.in.tokens, m.in.n});
   Tensor dy = row_major(grad);
   CommonGrads out{grad_like(x, need_x), {}, shared_grads(m, shared, need_shared, grads)};
@@ -162,7 +169,9 @@ CommonGrads run_backward(const char *op, Experts &m, const Tensor &grad, const T
       dw.data(),
       grads.data(),
       static_cast<int64_t>(torch::stable::get_num_threads()),
-      nullptr};
+      nullptr,
+      {}};
+  use_saved(op, m, m.index.size(1), saved, &p.saved);
   std::vector<int64_t> task_at(3 * m.list.size() + 1);
   dso_moe_backward_prepare(&p, task_at.data());
   execute(dso_moe_experts_backward, &p);
@@ -180,7 +189,7 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                            const std::optional<Tensor> &down_bias, std::vector<Tensor> shared,
                            std::string activation, double alpha, double limit, bool transposed,
                            bool interleaved, bool gated, bool need_x, bool need_experts,
-                           bool need_shared) {
+                           bool need_shared, std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward";
   Experts m;
   Tensor gu = torch::stable::contiguous(gate_up), dn = torch::stable::contiguous(down);
@@ -193,7 +202,8 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
   for (int64_t e = 0; need_experts && e < m.routed; e++)
     grads[static_cast<size_t>(e)] =
         grad_at(m.list[static_cast<size_t>(e)], m, d_gate_up, d_down, d_bias, d_down_bias);
-  CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
+  CommonGrads common =
+      run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared, saved);
   return {common.x, common.weights, d_gate_up, d_down, d_bias, d_down_bias, common.shared};
 }
 
@@ -207,7 +217,8 @@ OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const 
                                      std::vector<Tensor> shared, std::string activation,
                                      double alpha, double limit, bool transposed, bool interleaved,
                                      bool gated, bool need_x, bool need_shared,
-                                     const Tensor &gate_up_grad, const Tensor &down_grad) {
+                                     const Tensor &gate_up_grad, const Tensor &down_grad,
+                                     std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward_into";
   Experts m;
   fill(op, m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
@@ -222,7 +233,8 @@ OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const 
     one = grad_at(m.list[static_cast<size_t>(e)], m, gate_up_grad, down_grad, d_bias, d_down_bias);
     one.add = 1;
   }
-  CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
+  CommonGrads common =
+      run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared, saved);
   std::vector<Tensor> &s = common.shared;
   while (s.size() < 4) s.push_back(nothing(x));
   return {common.x, common.weights, d_bias, d_down_bias, s[0], s[1], s[2], s[3]};

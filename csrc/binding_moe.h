@@ -1,6 +1,9 @@
 // moe_experts 各算子的绑定共用：检查（CUDA 的绑定也用）、路由、共享专家、激活。
 #pragma once
 
+#include <algorithm>
+#include <tuple>
+
 #include "binding.h"
 
 namespace dso {
@@ -115,6 +118,39 @@ void fill_shared_rows(const char *op, Experts &m, const std::vector<Tensor> &sha
 // list、路由填好之后：填 in 的其余部分，dso_moe_prepare。
 void prepare(const char *op, Experts &m, const dso_act &act, bool backward);
 
+// 前向留给反向的 gate、up 的位置；返回它有多少个元素。list、routed、x 已填好。
+inline int64_t place_saved(const Experts &m, int64_t top_k, dso_moe_saved *saved) {
+  const int64_t tokens = m.x.size(0), times = m.in.gated ? 2 : 1;
+  int64_t widest = 0, shared = 0;
+  for (size_t e = 0; e < m.list.size(); e++)
+    (static_cast<int64_t>(e) < m.routed ? widest : shared) =
+        std::max(static_cast<int64_t>(e) < m.routed ? widest : shared, m.list[e].inner);
+  saved->rs = (widest + 7) / 8 * 8, saved->routed = m.routed;
+  saved->shared_at = times * tokens * top_k * saved->rs;
+  return saved->shared_at + times * tokens * shared;
+}
+
+// 前向：分配；不要时是空的。没有输出要算时也不写，所以先清零。
+inline Tensor new_saved(const Experts &m, int64_t top_k, bool wanted, dso_moe_saved *saved) {
+  const int64_t count = place_saved(m, top_k, saved);
+  if (!wanted) return torch::stable::new_empty(m.x, {0});
+  Tensor out =
+      m.in.n > 0 ? torch::stable::new_empty(m.x, {count}) : torch::stable::new_zeros(m.x, {count});
+  saved->data = out.mutable_data_ptr();
+  return out;
+}
+
+// 反向：前向留下的（没有时 data 为空）。
+inline void use_saved(const char *op, const Experts &m, int64_t top_k,
+                      const std::optional<Tensor> &tensor, dso_moe_saved *saved) {
+  const int64_t count = place_saved(m, top_k, saved);
+  if (!tensor) return;
+  expect_shape(op, "saved", *tensor, {count});
+  expect_type(op, "saved", *tensor, m.x.scalar_type());
+  expect(tensor->is_contiguous(), op, "：saved 应是连续的。");
+  saved->data = const_cast<void *>(tensor->const_data_ptr());
+}
+
 // 与 t 同形状、未初始化的梯度；不要时是空张量。
 Tensor grad_like(const Tensor &t, bool wanted);
 
@@ -126,6 +162,10 @@ struct CommonGrads {
 // 执行反向：grads 与 list 等长，路由专家的已填好，共享专家的在这里分配。
 CommonGrads run_backward(const char *op, Experts &m, const Tensor &grad, const Tensor &x,
                          const Tensor &weights, const std::vector<Tensor> &shared,
-                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared);
+                         std::vector<dso_expert_grad> &grads, bool need_x, bool need_shared,
+                         const std::optional<Tensor> &saved);
+
+// 执行前向；save：另外留下 gate、up。
+std::tuple<Tensor, Tensor> run_forward(const Experts &m, bool save);
 
 }  // namespace dso

@@ -1,6 +1,4 @@
 // moe_experts_list 及其反向的 CPU 绑定：每个专家是几个单独的张量（例如各自的 nn.Linear），原地读取。
-#include <tuple>
-
 #include "binding_moe_list.h"
 
 namespace dso {
@@ -14,18 +12,17 @@ void fill(const char *op, Experts &m, Lists &w, const Tensor &x, const Tensor &i
   prepare(op, m, act, backward);
 }
 
-Tensor moe_experts_list(const Tensor &x, const Tensor &indices, const Tensor &weights, Tensors gate,
-                        Tensors up, Tensors down, Tensors gate_bias, Tensors up_bias,
-                        Tensors down_bias, Tensors shared, std::string activation, double alpha,
-                        double limit, bool gated) {
+std::tuple<Tensor, Tensor> moe_experts_list(const Tensor &x, const Tensor &indices,
+                                            const Tensor &weights, Tensors gate, Tensors up,
+                                            Tensors down, Tensors gate_bias, Tensors up_bias,
+                                            Tensors down_bias, Tensors shared,
+                                            std::string activation, double alpha, double limit,
+                                            bool gated, bool save) {
   Experts m;
   Lists w{gate, up, down, gate_bias, up_bias, down_bias};
   fill("moe_experts_list", m, w, x, indices, weights, shared, {activation, alpha, limit, gated},
        false);
-  Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
-  dso_moe_params p{m.in, y.mutable_data_ptr()};
-  if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);
-  return y;
+  return run_forward(m, save);
 }
 
 Tensors grads_like(const Tensors &list, bool wanted) {
@@ -60,7 +57,8 @@ Grads moe_experts_list_backward(const Tensor &grad, const Tensor &x, const Tenso
                                 const Tensor &weights, Tensors gate, Tensors up, Tensors down,
                                 Tensors gate_bias, Tensors up_bias, Tensors down_bias,
                                 Tensors shared, std::string activation, double alpha, double limit,
-                                bool gated, bool need_x, bool need_experts, bool need_shared) {
+                                bool gated, bool need_x, bool need_experts, bool need_shared,
+                                std::optional<Tensor> saved) {
   const char *op = "moe_experts_list_backward";
   Experts m;
   Lists w{gate, up, down, gate_bias, up_bias, down_bias};
@@ -71,7 +69,8 @@ Grads moe_experts_list_backward(const Tensor &grad, const Tensor &x, const Tenso
           grads_like(up_bias, wanted), grads_like(down_bias, wanted)};
   std::vector<dso_expert_grad> grads(m.list.size());
   for (size_t e = 0; wanted && e < gate.size(); e++) grads[e] = grad_of(d, m, e, gated);
-  CommonGrads common = run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared);
+  CommonGrads common =
+      run_backward(op, m, grad, x, weights, shared, grads, need_x, need_shared, saved);
   return {common.x,    common.weights, d.gate,      d.up,         d.down,
           d.gate_bias, d.up_bias,      d.down_bias, common.shared};
 }

@@ -23,10 +23,7 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   add_experts(m, s, shared, shared_scale, shared_zero, gate_up_bias, down_bias, options);
   if (!shared.empty()) fill_shared_rows(kOp, m, shared);
   prepare(kOp, m, act, false);
-  Tensor y = torch::stable::new_empty(x, {m.in.tokens, m.in.n});
-  dso_moe_params p{m.in, y.mutable_data_ptr()};
-  if (m.in.tokens > 0 && m.in.n > 0) execute(dso_moe_experts, &p);
-  return y;
+  return std::get<0>(run_forward(m, false));
 }
 }  // namespace
 }  // namespace quantized

@@ -274,9 +274,18 @@ typedef struct {
 /* at 有 3 (experts + 1) 个位置，要活到执行结束。backward：为反向准备，块的宽度不同。 */
 void dso_moe_prepare(dso_moe_inputs *in, int backward, int64_t *at);
 
+/* 前向留给反向的 gate、up（加了偏置、激活之前，与 x 同 dtype）。有门时一行是两份、没有门时一份：路由的第 i 行从
+ * i 份 rs 起，共享专家（在 routed 个路由专家之后）的第 t 行从 shared_at + t 份 inner 起；先是 gate，隔 rs（inner）是
+ * up。 */
+typedef struct {
+  void *data; /* NULL：不留，反向重算 */
+  int64_t rs, routed, shared_at;
+} dso_moe_saved;
+
 typedef struct {
   dso_moe_inputs in;
   void *y; /* [tokens, N] 连续，与 x 同 dtype */
+  dso_moe_saved saved;
 } dso_moe_params;
 
 /* 一个专家的梯度，形状与 dtype 同权重；不要的为 NULL。 */
@@ -294,6 +303,7 @@ typedef struct {
   const dso_expert_grad *grad; /* [experts] */
   int64_t threads;             /* 只影响任务的划分，不影响结果 */
   const int64_t *task_at;      /* 由 dso_moe_backward_prepare 填 */
+  dso_moe_saved saved;
 } dso_moe_backward_params;
 
 /* 其余的填好后调用（in 先 dso_moe_prepare）；task_at 有 3 experts + 1 个位置，要活到执行结束。 */

@@ -9,6 +9,7 @@
  */
 #include "moe_experts.h"
 
+#include <math.h>
 #include <string.h>
 
 typedef struct {
@@ -106,7 +107,34 @@ static int64_t tasks(const void *params, int64_t stage) {
   return dso_ceil_div(in->tokens, DSO_MOE_SEGMENT) * dso_ceil_div(in->n, out_columns(in));
 }
 
+/* 舍入不越过截断的界：反向按留下的值看截断没有。 */
+static void keep_sides(const dso_isa *isa, uint16_t *to, dso_dtype dtype, const float *x,
+                       int64_t count, float limit) {
+  for (int64_t i = 0; i < count; i++) {
+    float rounded;
+    isa->to_f32(&rounded, to + i, dtype, 1);
+    int over = fabsf(x[i]) > limit;
+    if ((fabsf(rounded) > limit) != over) to[i] = (uint16_t)(over ? to[i] + 1 : to[i] - 1);
+  }
+}
+
+/* 一行的 gate、up（一段 nc 个）留给反向。 */
+static void save_row(const dso_isa *isa, const dso_moe_params *p, int64_t e, int64_t row,
+                     int64_t n0, int64_t nc, const float *g, const float *u) {
+  const dso_moe_inputs *in = &p->in;
+  dso_dtype dtype = in->x.dtype;
+  int64_t up, at = dso_moe_saved_at(in, &p->saved, e, row, &up) + n0;
+  const float *from[2] = {g, in->gated ? u : NULL};
+  for (int i = 0; i < 2 && from[i]; i++) {
+    void *to = dso_at_mut(p->saved.data, dtype, at + i * up);
+    isa->from_f32(to, dtype, from[i], nc);
+    if (dso_act_clips(in->act.kind) && dtype != DSO_F32)
+      keep_sides(isa, to, dtype, from[i], nc, in->act.limit);
+  }
+}
+
 static void hidden(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
+  const dso_moe_params *p = ctx->params;
   dso_dtype fmt = dso_moe_format(ctx->isa, in);
   shared_view s = shared_of(ctx, in, fmt);
   dso_moe_block b = dso_moe_hidden_block(in, task);
@@ -118,6 +146,7 @@ static void hidden(const dso_ctx *ctx, const dso_moe_inputs *in, int64_t task) {
   int64_t base = in->hidden_at[b.expert] + b.row * e->inner + b.n0;
   for (int64_t i = 0; i < b.m; i++) {
     float *row = g + i * DSO_NB;
+    if (p->saved.data) save_row(ctx->isa, p, b.expert, b.row + i, b.n0, b.nc, row, u + i * DSO_NB);
     ctx->isa->activate(&in->act, row, in->gated ? u + i * DSO_NB : NULL, b.nc);
     ctx->isa->from_f32(dso_at_mut(s.h, fmt, base + i * e->inner), fmt, row, b.nc);
   }

@@ -106,6 +106,15 @@ static inline int64_t dso_moe_hidden_tasks(const dso_moe_inputs *in) {
 }
 dso_moe_block dso_moe_hidden_block(const dso_moe_inputs *in, int64_t task);
 
+/* 专家 e 的第 row 行在 saved 里：gate 的下标，隔 *up 是 up。 */
+static inline int64_t dso_moe_saved_at(const dso_moe_inputs *in, const dso_moe_saved *saved,
+                                       int64_t e, int64_t row, int64_t *up) {
+  int64_t times = in->gated ? 2 : 1;
+  *up = e < saved->routed ? saved->rs : in->expert[e].inner;
+  return e < saved->routed ? (in->begin[e] + row) * times * *up
+                           : saved->shared_at + row * times * *up;
+}
+
 /* src 的若干行（下标 token[i]）排成连续的，转成计算格式；task 为第几组 DSO_MOE_GATHER 行。 */
 void dso_moe_gather(const dso_isa *isa, const dso_moe_inputs *in, dso_dtype fmt, dso_mat src,
                     int64_t width, int64_t task, void *dst);

@@ -1,10 +1,10 @@
-/* moe_experts 的反向：只用前向的输入，g、u、h 全部重算。
+/* moe_experts 的反向：只用前向的输入，与前向留下的 g、u（没有留下时重算）。
  *
  * 记 dY 为输出的梯度，w 为混合权重，A = dY · down（不乘 w）。则 dw = ⟨A, h⟩（down 有偏置时再加
  * ⟨dY, 偏置⟩），dh = w A：不需要前向的 [行, N] 输出。做法见 SonicMoE（arXiv 2512.14080）。
  *
  * 阶段 0  收集 x、dY 的行；
- * 阶段 1  每任务一个（专家，行块，inner 的一段）：重算 g、u，求 A，得 dg、du、w h 与 dw 的部分和；
+ * 阶段 1  每任务一个（专家，行块，inner 的一段）：取得 g、u，求 A，得 dg、du、w h 与 dw 的部分和；
  * 阶段 2  dx（逐段累加，同前向的输出阶段）、各权重与偏置的梯度、dw 的合计，各自成任务。
  */
 #include <string.h>
@@ -101,7 +101,19 @@ static void store_hidden_grad(const dso_ctx *ctx, dso_dtype fmt, const hidden_gr
   ctx->isa->from_f32(dso_at_mut(to->g, fmt, row * to->rs + 2 * n0), fmt, both, 2 * nc);
 }
 
-static void recompute(const dso_ctx *ctx, int64_t task) {
+/* 前向留下的 g、u 的一块，[m, nc]，行距 ld。 */
+static void load_saved(const dso_isa *isa, const dso_moe_backward_params *p, const dso_moe_block *b,
+                       float *g, float *u, int64_t ld) {
+  const dso_moe_inputs *in = &p->in;
+  dso_dtype dtype = in->x.dtype;
+  for (int64_t i = 0; i < b->m; i++) {
+    int64_t up, at = dso_moe_saved_at(in, &p->saved, b->expert, b->row + i, &up) + b->n0;
+    isa->to_f32(g + i * ld, dso_at(p->saved.data, dtype, at), dtype, b->nc);
+    if (in->gated) isa->to_f32(u + i * ld, dso_at(p->saved.data, dtype, at + up), dtype, b->nc);
+  }
+}
+
+static void hidden_grads(const dso_ctx *ctx, int64_t task) {
   const dso_moe_backward_params *p = ctx->params;
   const dso_moe_inputs *in = &p->in;
   const dso_isa *isa = ctx->isa;
@@ -112,8 +124,11 @@ static void recompute(const dso_ctx *ctx, int64_t task) {
   worker_view w = worker_of(ctx);
   int64_t first = in->begin[b.expert] + b.row;
   int64_t width = dso_moe_hidden_columns(in, b.expert), ld = dso_max(DSO_NB, width);
-  dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b, ld,
-                  &w.scratch);
+  if (p->saved.data)
+    load_saved(isa, p, &b, w.a, w.b, ld);
+  else
+    dso_moe_gate_up(isa, in, fmt, e, b.m, b.n0, b.nc, dso_at(s.x, fmt, first * in->k), w.a, w.b, ld,
+                    &w.scratch);
   dso_gemm back = {.isa = isa,
                    .fmt = fmt,
                    .k = in->n,
@@ -364,7 +379,7 @@ static void run(const dso_ctx *ctx, int64_t task) {
     else
       dso_moe_gather(ctx->isa, &p->in, fmt, p->dy, p->in.n, task - half, s.dy);
   } else {
-    (ctx->stage == 1 ? recompute : gradients)(ctx, task);
+    (ctx->stage == 1 ? hidden_grads : gradients)(ctx, task);
   }
 }
 

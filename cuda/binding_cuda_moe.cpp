@@ -5,23 +5,27 @@
 namespace dso {
 namespace {
 
-Tensor moe_experts(const Tensor &x, const Tensor &indices, const Tensor &weights,
-                   const Tensor &gate_up, const std::optional<Tensor> &gate_up_bias,
-                   const Tensor &down, const std::optional<Tensor> &down_bias,
-                   std::vector<Tensor> shared, std::string activation, double alpha, double limit,
-                   bool transposed, bool interleaved, bool gated) {
+std::tuple<Tensor, Tensor> moe_experts(const Tensor &x, const Tensor &indices,
+                                       const Tensor &weights, const Tensor &gate_up,
+                                       const std::optional<Tensor> &gate_up_bias,
+                                       const Tensor &down, const std::optional<Tensor> &down_bias,
+                                       std::vector<Tensor> shared, std::string activation,
+                                       double alpha, double limit, bool transposed,
+                                       bool interleaved, bool gated, bool save) {
   const char *op = "moe_experts";
   const NoGrad off;
   DeviceExperts m;
   fill_stacked(op, m, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
                {activation, alpha, limit, {transposed, interleaved, gated}});
-  return run_experts(op, m, Launch(x).stream());
+  return run_experts(op, m, save, Launch(x).stream());
 }
 
-Tensor moe_experts_list(const Tensor &x, const Tensor &indices, const Tensor &weights, Tensors gate,
-                        Tensors up, Tensors down, Tensors gate_bias, Tensors up_bias,
-                        Tensors down_bias, Tensors shared, std::string activation, double alpha,
-                        double limit, bool gated) {
+std::tuple<Tensor, Tensor> moe_experts_list(const Tensor &x, const Tensor &indices,
+                                            const Tensor &weights, Tensors gate, Tensors up,
+                                            Tensors down, Tensors gate_bias, Tensors up_bias,
+                                            Tensors down_bias, Tensors shared,
+                                            std::string activation, double alpha, double limit,
+                                            bool gated, bool save) {
   const char *op = "moe_experts_list";
   const NoGrad off;
   const Launch launch(x);
@@ -29,7 +33,7 @@ Tensor moe_experts_list(const Tensor &x, const Tensor &indices, const Tensor &we
   Lists w{gate, up, down, gate_bias, up_bias, down_bias};
   fill_list(op, m, w, x, indices, weights, shared, {activation, alpha, limit, gated},
             launch.stream());
-  return run_experts(op, m, launch.stream());
+  return run_experts(op, m, save, launch.stream());
 }
 
 Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tensor &weights,
@@ -67,7 +71,7 @@ Tensor moe_experts_quantized(const Tensor &x, const Tensor &indices, const Tenso
   quantized::add_experts(m, s, shared, shared_scale, shared_zero, gate_up_bias, down_bias, options);
   use_stack(m);
   finish_params(op, m, act, add_shared_scale(op, m, shared));
-  return run_experts(op, m, Launch(x).stream());
+  return std::get<0>(run_experts(op, m, false, Launch(x).stream()));
 }
 
 }  // namespace

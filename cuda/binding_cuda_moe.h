@@ -101,12 +101,16 @@ inline void finish_params(const char *op, DeviceExperts &m, const dso_act &act,
   p.dtype = dso_cuda_moe_fits(&p, m.list.data(), count, p.x.dtype) ? p.x.dtype : DSO_F32;
 }
 
-// 分配 h、o、y，排序，计算。
-inline Tensor run_experts(const char *op, DeviceExperts &m, cudaStream_t stream) {
+// 分配 h、o、y（save：另有留给反向的 gate、up），排序，计算。
+inline std::tuple<Tensor, Tensor> run_experts(const char *op, DeviceExperts &m, bool save,
+                                              cudaStream_t stream) {
   dso_cuda_moe_experts_params &p = m.p;
   const dso_cuda_moe_routing &r = p.routing;
   Tensor y = torch::stable::new_empty(m.x, {r.tokens, p.n});
-  if (r.tokens == 0 || p.n == 0) return y;
+  dso_moe_saved at{};
+  Tensor saved = new_saved(m, r.top_k, save, &at);
+  p.saved = at.data;
+  if (r.tokens == 0 || p.n == 0) return {y, saved};
   const int64_t tile_rows = dso_cuda_moe_tile_rows(&p);
   if (tile_rows > 0) sort_rows(op, m, tile_rows, stream);
   const ScalarType type = p.dtype == DSO_F32 ? ScalarType::Float : m.x.scalar_type();
@@ -115,7 +119,7 @@ inline Tensor run_experts(const char *op, DeviceExperts &m, cudaStream_t stream)
   m.out = torch::stable::new_empty(m.x, {tile_rows > 0 ? slots + shared : 0, p.n}, type);
   p.h = m.hidden.mutable_data_ptr(), p.o = m.out.mutable_data_ptr(), p.y = y.mutable_data_ptr();
   check(op, dso_cuda_moe_experts(&p, stream));
-  return y;
+  return {y, saved};
 }
 
 }  // namespace dso

@@ -46,14 +46,18 @@ void place_shared(DeviceExperts &d, const Tensors &grads, const DeviceExperts &m
 // d：路由专家的梯度的位置已填好（不要时为空）；add：加进原有的值。
 CommonGrads run_backward(const char *op, DeviceExperts &m, DeviceExperts &d, const Tensor &grad,
                          const Tensor &x, const Tensor &weights, const Tensors &shared, bool add,
-                         const Wanted &want, cudaStream_t stream) {
+                         const Wanted &want, const std::optional<Tensor> &saved,
+                         cudaStream_t stream) {
   expect_device(op, "grad", grad, x);
   expect_shape(op, "grad", grad, {m.p.routing.tokens, m.p.n});
   const Tensor dy = row_major(grad);
   CommonGrads out{grad_like(x, want.x), Tensor(), grads_like(shared, want.shared)};
   if (!shared.empty() && want.shared) place_shared(d, out.shared, m);
   dso_cuda_moe_experts_backward_params p{};
-  p.in = m.p, p.dy = mat_of(dy, float_dtype(op, "grad", grad)), p.add = add;
+  dso_moe_saved kept{};
+  if (saved) expect_device(op, "saved", *saved, x);
+  use_saved(op, m, m.p.routing.top_k, saved, &kept);
+  p.in = m.p, p.in.saved = kept.data, p.dy = mat_of(dy, float_dtype(op, "grad", grad)), p.add = add;
   p.dy.rs = dy.stride(0);
   p.grad = d.p.w;
   p.grad.transposed = m.p.w.transposed, p.grad.paired = m.p.w.paired, p.grad.gated = m.p.w.gated;
@@ -114,7 +118,7 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                            const std::optional<Tensor> &down_bias, Tensors shared,
                            std::string activation, double alpha, double limit, bool transposed,
                            bool interleaved, bool gated, bool need_x, bool need_experts,
-                           bool need_shared) {
+                           bool need_shared, std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward";
   const NoGrad off;
   const Launch launch(x);
@@ -127,7 +131,7 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                        optional_grad(down_bias, x, need_experts)};
   if (need_experts) use_grads(d, m, g, layout, gate_up_bias.has_value(), down_bias.has_value());
   CommonGrads common = run_backward(op, m, d, grad, x, weights, shared, false,
-                                    {need_x, need_experts, need_shared}, launch.stream());
+                                    {need_x, need_experts, need_shared}, saved, launch.stream());
   return {common.x, common.weights, g.gate_up, g.down, g.gate_up_bias, g.down_bias, common.shared};
 }
 
@@ -141,7 +145,7 @@ OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const 
                                      std::string activation, double alpha, double limit,
                                      bool transposed, bool interleaved, bool gated, bool need_x,
                                      bool need_shared, const Tensor &gate_up_grad,
-                                     const Tensor &down_grad) {
+                                     const Tensor &down_grad, std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward_into";
   const NoGrad off;
   const Launch launch(x);
@@ -157,7 +161,7 @@ OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const 
                        optional_grad(down_bias, x, true)};
   use_grads(d, m, g, layout, gate_up_bias.has_value(), down_bias.has_value());
   CommonGrads common = run_backward(op, m, d, grad, x, weights, shared, true,
-                                    {need_x, true, need_shared}, launch.stream());
+                                    {need_x, true, need_shared}, saved, launch.stream());
   Tensors &s = common.shared;
   while (s.size() < 4) s.push_back(nothing(x));
   return {common.x, common.weights, g.gate_up_bias, g.down_bias, s[0], s[1], s[2], s[3]};
@@ -171,7 +175,7 @@ ListGrads moe_experts_list_backward(const Tensor &grad, const Tensor &x, const T
                                     Tensors gate_bias, Tensors up_bias, Tensors down_bias,
                                     Tensors shared, std::string activation, double alpha,
                                     double limit, bool gated, bool need_x, bool need_experts,
-                                    bool need_shared) {
+                                    bool need_shared, std::optional<Tensor> saved) {
   const char *op = "moe_experts_list_backward";
   const NoGrad off;
   const Launch launch(x);
@@ -189,7 +193,7 @@ ListGrads moe_experts_list_backward(const Tensor &grad, const Tensor &x, const T
     use_list(op, d, launch.stream());
   }
   CommonGrads common = run_backward(op, m, d, grad, x, weights, shared, false,
-                                    {need_x, need_experts, need_shared}, launch.stream());
+                                    {need_x, need_experts, need_shared}, saved, launch.stream());
   return {common.x,    common.weights, g.gate,      g.up,         g.down,
           g.gate_bias, g.up_bias,      g.down_bias, common.shared};
 }

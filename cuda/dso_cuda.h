@@ -205,7 +205,8 @@ typedef struct {
   dso_dtype dtype;
   void *h, *o;
   int64_t h_rs;
-  void *y; /* [tokens, N] 连续，与 x 同 dtype */
+  void *y;     /* [tokens, N] 连续，与 x 同 dtype */
+  void *saved; /* gate、up：前向写、反向读，见 dso_moe_saved（rs 是 h_rs）；NULL：不留，反向重算 */
 } dso_cuda_moe_experts_params;
 
 /* x 与主机上的 expert [count]（连同共享专家）的类型、对齐能不能以 16 位的 dtype 计算：x 与没有量化的权重都是它，
@@ -217,9 +218,9 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p);
 /* 从排好的行到 y。 */
 cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStream_t stream);
 
-/* 反向：gate、up 重算，A = dY down（不乘混合权重），dw = <A, h>，其余由 A 得到。in 同前向，dtype 同样选；in.h 放
+/* 反向：gate、up 由 in.saved 读入或重算，A = dY down（不乘混合权重），dw = <A, h>，其余由 A 得到。in 同前向，dtype 同样选；in.h 放
  * w h，in.o 放各行的 dx [行的上界, k]，in.y 是 dx [tokens, k]，不要时为 NULL。
- * gu：各行的 gate、up，随后换成它们的梯度；路由行距 2 h_rs，gate 之后隔 h_rs（共享的接在后面，隔 shared.inner）
+ * gu：各行的 gate、up（in.saved 为空时），随后换成它们的梯度；路由行距 2 h_rs，gate 之后隔 h_rs（共享的接在后面，隔 shared.inner）
  * 是 up；没有门时行距 h_rs。16 位而且 paired 时 gate、up 相间，同权重。
  * grad 与 in.w 同样写，指针换成梯度的，不要的为 NULL；类型同权重。add：加到 gate、up、down 原有的值上。 */
 typedef struct {

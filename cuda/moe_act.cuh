@@ -18,6 +18,19 @@ __device__ inline bool clips(dso_act_kind kind) {
   return kind == DSO_CLIPPED || kind == DSO_CLIPPED_SILU;
 }
 
+// gate、up（is_up）以 dtype 存下的值：截断与否仍按 fp32 的值，所以舍入越过了 limit 就退回（或进到）相邻的数；
+// gate 只截上面。
+__device__ __forceinline__ float kept_value(const dso_act &act, bool is_up, dso_dtype dtype,
+                                            float x) {
+  if (!clips(act.kind) || dtype == DSO_F32 || (!is_up && x < 0.0f)) return x;
+  float rounded = round_to(dtype, x);
+  bool over = fabsf(x) > act.limit;
+  if ((fabsf(rounded) > act.limit) == over) return rounded;
+  unsigned short bits = dtype == DSO_BF16 ? to_bf16_bits(rounded) : to_half_bits(rounded);
+  bits = static_cast<unsigned short>(over ? bits + 1 : bits - 1);
+  return dtype == DSO_BF16 ? bf16_bits(bits) : half_bits(bits);
+}
+
 // 没有截断的激活。
 template <bool FAST>
 __device__ __forceinline__ float plain_act(dso_act_kind kind, float x) {

@@ -23,15 +23,10 @@ struct GradientRow {
 
 __device__ __forceinline__ GradientRow gradient_row(const BackwardParams &p, int64_t row) {
   const dso_cuda_moe_experts_params &in = p.in;
-  int64_t slots = in.routing.tokens * in.routing.top_k, times = in.w.gated ? 2 : 1;
-  bool shared = row >= slots, paired = in.w.paired && in.dtype != DSO_F32;
-  if (shared) {
-    int64_t stride = times * in.w.shared.inner;
-    return {slots * times * in.h_rs + (row - slots) * stride, stride,
-            static_cast<int>(in.w.shared.inner), 1};
-  }
-  return {row * times * in.h_rs, times * in.h_rs, paired ? 1 : static_cast<int>(in.h_rs),
-          paired ? 2 : 1};
+  SavedRow split = saved_row(in, row);
+  int64_t stride = (in.w.gated ? 2 : 1) * split.up;
+  bool paired = in.w.paired && in.dtype != DSO_F32 && row < in.routing.tokens * in.routing.top_k;
+  return {split.at, stride, paired ? 1 : split.up, paired ? 2 : 1};
 }
 
 // 一行的混合权重。

@@ -99,9 +99,16 @@ struct RowTile {
   __device__ float store_hidden(int row, int c, float x) const {
     int64_t at = tile.row + row;
     float *gate = gate_up(p, at, c, inner), *up = gate_up(p, at, inner + c, inner);
-    float weight = row_weight(in, at);
-    Activated d =
-        activate_backward<false>(in.act, in.w.gated, *gate, in.w.gated ? *up : 1.0f, weight * x);
+    float weight = row_weight(in, at), g, u = 1.0f;
+    if (in.saved) {
+      SavedRow from = saved_row(in, at);
+      g = load_one(in.saved, in.x.dtype, from.at + c);
+      if (in.w.gated) u = load_one(in.saved, in.x.dtype, from.at + from.up + c);
+    } else {
+      g = *gate;
+      if (in.w.gated) u = *up;
+    }
+    Activated d = activate_backward<false>(in.act, in.w.gated, g, u, weight * x);
     *gate = d.gate;
     if (in.w.gated) *up = d.up;
     static_cast<float *>(in.h)[hidden_at(in, at) + c] = weight * d.h;

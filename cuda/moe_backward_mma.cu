@@ -82,7 +82,8 @@ struct RowGemm : RowOperands<WIDE> {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < ROWS * CHUNKS; i += THREADS) {
       int row = i / CHUNKS, column = i % CHUNKS * 8;
-      float dot = to.finish(row, first + column, result(shared, row, column));
+      float dot = to.finish(row, first + column, result(shared, row, column),
+                            to.fetch(row, first + column), to.weight_of(row));
       if (to.step != HIDDEN_GRAD) continue;
 #pragma unroll
       for (int other = CHUNKS / 2; other > 0; other /= 2)

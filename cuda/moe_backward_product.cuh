@@ -10,17 +10,6 @@ __device__ __forceinline__ const uint16_t *elements(const void *p) {
   return static_cast<const uint16_t *>(p);
 }
 
-// gate、up 以 16 位存下时，截断与否仍按 fp32 的值：舍入越过了 limit 就退回（或进到）相邻的数。
-template <class E>
-__device__ __forceinline__ float keep_side(float x, float limit) {
-  float rounded = round_to(E::dtype, x);
-  bool over = fabsf(x) > limit;
-  if ((fabsf(rounded) > limit) == over) return rounded;
-  unsigned short bits = E::dtype == DSO_BF16 ? to_bf16_bits(rounded) : to_half_bits(rounded);
-  bits = static_cast<unsigned short>(over ? bits + 1 : bits - 1);
-  return E::dtype == DSO_BF16 ? bf16_bits(bits) : half_bits(bits);
-}
-
 // ---- 按行的三步：一块行乘一个专家的权重 ----
 
 // 一块的形状：列数，k 分几段、各多长（dg、du 各一段）。
@@ -100,10 +89,37 @@ struct RowResults : RowShape {
                                         BackwardStep s)
       : RowShape(params, s, at.expert), p(params), in(params.in), tile(at), step(s) {}
 
+  // HIDDEN_GRAD 写出第 row 行第 c 列起的 8 个结果要用的 gate、up，各 8 个，还没有解开（重算的、成对存的相间）。
+  struct Kept {
+    Half16<8> low, high;
+  };
+  __device__ __forceinline__ Kept fetch(int row, int c) const {
+    Kept kept = {};
+    if (step != HIDDEN_GRAD || row >= tile.rows || c >= columns) return kept;
+    const uint16_t *from;
+    int up;
+    if (in.saved) {
+      SavedRow at = saved_row(in, tile.row + row);
+      from = elements(in.saved) + at.at + c, up = at.up;
+    } else {
+      GradientRow at = gradient_row(p, tile.row + row);
+      from = elements(p.gu) + at.at + c * at.step, up = paired ? 8 : at.up;
+    }
+    kept.low = *reinterpret_cast<const Half16<8> *>(from);
+    if (in.w.gated) kept.high = *reinterpret_cast<const Half16<8> *>(from + up);
+    return kept;
+  }
+
+  // 第 row 行的混合权重；只有 HIDDEN_GRAD 用。
+  __device__ __forceinline__ float weight_of(int row) const {
+    return step == HIDDEN_GRAD && row < tile.rows ? row_weight(in, tile.row + row) : 0.0f;
+  }
+
   // 第 row 行第 c 列起的 8 个结果；返回其中的 <A, h>。
-  __device__ __forceinline__ float finish(int row, int c, Vec<8> v) const {
+  __device__ __forceinline__ float finish(int row, int c, const Vec<8> &v, const Kept &kept,
+                                          float weight) const {
     if (row >= tile.rows || c >= columns) return 0.0f;
-    if (step == HIDDEN_GRAD) return store_hidden(tile.row + row, c, v);
+    if (step == HIDDEN_GRAD) return store_hidden(tile.row + row, c, v, kept, weight);
     if (step == GATE_UP)
       store_gate_up(tile.row + row, c, v);
     else
@@ -113,7 +129,7 @@ struct RowResults : RowShape {
 
   // 加偏置，写进 gu；8 列在同一边。
   __device__ __forceinline__ void store_gate_up(int64_t row, int c, Vec<8> v) const {
-    bool up = !paired && c >= inner, clipped = clips(in.act.kind);
+    bool up = !paired && c >= inner;
     int n = up ? c - inner : c;
     dso_expert expert = expert_at(in.w, in.routing.experts, tile.expert);
     int64_t bias_step = paired ? 1 : expert.bias_step;
@@ -122,40 +138,49 @@ struct RowResults : RowShape {
     for (int j = 0; j < 8; j++) {
       float x = v.v[j];
       if (bias) x += load_one(bias, E::dtype, (n + j) * bias_step);
-      bool one_sided = paired ? j % 2 == 0 : !up;  // gate 只截上面
-      v.v[j] = clipped && !(one_sided && x < 0.0f) ? keep_side<E>(x, in.act.limit) : x;
+      v.v[j] = kept_value(in.act, paired ? j % 2 != 0 : up, E::dtype, x);
     }
     GradientRow to = gradient_row(p, row);
     store<8>(p.gu, E::dtype, to.at + (up ? to.up : 0) + n, v);
   }
 
-  // A 的 8 列：gu 换成梯度，写 w h。
-  __device__ __forceinline__ float store_hidden(int64_t row, int c, const Vec<8> &a) const {
-    GradientRow to = gradient_row(p, row);
-    Vec<8> h;
-    float weight = row_weight(in, row), dot = 0.0f;
-    auto one = [&](int j, float &gate, float &up) {
-      Activated d = activate_backward<true>(in.act, in.w.gated, gate, up, weight * a.v[j]);
-      dot += a.v[j] * d.h;
-      h.v[j] = weight * d.h, gate = d.gate, up = d.up;
-    };
+  // 8 对梯度写进 gu；成对存的相间。
+  __device__ __forceinline__ void store_grads(const GradientRow &to, int c, const Vec<8> &gate,
+                                              const Vec<8> &up) const {
     if (paired) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        int64_t pairs = to.at + 2 * c + 8 * half;
-        Vec<8> both = load<8>(p.gu, E::dtype, pairs);
+        Vec<8> both;
 #pragma unroll
-        for (int j = 0; j < 4; j++) one(4 * half + j, both.v[2 * j], both.v[2 * j + 1]);
-        store<8>(p.gu, E::dtype, pairs, both);
+        for (int j = 0; j < 4; j++)
+          both.v[2 * j] = gate.v[4 * half + j], both.v[2 * j + 1] = up.v[4 * half + j];
+        store<8>(p.gu, E::dtype, to.at + 2 * c + 8 * half, both);
       }
-    } else {
-      Vec<8> gate = load<8>(p.gu, E::dtype, to.at + c), up = {};
-      if (in.w.gated) up = load<8>(p.gu, E::dtype, to.at + to.up + c);
-#pragma unroll
-      for (int j = 0; j < 8; j++) one(j, gate.v[j], up.v[j]);
-      store<8>(p.gu, E::dtype, to.at + c, gate);
-      if (in.w.gated) store<8>(p.gu, E::dtype, to.at + to.up + c, up);
+      return;
     }
+    store<8>(p.gu, E::dtype, to.at + c, gate);
+    if (in.w.gated) store<8>(p.gu, E::dtype, to.at + to.up + c, up);
+  }
+
+  // A 的 8 列：gu 换成梯度，写 w h。
+  __device__ __forceinline__ float store_hidden(int64_t row, int c, const Vec<8> &a,
+                                                const Kept &kept, float weight) const {
+    auto value = [](unsigned short bits) {
+      return E::dtype == DSO_BF16 ? bf16_bits(bits) : half_bits(bits);
+    };
+    bool mixed = paired && !in.saved;
+    Vec<8> gate, up, h;
+    float dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const Half16<8> &half = j < 4 ? kept.low : kept.high;
+      float g = value(mixed ? half.v[2 * (j % 4)] : kept.low.v[j]),
+            u = value(mixed ? half.v[2 * (j % 4) + 1] : kept.high.v[j]);
+      Activated d = activate_backward<true>(in.act, in.w.gated, g, u, weight * a.v[j]);
+      dot += a.v[j] * d.h;
+      h.v[j] = weight * d.h, gate.v[j] = d.gate, up.v[j] = d.up;
+    }
+    store_grads(gradient_row(p, row), c, gate, up);
     store<8>(in.h, E::dtype, hidden_at(in, row) + c, h);
     return dot;
   }

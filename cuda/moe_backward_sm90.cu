@@ -268,27 +268,34 @@ struct Consumer {
       }
   }
 
-  // 经共享内存换成每线程一行的 8 列：finish(块内的行, 列, 8 个结果)，每行 8 个线程，依次 4 段列。finish 很长，只展开一份。
-  template <class Finish>
-  __device__ __forceinline__ void write(bool empty, Finish finish) {
-    static_assert(COLUMNS == 4 * PART, "4 段");
+  // 经共享内存换成每线程一行的 8 列：finish(块内的行, 列, 8 个结果, 这里要用的)，每行 8 个线程，依次 4 段列。要用的由 fetch
+  // 从显存读，两行一起发出，头两行在写进共享内存之前：逐行读、逐行等，写出要占到矩阵乘的一半。再多寄存器放不下。
+  // finish 很长，只展开一份。
+  template <class Fetch, class Finish>
+  __device__ __forceinline__ void write(bool empty, Fetch fetch, Finish finish) {
+    constexpr int STEP = WARP / 8, LINES = WARP_ROWS / STEP;
+    int column = lane % 8 * 8, first = lane / 8, row = warp * WARP_ROWS + first;
 #pragma unroll 1
     for (int part = 0; part < COLUMNS / PART; part++) {
+      int at = part * PART + column;
+      auto kept = fetch(row, at);
       if (part == 0) stage<0>();
       if (part == 1) stage<1>();
       if (part == 2) stage<2>();
       if (part == 3) stage<3>();
       __syncwarp();
 #pragma unroll 1
-      for (int line = lane / 8; line < WARP_ROWS; line += WARP / 8) {
-        int column = lane % 8 * 8;
+      for (int i = 0; i < LINES; i++) {
+        int line = i * STEP;
         Vec<8> v = {};
         if (!empty) {
-          float4 low = *reinterpret_cast<const float4 *>(staged(line, column)),
-                 high = *reinterpret_cast<const float4 *>(staged(line, column + 4));
+          float4 low = *reinterpret_cast<const float4 *>(staged(first + line, column)),
+                 high = *reinterpret_cast<const float4 *>(staged(first + line, column + 4));
           v = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
         }
-        finish(warp * WARP_ROWS + line, part * PART + column, v);
+        auto used = kept;
+        if (i + 1 < LINES) kept = fetch(row + line + STEP, at);
+        finish(row + line, at, v, used);
       }
       __syncwarp();
     }
@@ -320,14 +327,21 @@ __global__ __launch_bounds__(THREADS, 1) void moe_rows_sm90(BackwardParams p, Ba
       if (consumer.group * GROUP_ROWS >= tile.rows) return consumer.skip(steps);
       if (steps > 0) consumer.multiply(steps);
       RowResults<E> w(p, tile, step);
-      consumer.write(steps == 0, [&](int row, int column, const Vec<8> &v) {
-        float dot = w.finish(row, first + column, v);
-        if (step != HIDDEN_GRAD) return;
+      using Kept = typename RowResults<E>::Kept;
+      // 一个 warp 的 16 行各由一个线程读一次，用到时再传：每行都读，两次访存的延迟也每行一次。
+      float weight = w.weight_of(consumer.warp * WARP_ROWS + consumer.lane % WARP_ROWS);
+      consumer.write(
+          steps == 0, [&](int row, int column) { return w.fetch(row, first + column); },
+          [&](int row, int column, const Vec<8> &v, const Kept &kept) {
+            float own = __shfl_sync(ALL_LANES, weight, row % WARP_ROWS);
+            float dot = w.finish(row, first + column, v, kept, own);
+            if (step != HIDDEN_GRAD) return;
 #pragma unroll
-        for (int other = 4; other > 0; other /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, other);
-        if (column % PART == 0 && row < tile.rows && first + column < w.columns)
-          p.partial[(tile.row + row) * parts + (first + column) / PART] = dot;
-      });
+            for (int other = 4; other > 0; other /= 2)
+              dot += __shfl_xor_sync(ALL_LANES, dot, other);
+            if (column % PART == 0 && row < tile.rows && first + column < w.columns)
+              p.partial[(tile.row + row) * parts + (first + column) / PART] = dot;
+          });
     });
   }
 }
@@ -354,9 +368,9 @@ __global__ __launch_bounds__(THREADS, 1) void moe_weights_sm90(BackwardParams p,
       if (!w.wanted(m, n)) return;
       int steps = steps_of(w.rows.rows);
       if (steps > 0) consumer.multiply(steps);
-      consumer.write(steps == 0, [&](int row, int column, const Vec<8> &v) {
-        w.finish(m + row, n + column, v);
-      });
+      consumer.write(
+          steps == 0, [](int, int) { return 0; },
+          [&](int row, int column, const Vec<8> &v, int) { w.finish(m + row, n + column, v); });
     });
   }
 }

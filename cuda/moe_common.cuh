@@ -58,6 +58,19 @@ __device__ inline int64_t hidden_at(const dso_cuda_moe_experts_params &p, int64_
   return slots * p.h_rs + (row - slots) * p.w.shared.inner;
 }
 
+// 第 row 行留给反向的 gate 在 saved 的第几个元素，隔 up 是 up：见 dso_moe_saved。
+struct SavedRow {
+  int64_t at;
+  int up;
+};
+
+__device__ __forceinline__ SavedRow saved_row(const dso_cuda_moe_experts_params &p, int64_t row) {
+  int64_t slots = p.routing.tokens * p.routing.top_k, times = p.w.gated ? 2 : 1;
+  if (row < slots) return {row * times * p.h_rs, static_cast<int>(p.h_rs)};
+  int64_t inner = p.w.shared.inner;
+  return {slots * times * p.h_rs + (row - slots) * times * inner, static_cast<int>(inner)};
+}
+
 // 第 i 个偏置；没有为 0。
 __device__ inline float bias_at(const void *bias, dso_dtype dtype, int64_t i) {
   return bias ? load_one(bias, dtype, i) : 0.0f;

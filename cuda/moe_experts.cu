@@ -85,9 +85,9 @@ Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.w.transposed) return MMA;
   int64_t slots = p.routing.tokens * p.routing.top_k;
   int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
-  if (moe_direct_fits(p)) return DIRECT;
+  if (!p.saved && moe_direct_fits(p)) return DIRECT;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
-  if (few) return SMALL;
+  if (few && !p.saved) return SMALL;
   // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
   Device device;
   bool hopper = device_of(&device) == cudaSuccess && moe_sm90_fits(p, device);

@@ -1,4 +1,4 @@
-// moe_experts 的反向：只用前向的输入，gate、up、h 重算；步骤见 moe_backward.cuh，做法见 SonicMoE（arXiv 2512.14080）。
+// moe_experts 的反向：只用前向的输入与留下的 gate、up（没有留下时重算），h 重算；步骤见 moe_backward.cuh，做法见 SonicMoE（arXiv 2512.14080）。
 //
 // 各行的 dx 先写成一行一行的，再按词元相加，次序固定，没有原子操作；权重的梯度一次写成，k 是专家的全部行。
 #include "config.cuh"
@@ -142,7 +142,7 @@ int64_t dso_cuda_moe_backward_blocks(const dso_cuda_moe_experts_backward_params 
 cudaError_t dso_cuda_moe_experts_backward(const dso_cuda_moe_experts_backward_params *p,
                                           cudaStream_t stream) {
   Path path = path_of(p->in);
-  cudaError_t error = path.rows(*p, GATE_UP, stream);
+  cudaError_t error = p->in.saved ? cudaSuccess : path.rows(*p, GATE_UP, stream);
   if (error == cudaSuccess) error = path.rows(*p, HIDDEN_GRAD, stream);
   if (error == cudaSuccess) error = mix_grads(*p, path.part_columns, stream);
   if (error == cudaSuccess) error = path.weights(*p, DOWN_WEIGHT, stream);

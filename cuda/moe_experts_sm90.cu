@@ -253,9 +253,26 @@ struct Consumer {
            swizzled(line, column % BOX_COLUMNS);
   }
 
+  // 结果写到哪里：块的第 0 行、第 0 列，行距。
+  struct Place {
+    uint16_t *to;
+    int64_t rs;
+  };
+  __device__ Place result(const Work &w) const {
+    if (P == OUTPUT) return {static_cast<uint16_t *>(p.o) + w.tile.row * p.n, p.n};
+    return {static_cast<uint16_t *>(p.h) + hidden_at(p, w.tile.row),
+            w.shared ? p.w.shared.inner : p.h_rs};
+  }
+  // 留给反向的 gate（up）。
+  __device__ Place saved(const Work &w, bool up) const {
+    SavedRow row = saved_row(p, w.tile.row);
+    return {static_cast<uint16_t *>(p.saved) + row.at + (up ? row.up : 0),
+            (P == GATED ? 2 : 1) * static_cast<int64_t>(row.up)};
+  }
+
   // 从第 first 列起写出 128 列，value(i) 是第 i 个；经共享内存换成整行。
   template <class Value>
-  __device__ void write(const Work &w, int first, Value value) {
+  __device__ void write(const Work &w, const Place &place, int first, Value value) {
 #pragma unroll
     for (int i = 0; i < HALF / 2; i += 8) {
       uint32_t pairs[4];
@@ -265,14 +282,12 @@ struct Consumer {
     }
     __syncwarp();
     int row = warp * WARP_ROWS, left = w.tile.rows - row;
-    auto *to = static_cast<uint16_t *>(P == OUTPUT ? p.o : p.h) + first;
-    int64_t rs = P == OUTPUT ? p.n : w.shared ? p.w.shared.inner : p.h_rs;
-    to += P == OUTPUT ? (w.tile.row + row) * p.n : hidden_at(p, w.tile.row) + row * rs;
+    uint16_t *to = place.to + row * place.rs + first;
 #pragma unroll 4
     for (int i = lane; i < WARP_ROWS * HALF / 8; i += WARP) {
       int line = i / (HALF / 8), column = i % (HALF / 8) * 8;
       if (line < left && first + column < w.columns)
-        *reinterpret_cast<uint4 *>(to + line * rs + column) =
+        *reinterpret_cast<uint4 *>(to + line * place.rs + column) =
             *reinterpret_cast<const uint4 *>(staged(line, column));
     }
     __syncwarp();
@@ -280,24 +295,34 @@ struct Consumer {
 
   // 写出全部的列；有门时是 128 列，另一半是 up。
   template <class Value>
-  __device__ void write_all(const Work &w, Value value) {
+  __device__ void write_all(const Work &w, const Place &place, Value value) {
 #pragma unroll
     for (int part = 0; part < (P == GATED ? 1 : 2); part++)
-      write(w, w.first + part * HALF, [&](int i) { return value(part * HALF / 2 + i); });
+      write(w, place, w.first + part * HALF, [&](int i) { return value(part * HALF / 2 + i); });
+  }
+
+  // 截断的激活都有门。
+  __device__ void save(const Work &w) {
+    if (P == PLAIN) return write_all(w, saved(w, false), [&](int i) { return acc[i]; });
+    write_all(w, saved(w, false),
+              [&](int i) { return kept_value(p.act, false, E::dtype, acc[i]); });
+    write_all(w, saved(w, true),
+              [&](int i) { return kept_value(p.act, true, E::dtype, acc[HALF / 2 + i]); });
   }
 
   // 激活的种类是常数时，逐个元素就没有分支。
   template <dso_act_kind KIND>
   __device__ void write_hidden(const Work &w) {
     dso_act act{KIND, p.act.alpha, p.act.limit};
-    write_all(w, [&](int i) {
+    write_all(w, result(w), [&](int i) {
       return activate<true>(act, P == GATED, acc[i], P == GATED ? acc[HALF / 2 + i] : 0.0f);
     });
   }
 
   __device__ void store(const Work &w) {
     add_biases(w);
-    if (P == OUTPUT) return write_all(w, [&](int i) { return acc[i]; });
+    if (P == OUTPUT) return write_all(w, result(w), [&](int i) { return acc[i]; });
+    if (p.saved) save(w);
     switch (p.act.kind) {
       case DSO_SILU:
         return write_hidden<DSO_SILU>(w);

@@ -42,6 +42,14 @@ struct Tile {
                [&](int n, int k) { return column + n < columns ? w.at(column + n, k) : 0.0f; });
   }
 
+  // 留给反向。
+  __device__ void save(int64_t row, int n, float gate, float up) const {
+    SavedRow to = saved_row(p, row);
+    store_one(p.saved, p.x.dtype, to.at + n, kept_value(p.act, false, p.x.dtype, gate));
+    if (p.w.gated)
+      store_one(p.saved, p.x.dtype, to.at + to.up + n, kept_value(p.act, true, p.x.dtype, up));
+  }
+
   __device__ void store(const Sums &g, const Sums &u) const {
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -54,6 +62,7 @@ struct Tile {
           int64_t bias = n * expert.bias_step;
           float gate = g[i][j] + bias_at(expert.gate_bias, expert.bias_dtype, bias),
                 up = u[i][j] + bias_at(expert.up_bias, expert.bias_dtype, bias);
+          if (p.saved) save(at, n, gate, up);
           static_cast<float *>(p.h)[hidden_at(p, at) + n] =
               activate<false>(p.act, p.w.gated, gate, up);
         } else {

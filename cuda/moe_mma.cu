@@ -232,6 +232,24 @@ struct Gemm {
                           u + bias_at(expert.up_bias, expert.bias_dtype, n * expert.bias_step));
   }
 
+  // 第 column 列起的 8 个 gate、up（加了偏置）留给反向。
+  __device__ __forceinline__ void save(const float *row, int64_t at, int column) const {
+    SavedRow to = saved_row(p, at);
+#pragma unroll 1
+    for (int up = 0; up <= (p.w.gated ? 1 : 0); up++) {
+      const void *bias = up ? expert.up_bias : expert.gate_bias;
+      Vec<8> v;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        int i = column + j;
+        float x = row[up ? up_at(i) : gate_at(i)] +
+                  bias_at(bias, expert.bias_dtype, (first + i) * expert.bias_step);
+        v.v[j] = kept_value(p.act, up != 0, E::dtype, x);
+      }
+      dso::store<8>(p.saved, E::dtype, to.at + up * to.up + first + column, v);
+    }
+  }
+
   __device__ __forceinline__ void store() {
     int width = split || paired ? COLUMNS / 2 : COLUMNS, chunks = width / 8;
     stage_result(acc, shared);
@@ -247,6 +265,7 @@ struct Gemm {
         out = make_uint4(out.y, out.z, out.w, E::pack(x, y));
       }
       int64_t at = tile.row + row;
+      if (hidden && p.saved) save(result_row(shared, row), at, column);
       uint16_t *to = hidden ? static_cast<uint16_t *>(p.h) + hidden_at(p, at)
                             : static_cast<uint16_t *>(p.o) + at * p.n;
       *reinterpret_cast<uint4 *>(to + first + column) = out;

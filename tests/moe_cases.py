@@ -61,10 +61,10 @@ class Experts:
         found.update({f"shared[{i}]": t for i, t in enumerate(self.shared)})
         return {name: t for name, t in found.items() if t is not None}
 
-    def run(self, function=ops.moe_experts) -> Tensor:
+    def run(self, function=ops.moe_experts, **more) -> Tensor:
         *positional, transposed, interleaved, gated = self.args()
         flags = {"transposed": transposed, "interleaved": interleaved, "gated": gated}
-        return function(*positional, **flags)
+        return function(*positional, **flags, **more)
 
     def exact(self) -> Experts:
         return self.map(lambda t: t.detach().double())
@@ -72,10 +72,10 @@ class Experts:
     def leaves(self) -> Experts:
         return self.map(lambda t: t.detach().clone().requires_grad_())
 
-    def gradients(self, grad: Tensor, function=ops.moe_experts) -> dict[str, Tensor]:
+    def gradients(self, grad: Tensor, function=ops.moe_experts, **more) -> dict[str, Tensor]:
         """没有用到的张量得 0。"""
         leaves = self.leaves()
-        y, tensors = leaves.run(function), leaves.tensors()
+        y, tensors = leaves.run(function, **more), leaves.tensors()
         if not y.requires_grad:
             return {name: torch.zeros_like(t) for name, t in tensors.items()}
         found = torch.autograd.grad(
@@ -144,9 +144,10 @@ def check(case: Experts) -> None:
     assert got.dtype == dtype and got.shape == want.shape and got.is_contiguous()
     close(got, want, dtype, f"{case.layout} y")
     grad = torch.randn_like(got)
-    ours = case.gradients(grad)
     theirs = exact.gradients(grad.double(), reference.moe_experts)
-    for name, tensor in case.tensors().items():
-        assert ours[name].dtype == tensor.dtype, name
-        limit = max((dtype, tensor.dtype), key=lambda d: tol(d)["atol"])
-        close(ours[name], theirs[name], limit, f"{case.layout} d{name}")
+    for recompute in (False, True):
+        ours = case.gradients(grad, recompute=recompute)
+        for name, tensor in case.tensors().items():
+            assert ours[name].dtype == tensor.dtype, name
+            limit = max((dtype, tensor.dtype), key=lambda d: tol(d)["atol"])
+            close(ours[name], theirs[name], limit, f"{case.layout} 重算 {recompute} d{name}")

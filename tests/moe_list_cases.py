@@ -54,11 +54,11 @@ class Lists:
         lists = (self.lists[name] for name in LISTS)
         return (self.x, self.indices, self.weights, *lists, self.activation, 1.702, 0.7, self.gated)
 
-    def run(self, function=ops.moe_experts_list) -> Tensor:
+    def run(self, function=ops.moe_experts_list, **more) -> Tensor:
         *plain, gated = self.args()
-        return function(*plain, gated=gated)
+        return function(*plain, gated=gated, **more)
 
-    def gradients(self, grad: Tensor, function=ops.moe_experts_list) -> list[Tensor]:
+    def gradients(self, grad: Tensor, function=ops.moe_experts_list, **more) -> list[Tensor]:
         leaf = self.leaves()
-        leaf.run(function).backward(grad)
+        leaf.run(function, **more).backward(grad)
         return [t.grad for t in leaf.flat()]

@@ -144,6 +144,20 @@ def test_backward_gradient(grad, message):
         OPS.moe_experts_backward(grad, *make().args(), True, True, True)
 
 
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        (randn(5), r"saved 的形状应为 \[96\]，实际是 \[5\]"),
+        (randn(96, dtype=torch.bfloat16), "saved 的类型.*bfloat16"),
+        (randn(192)[::2], "saved 应是连续的"),
+    ],
+)
+def test_backward_saved(saved, message):
+    """3 个词元各 2 个专家、中间宽 5 补到 8：2 x 3 x 2 x 8 个。"""
+    with pytest.raises(ValueError, match=f"moe_experts_backward：{message}"):
+        OPS.moe_experts_backward(randn(3, 6), *make().args(), True, True, True, saved)
+
+
 @pytest.mark.parametrize("name", ["x", "indices", "weights", "gate_up", "gate_up_bias", "down"])
 def test_mixed_devices(name):
     """一部分张量在 meta 上。"""

@@ -15,6 +15,8 @@ from deepseek_opt import ops, reference
 from tests.moe_cases import Experts, Layout, check, choose, close, experts
 from tests.op_cases import FLOATS, assert_no_worse, flipped, randn, strided
 
+OPS = torch.ops.deepseek_opt
+
 LAYOUTS = [
     Layout(name, transposed, interleaved, gated)
     for name, transposed, interleaved, gated in itertools.product(
@@ -312,6 +314,47 @@ def test_activation_no_less_accurate_than_torch(name):
 
 
 @pytest.mark.filterwarnings("ignore:Input #")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_kept_for_the_backward(dtype):
+    """留下的就是 gate、up 的输出：按专家、词元的次序，行距补到 8；前向的结果与不留时逐位相同。"""
+    index = torch.tensor([[2, 0], [3, 2], [0, 1]])  # 3 是哨兵：它的位置不写
+    case = experts((3, 6, 5, 7), 3, dtype=dtype, bias=True, shared=3, indices=index)
+    plain, none = OPS.moe_experts(*case.args())
+    y, saved = OPS.moe_experts(*case.args(), True)
+    assert none.numel() == 0 and torch.equal(y, plain)
+    rows = saved[: 6 * 16].view(6, 2, 8)[:, :, :5]
+    for row, (token, expert) in enumerate([(0, 0), (2, 0), (2, 1), (0, 2), (1, 2)]):
+        want = case.gate_up[expert].double() @ case.x[token].double() + case.gate_up_bias[expert]
+        close(rows[row].flatten(), want, dtype)
+    want = torch.cat([case.x.double() @ t.double().T for t in case.shared[:2]], 1)
+    close(saved[6 * 16 :].view(3, 12), want, dtype)
+
+
+def test_recompute_keeps_nothing():
+    case = experts((64, 16, 32, 16), 4, dtype=torch.bfloat16).leaves()
+    for recompute, kept in ((False, 2 * 64 * 2 * 32 * 2), (True, 0)):
+        sizes = []
+        given = {t.data_ptr() for t in (*case.tensors().values(), case.indices)}
+
+        def pack(t, sizes=sizes, given=given):
+            sizes.append(0 if t.data_ptr() in given else t.nbytes)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            case.run(recompute=recompute)
+        assert sum(sizes) == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kept_values_stay_on_their_side_of_the_limit(dtype):
+    """gate、up 就在截断的界两侧、舍入到 16 位会落到界上：截断与否仍按 fp32 的值，否则梯度有没有都会错。"""
+    x = torch.tensor([[1, -(2**-13)], [1, 2**-13], [-1, -(2**-13)], [-1, 2**-13]], dtype=dtype)
+    index, ones = torch.zeros(4, 1, dtype=torch.int64), torch.ones(1, 2, 2, dtype=dtype)
+    down = torch.ones(1, 2, 1, dtype=dtype)
+    layout = Layout("clipped", limit=1.0)
+    check(Experts(x, index, torch.ones(4, 1), ones, None, down, None, (), layout))
+
+
 def test_gradcheck_fp32():
     case = experts((3, 3, 4, 2), 3, bias=True, shared=4)
     leaves = list(case.leaves().tensors().values())

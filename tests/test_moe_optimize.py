@@ -141,6 +141,27 @@ def test_fields_without_effect_are_reported(model):
     optimize(model, profile(balance_strategy="none", quantization="none"), strict=True)
 
 
+def test_recompute_experts(model):
+    """改动即时生效：重算时前向不留专家的 gate、up，梯度相同（同一个模型、同样的输入）。"""
+    settings, sizes, grads = profile(recompute_experts=False), [], []
+    optimize(model, settings, strict=True)
+    for recompute in (False, True):
+        settings.moe.recompute_experts = recompute
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, id_):
+            out = output_of(model, make_ids())
+        sizes.append(sum(kept))
+        model.zero_grad()
+        out.square().mean().backward()
+        grads.append([p.grad.clone() for p in block_of(model).experts.parameters()])
+    assert sizes[1] < sizes[0]
+    torch.testing.assert_close(*grads, **tol(torch.float32))
+
+
+def id_(value):
+    return value
+
+
 def test_changing_the_config_afterwards_is_an_error(model):
     settings = profile()
     optimize(model, settings)

@@ -112,6 +112,9 @@ class MOEConfig(ConfigBase):
     pad_to_capacity: bool | None = Field(
         None, description="是否把每个专家的输入补齐到容量；结果不变，CPU 核不需要补齐"
     )
+    recompute_experts: bool | None = Field(
+        None, description="训练时专家的 gate、up 是否在反向里重算：激活更少，反向更慢"
+    )
     quantization: Literal["none", "int8", "int4", "fp8"] | None = Field(
         None, description="专家权重的量化方式；fp8 是 float8_e4m3fn"
     )
@@ -123,7 +126,7 @@ class MOEConfig(ConfigBase):
         None, description="量化后是否保留原权重（保留才能 restore）"
     )
 
-    # 只影响训练时的损失、丢弃与偏置更新，不决定权重形状：改动从下一次调用起生效。
+    # 只影响训练时的损失、丢弃、偏置更新与重算，不决定权重形状：改动从下一次调用起生效。
     live_fields: ClassVar[frozenset[str]] = frozenset(
         {
             "router_jitter",
@@ -135,6 +138,7 @@ class MOEConfig(ConfigBase):
             "drop_policy",
             "drop_renormalize",
             "pad_to_capacity",
+            "recompute_experts",
         }
     )
 

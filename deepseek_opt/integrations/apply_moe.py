@@ -46,8 +46,9 @@ _NAMES = {
 # 这些值就是 transformers 模型本来的做法，不算要求。
 _NEUTRAL = {"balance_strategy": "none", "pad_to_capacity": False}
 _NO_LIST = "专家是各自的 nn.Linear（register_moe），不能量化；按原精度计算"
-# 做到了没有，逐层另有条目。
-_QUANTIZATION = {
+# 做到了没有，逐层另有条目；重算对每一层都起作用。
+_APPLIED = {
+    "recompute_experts",
     "quantization",
     "quantization_group_size",
     "quantization_symmetric",
@@ -262,7 +263,7 @@ def _unmet_fields(config: Any, known: set[str]) -> list[ReportEntry]:
     """给出了、但对 transformers 的 MoE 层不起作用的字段。"""
     entries = []
     for field, value in config.to_dict().items():
-        if field in known or field in _QUANTIZATION or _NEUTRAL.get(field) == value:
+        if field in known or field in _APPLIED or _NEUTRAL.get(field) == value:
             continue
         if field in _NAMES:
             reason = "模型的配置里没有这一项，无法核对"

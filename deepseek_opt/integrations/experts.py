@@ -85,7 +85,8 @@ class ExpertsPatch(QuantizablePatch):
         if store is not None:
             return store.compute(x, indices, weights, shared, store.biases(module))
         tensors = () if shared is None else shared.tensors
-        return compute(module, self.layout, x, indices, weights, tensors)
+        recompute = self.runtime.recompute_experts
+        return compute(module, self.layout, x, indices, weights, tensors, recompute=recompute)
 
     def refusal(self, hidden: Tensor) -> str | None:
         """这次调用不能由本库计算的原因；可以则为 None。"""
@@ -136,6 +137,8 @@ def compute(
     indices: Tensor,
     weights: Tensor,
     shared: Sequence[Tensor] = (),
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """x [T, H] -> [T, H]；权重此刻才读，因此参数化（PEFT 等）之后的有效权重也对。"""
     up, down = (getattr(module, name) for name in weight_names(module))
@@ -151,6 +154,7 @@ def compute(
         transposed=layout.transposed,
         interleaved=layout.interleaved,
         gated=layout.gated,
+        recompute=recompute,
     )
     return out.to(x.dtype)  # autocast 里算子按低精度输出，原实现仍是 x 的类型
 

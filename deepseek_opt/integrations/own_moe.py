@@ -65,7 +65,9 @@ class OwnMoePatch(Patch):
         fused, extra = _shared(module, adapter, x)
         act = (adapter.activation, adapter.alpha, float(adapter.value(module, "limit")))
         out = ops.moe_experts_list(
-            x, indices, weights, *lists, *biases, fused, *act, gated=adapter.gated
+            *(x, indices, weights, *lists, *biases, fused, *act),
+            gated=adapter.gated,
+            recompute=self.runtime.recompute_experts,
         )
         out = out.to(x.dtype)  # autocast 里算子按低精度输出
         out = (out if extra is None else out + extra).view(hidden.shape)

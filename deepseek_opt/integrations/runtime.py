@@ -68,6 +68,11 @@ class Runtime:
         current.require_live(snapshot)
 
     @property
+    def recompute_experts(self) -> bool:
+        """训练时专家的 gate、up 是否在反向里重算。"""
+        return self.profile.__dict__["moe"].recompute_experts is True
+
+    @property
     def layer_budget(self) -> int | None:
         """每层缓存的字节上限。"""
         return None if self.memory_budget is None else self.memory_budget // self.layer_count
@@ -119,8 +124,3 @@ class RopeMemo:
 
 def _none() -> None:
     return None
-
-
-def is_tracing_grad(*tensors: Tensor) -> bool:
-    """是否需要为这些张量记录梯度。"""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

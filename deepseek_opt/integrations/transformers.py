@@ -26,8 +26,9 @@ from deepseek_opt.integrations.projections import (
     norm_eps,
     project,
 )
-from deepseek_opt.integrations.runtime import Runtime, is_tracing_grad
+from deepseek_opt.integrations.runtime import Runtime
 from deepseek_opt.integrations.specs import AttentionSpec
+from deepseek_opt.ops._run import is_tracing_grad
 
 # 行数至多这么多时整层用一个算子：实测到 256 行都更快（小模型约一成，V2-Lite 的维度百分之一二），再多则持平。
 FUSED_ROWS = 256

@@ -148,7 +148,8 @@ class MoEFeedForward(nn.Module):
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor, shared: list[Tensor]) -> Tensor:
         experts = (self.gate_up_proj, None, self.down_proj, None, shared)
-        return ops.moe_experts(x, indices, weights, *experts, self.activation)
+        again = bool(self.config.recompute_experts)
+        return ops.moe_experts(x, indices, weights, *experts, self.activation, recompute=again)
 
     def _dispatch(self, routed: RoutingResult) -> Dispatch:
         config, tokens = self.config, routed.logits.shape[0]

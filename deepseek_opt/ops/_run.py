@@ -42,6 +42,11 @@ def run(name: str, *args):
         raise out_of_memory(what, first.device, error) from error
 
 
+def is_tracing_grad(*tensors: Tensor | None) -> bool:
+    """是否需要为这些张量记录梯度。"""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def missing(x: Tensor, *names: str) -> str | None:
     """x 的设备上不能执行 names 这些算子的原因（开着求导时连同反向）；能则为 None。
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from deepseek_opt.ops._run import run
+from deepseek_opt.ops._run import is_tracing_grad, run
 
 CLIPPED = ("clipped", "clipped_silu")  # 必须有门，要给 limit
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", *CLIPPED)
@@ -32,11 +32,12 @@ def moe_experts(
     transposed: bool = False,
     interleaved: bool = False,
     gated: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """稀疏专家：y[t] = Σ_j weights[t, j] · down_e(a(gate_e x[t]) * up_e x[t])，e = indices[t, j]。
 
     权重按 transformers 的布局原地读取。词元按专家排序；每个输出按专家的次序以 fp32 累加，与线程数无关。
-    反向不保存中间量（做法见 SonicMoE，arXiv 2512.14080）。
+    求导时只留下 gate、up 的输出（2 · T · k · I 个元素），其余重算（做法见 SonicMoE，arXiv 2512.14080）。
 
     Args:
         x: [T, K]。
@@ -52,6 +53,7 @@ def moe_experts(
             （gpt-oss：g = min(gate, limit)，u = clamp(up, ±limit)，g · sigmoid(alpha · g) · (u + 1)）、
             ``clipped_silu``（DeepSeek-V4：同样截断，silu(g) · u）。
         alpha, limit: alpha 只用于 clipped，limit 只用于 clipped、clipped_silu。
+        recompute: True 时连 gate、up 也在反向里重算：什么都不多留，反向多做前向的三分之二。
 
     Returns:
         [T, N]，dtype 随 x。对 x、weights、各权重与偏置、shared 可求导。
@@ -69,7 +71,8 @@ def moe_experts(
     """
     weight = (gate_up, gate_up_bias, down, down_bias, list(shared))
     act = (activation, alpha, limit, transposed, interleaved, gated)
-    return run("moe_experts", x, indices, weights, *weight, *act)
+    save = not recompute and is_tracing_grad(x, weights, gate_up, gate_up_bias, down, *shared)
+    return run("moe_experts", x, indices, weights, *weight, *act, save)[0]
 
 
 def moe_experts_list(
@@ -88,13 +91,14 @@ def moe_experts_list(
     limit: float = 7.0,
     *,
     gated: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """同 :func:`moe_experts`，但每个专家的权重是单独的张量（例如各自的 nn.Linear），原地读取，不叠成一个。
 
     各专家的中间宽可以不同。梯度直接写进各张量自己的梯度；没有分到词元的专家得 0（不是 None）。
 
     Args:
-        x, indices, weights, shared, activation, alpha, limit: 见 :func:`moe_experts`；E 是 gate 的个数。
+        x, indices, weights, shared, activation, alpha, limit, recompute: 见 :func:`moe_experts`；E 是 gate 的个数。
         gate: E 个 [Iₑ, K]；up 为空而 gated 为 True 时是 E 个 [2Iₑ, K]，前一半是 gate，后一半是 up。
         up: E 个 [Iₑ, K]，或空。
         down: E 个 [N, Iₑ]。
@@ -118,7 +122,9 @@ def moe_experts_list(
     """
     lists = (gate, up, down, gate_bias, up_bias, down_bias, shared)
     act = (activation, alpha, limit, gated)
-    return run("moe_experts_list", x, indices, weights, *map(list, lists), *act)
+    flat = (t for group in lists for t in group)
+    save = not recompute and is_tracing_grad(x, weights, *flat)
+    return run("moe_experts_list", x, indices, weights, *map(list, lists), *act, save)[0]
 
 
 def moe_route(

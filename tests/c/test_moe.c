@@ -239,7 +239,7 @@ static void forward_case(const dso_isa *isa, const shape *s, dso_dtype dtype) {
   problem p = build(s, dtype);
   connect(&p, 0);
   buf y = new_buf(dtype, s->tokens * s->n), *outs[] = {&y};
-  dso_moe_params params = {p.in, y.data};
+  dso_moe_params params = {.in = p.in, .y = y.data};
   double *want = doubles(y.n);
   forward_reference(&p, want);
   char label[96];
@@ -253,8 +253,24 @@ static void *grad_at(const buf *b, int64_t each, int64_t e) {
   return b->n ? dso_at_mut(b->data, b->dtype, e * each) : NULL;
 }
 
-static void backward_case(const dso_isa *isa, const shape *s, dso_dtype dtype) {
+/* 前向留给反向的 gate、up：最后一个专家当作共享专家来存放（它的行本来就在末尾），位置多出来的也要写得下。 */
+static dso_moe_saved saved_by_forward(const dso_isa *isa, problem *p) {
+  const shape *s = &p->s;
+  int64_t times = s->gated ? 2 : 1, routed = s->experts - 1;
+  dso_moe_saved saved = {NULL, s->inner + 3, routed, times * p->begin[routed] * (s->inner + 3)};
+  int64_t count = saved.shared_at + times * (p->rows - p->begin[routed]) * s->inner;
+  buf kept = new_buf(p->dtype, count), y = new_buf(p->dtype, s->tokens * s->n), *outs[] = {&y};
+  saved.data = kept.data;
+  connect(p, 0);
+  dso_moe_params params = {p->in, y.data, saved};
+  execute("moe_experts 留下 gate、up", &dso_moe_experts, &params, isa, outs, 1);
+  return saved;
+}
+
+static void backward_case(const dso_isa *isa, const shape *s, dso_dtype dtype, int kept) {
   problem p = build(s, dtype);
+  dso_moe_saved saved = {0};
+  if (kept) saved = saved_by_forward(isa, &p);
   connect(&p, 1);
   int64_t width = width_of(s), up_size = s->k * width, down_size = s->n * s->inner;
   buf dy = new_random(dtype, s->tokens * s->n, 1.0), dx = new_buf(dtype, p.x.n),
@@ -278,7 +294,8 @@ static void backward_case(const dso_isa *isa, const shape *s, dso_dtype dtype) {
                                     .dx = dx.data,
                                     .dweight = dw.data,
                                     .grad = grad,
-                                    .threads = 1 + random_below(4)};
+                                    .threads = 1 + random_below(4),
+                                    .saved = saved};
   dso_moe_backward_prepare(&params, task_at);
   grads want = {doubles(dx.n),   doubles(dw.n),        doubles(gate.n),    doubles(up.n),
                 doubles(down.n), doubles(gate_bias.n), doubles(up_bias.n), doubles(down_bias.n)};
@@ -287,8 +304,8 @@ static void backward_case(const dso_isa *isa, const shape *s, dso_dtype dtype) {
   const double *exact_grads[] = {want.dx,   want.dweight,   want.gate,    want.up,
                                  want.down, want.gate_bias, want.up_bias, want.down_bias};
   char label[96];
-  snprintf(label, sizeof label, "%s moe_experts_backward %s T=%lld act=%d", isa->name,
-           dtype_name(dtype), (long long)s->tokens, (int)s->act);
+  snprintf(label, sizeof label, "%s moe_experts_backward %s T=%lld act=%d 留下=%d", isa->name,
+           dtype_name(dtype), (long long)s->tokens, (int)s->act, kept);
   execute(label, &dso_moe_experts_backward, &params, isa, outs, 8);
   for (int i = 0; i < 8; i++)
     check_close(label, outs[i], exact_grads[i], 4 * tolerance(dtype), 8.0);
@@ -316,7 +333,8 @@ void test_moe(void) {
     for (int trial = 0; trial < 36; trial++) {
       shape s = random_shape(trial);
       forward_case(isas[i], &s, dtypes[trial % 3]);
-      backward_case(isas[i], &s, dtypes[trial % 3]);
+      backward_case(isas[i], &s, dtypes[trial % 3], 0);
+      backward_case(isas[i], &s, dtypes[trial % 3], 1);
       free_all();
     }
 }
