@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -50,6 +51,8 @@ def _train(count: int, env: Env) -> Iterator[Row]:
     row = measure(env, work)
     last = count == max(COUNTS)
     yield row.judge(row.tflops, SPEED.unit, SPEED if last else None)
+    again = partial(_step, partial(_ours, recompute=True), weights)
+    yield measure(env, dataclasses.replace(work, key=f"{key}.recompute", ours=again, peers={}))
     if env.device == "cuda":
         yield _memory(env, work, f"{key}.memory", SAVING if last else None)
 
@@ -70,8 +73,11 @@ def _memory(env: Env, work: Work, key: str, target: Target | None) -> Row:
     return ratio_row(key, 1 - peaks[0] / max(peaks[1], 1), SAVING.unit, target, details)
 
 
-def _ours(weights: moe.Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:
-    return ops.moe_experts(x, indices, mix, weights.gate_up, None, weights.down, None)
+def _ours(
+    weights: moe.Weights, x: Tensor, indices: Tensor, mix: Tensor, *, recompute: bool = False
+) -> Tensor:
+    experts = (weights.gate_up, None, weights.down, None)
+    return ops.moe_experts(x, indices, mix, *experts, recompute=recompute)
 
 
 def _step(
