@@ -58,6 +58,8 @@ __device__ void write_rope(const dso_cuda_mla_kv_write_params &k, int64_t b, int
 
 template <int V>
 __global__ void mla_kv_write_kernel(dso_cuda_mla_kv_write_params k) {
+  grid_release();
+  grid_wait();
   const dso_mla_cache_write_params &p = k.write;
   int64_t b = blockIdx.x, start = p.offsets[b];
   __syncthreads();  // 各线程都读过了

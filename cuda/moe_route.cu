@@ -145,6 +145,8 @@ __host__ __device__ inline size_t row_bytes(const dso_moe_route_params &p) {
 }
 
 __global__ __launch_bounds__(THREADS) void moe_route_kernel(dso_moe_route_params p) {
+  grid_release();
+  grid_wait();
   int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
   int threads = static_cast<int>(blockDim.x);
   int64_t first = static_cast<int64_t>(blockIdx.x) * (threads / WARP), token = first + warp;
@@ -181,6 +183,8 @@ constexpr int LOGIT_TOKENS = 8, LOGIT_WARPS = 4, LOGIT_THREADS = LOGIT_WARPS * W
 template <int V>
 __global__ __launch_bounds__(LOGIT_THREADS) void moe_logits_kernel(dso_moe_route_params p) {
   __shared__ float sums[LOGIT_WARPS][LOGIT_TOKENS];
+  grid_release();
+  grid_wait();
   int thread = static_cast<int>(threadIdx.x);
   int64_t expert = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
   float sum[LOGIT_TOKENS] = {};
