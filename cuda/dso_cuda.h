@@ -251,7 +251,8 @@ cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert
 cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
 cudaError_t dso_cuda_moe_route_backward(const dso_moe_route_backward_params *p,
                                         cudaStream_t stream);
-/* 词元少时的 logits = x Wᵀ，fp32 累加，任意类型。 */
+/* 词元不多于 MOE_LOGITS_TOKENS 个时的 logits = x Wᵀ，fp32 累加，任意类型；也把 counts 清零，dso_cuda_moe_route 接着
+ * 累加。 */
 cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
 
 #ifdef __cplusplus

@@ -187,6 +187,7 @@ __global__ __launch_bounds__(LOGIT_THREADS) void moe_logits_kernel(dso_moe_route
   grid_wait();
   int thread = static_cast<int>(threadIdx.x);
   int64_t expert = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
+  if (blockIdx.y == 0 && thread == 0) p.counts[expert] = 0;  // 下一个核要累加，不必另排一次清零
   float sum[LOGIT_TOKENS] = {};
 #pragma unroll(V == 1 ? 1 : 4)
   for (int64_t k = static_cast<int64_t>(thread) * V; k < p.k; k += LOGIT_THREADS * V) {
@@ -233,7 +234,8 @@ cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t strea
   if (warps > MOE_ROUTE_WARPS) warps = MOE_ROUTE_WARPS;
   if (warps == 0) return cudaErrorInvalidValue;
   int64_t blocks = ceil_div(p->tokens, warps);
-  if (blocks != 1) {
+  bool cleared = p->has_weight && p->tokens <= MOE_LOGITS_TOKENS;  // dso_cuda_moe_logits 清过
+  if (blocks == 0 || (blocks > 1 && !cleared)) {
     error = cudaMemsetAsync(p->counts, 0, static_cast<size_t>(p->experts) * 8, stream);
     if (error != cudaSuccess || blocks == 0) return error;
   }
