@@ -62,8 +62,6 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                                 torch::stable::narrow(joint, 2, d.rank, d.rope_dim), offsets);
   w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
   const Angles angles = angles_of(cos, sin);
-  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
-  if (d.rope_dim > 0) rotate(op, turned, turned, cos, sin, angles, interleaved, false);
   Tensor norm = torch::stable::contiguous(kv_norm);
   dso_cuda_mla_kv_write_params p{};
   p.write = w.p, p.capacity = m.in.s;
@@ -71,6 +69,9 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   p.eps = static_cast<float>(kv_eps);
   p.cos = angles.c, p.sin = angles.s, p.cs_ts = d.rope_dim / 2;
   p.cs_bs = cos.size(0) == 1 ? 0 : d.t * p.cs_ts, p.interleaved = interleaved;
+  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
+  if (d.rope_dim > 0)
+    p.queries = rope_params(op, turned, turned, cos, sin, angles, interleaved, false);
   if (!spans) p.spans = static_cast<dso_span *>(m.spans.mutable_data_ptr());
   if (!on_host(offsets)) p.advance = static_cast<int64_t *>(offsets.mutable_data_ptr());
   check(op, dso_cuda_mla_kv_write(&p, Launch(hidden).stream()));

@@ -29,7 +29,7 @@ cudaError_t dso_cuda_mla_cache_write(const dso_mla_cache_write_params *p, int64_
 
 /* 解码的一步写缓存：write.latent、write.rope 是 kv_a 投影的输出，这里先归一化、先旋转（各舍入到输入的类型）。
  * write.offsets 在设备上。spans 非 NULL 时写出各行看见自己整个缓存的 span [B]；advance 非 NULL（就是 offsets）时
- * 随后加上 T：一步里不必再有别的核。 */
+ * 随后加上 T；queries.x 非 NULL 时就地旋转查询（y 就是 x，B、T 与写入的相同）：一步里不必再有别的核。 */
 typedef struct {
   dso_mla_cache_write_params write;
   int64_t capacity; /* 缓存的槽位数 C */
@@ -41,6 +41,7 @@ typedef struct {
   int interleaved;
   dso_span *spans;
   int64_t *advance;
+  dso_rope_params queries;
 } dso_cuda_mla_kv_write_params;
 
 cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStream_t stream);
