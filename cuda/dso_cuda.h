@@ -46,6 +46,25 @@ typedef struct {
 
 cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStream_t stream);
 
+/* 行极少的 y = x weightᵀ + bias：x [m, k]，16 位，各权重与它同类型，行都能按 16 字节读（dso_cuda_linear_fits）。
+ * 没有第二个时 part[1].n 为 0；gated 时两个的 n 相同，part[0].y = silu(第一个) * 第二个，part[1].y 不用。 */
+typedef struct {
+  dso_mat weight;   /* [n, k] */
+  const void *bias; /* [n]，同类型，可为 NULL */
+  int64_t n;
+  void *y; /* [m, n] 连续 */
+} dso_cuda_linear_part;
+
+typedef struct {
+  int64_t m, k;
+  dso_mat x;
+  dso_cuda_linear_part part[2];
+  int gated;
+} dso_cuda_linear_params;
+
+int dso_cuda_linear_fits(const dso_cuda_linear_params *p);
+cudaError_t dso_cuda_linear(const dso_cuda_linear_params *p, cudaStream_t stream);
+
 /* swiglu_mlp 的激活，三个都是连续的 count 个：grad 为 NULL 时 gate = silu(gate) * up；否则 grad 是对 h 的
  * 梯度，gate、up、grad 依次换成 dgate、dup、h。 */
 typedef struct {

@@ -33,6 +33,14 @@ __device__ inline void grid_release() {
 #endif
 }
 
+// 请 L2 先去取 bytes 个字节（16 的倍数，地址同样对齐）。只动 L2，不读进来：grid_wait 之前也可以，前一个核随后写了也不会读到
+// 旧的。
+__device__ inline void prefetch_l2(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // ---- 异步拷贝（sm_80）：16 字节，valid 为假时填 0 而不读 ----
 
 __device__ inline void cp_async_16(void *to, const void *from, bool valid) {

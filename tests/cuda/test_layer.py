@@ -21,7 +21,7 @@ def separate(args):
     """同样的一步，逐个算子；缓存原地写。"""
     hidden, q_a, _, q_norm, q_eps, q_weight, _, kv_a, _, kv_norm, kv_eps, kv_b, out = args[:13]
     cos, sin, pairs, *cache, offsets, _, _, softmax_scale, _ = args[14:]
-    low = ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
+    low = hidden if q_a is None else ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
     q = ops.linear(low, q_weight).unflatten(-1, (HEADS, -1))
     rope = 2 * cos.shape[-1]
     ops.rope_(q[..., -rope:], cos, sin, pairs)
@@ -39,9 +39,9 @@ def separate(args):
 
 @pytest.mark.parametrize("cache", [None, *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("steps", [1, 5])
-def test_same_bits_as_separate_ops(dtype, cache, steps):
-    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype, cache=cache)
+@pytest.mark.parametrize("steps, q_rank", [(1, 24), (1, None), (5, 24)])
+def test_same_bits_as_separate_ops(dtype, cache, steps, q_rank):
+    args = arguments(3, steps, 48, q_rank, RANK, ROPE, dtype, cache=cache)
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
     assert torch.equal(got, want)

@@ -18,6 +18,11 @@ inline uint32_t shared_address(const void *p) {
 inline void grid_wait() { cuda_host::wait_grid(); }
 inline void grid_release() {}
 
+inline void prefetch_l2(const void *from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+    cuda_host::fail("L2 预取没有对齐到 16 字节");
+}
+
 // ---- 异步拷贝 ----
 
 inline void cp_async_16(void *to, const void *from, bool valid) {
