@@ -16,7 +16,7 @@ struct Product {
 
 bool part_of(dso_cuda_linear_part &part, const Product &product, int64_t k, dso_dtype dtype) {
   const Tensor &w = product.weight;
-  part = {mat_of(w, dtype), nullptr, w.size(0), product.y.mutable_data_ptr()};
+  part = {mat_of(w, dtype), nullptr, w.size(0), product.y.mutable_data_ptr(), w.size(0), 0, 0};
   if (product.bias) part.bias = product.bias->const_data_ptr();
   return (w.stride(1) == 1 || k == 1) && (!product.bias || product.bias->is_contiguous());
 }
@@ -26,7 +26,7 @@ bool small_product(const char *op, const Tensor &x, const Product &first,
                    const Product *second = nullptr, bool gated = false) {
   dso_cuda_linear_params p{};
   const dso_dtype dtype = float_dtype(op, "x", x);
-  p.m = x.size(0), p.k = x.size(1), p.x = mat_of(x, dtype), p.gated = gated;
+  p.m = x.size(0), p.k = x.size(1), p.batch = 1, p.x = mat_of(x, dtype), p.gated = gated;
   if (!part_of(p.part[0], first, p.k, dtype)) return false;
   if (second && !part_of(p.part[1], *second, p.k, dtype)) return false;
   if (!dso_cuda_linear_fits(&p)) return false;

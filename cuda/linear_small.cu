@@ -27,7 +27,7 @@ struct Strip {
 
   __device__ Strip(const Part &part, int64_t first) {
     int64_t last = part.n - 1, g = first + threadIdx.x % WARP / 4;
-    const auto *w = static_cast<const uint16_t *>(part.weight.data);
+    const auto *w = static_cast<const uint16_t *>(part.weight.data) + blockIdx.y * part.weight_step;
     top = w + (g < last ? g : last) * part.weight.rs;
     bottom = w + (g + 8 < last ? g + 8 : last) * part.weight.rs;
   }
@@ -52,7 +52,8 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
                                            Strip<E> (&strips)[SETS]) {
   constexpr int UNROLL = LINEAR_UNROLL / SETS;
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
-  const auto *x = static_cast<const uint16_t *>(p.x.data) + lane / 4 * p.x.rs;
+  const auto *x =
+      static_cast<const uint16_t *>(p.x.data) + blockIdx.y * p.x_step + lane / 4 * p.x.rs;
   bool real = lane / 4 < p.m;
   uint4 zero = make_uint4(0, 0, 0, 0);
   for (int64_t begin = 0; begin < p.k; begin += UNROLL * ROUND) {
@@ -85,6 +86,11 @@ __device__ void put(Sums &sums, const Strip<E> &strip) {
     sums[warp][fragment_column() + i % 2][fragment_row() + i / 2 * 8] = strip.acc[i];
 }
 
+// 结果在 y 里的位置。
+__device__ int64_t place(const Part &part, int row, int64_t n) {
+  return blockIdx.y * part.y_step + row * part.y_rs + n;
+}
+
 __device__ float total(const Sums &sums, const Part &part, dso_dtype dtype, int row, int column,
                        int64_t n) {
   float sum = 0.0f;
@@ -93,7 +99,7 @@ __device__ float total(const Sums &sums, const Part &part, dso_dtype dtype, int 
   return part.bias ? sum + load_one(part.bias, dtype, n) : sum;
 }
 
-// 前 first_blocks 块是第一个权重的，其余是第二个的。
+// 前 first_blocks 块是第一个权重的，其余是第二个的；blockIdx.y 是 batch 里的第几个。
 template <class E>
 __global__ __launch_bounds__(THREADS, 3) void linear_small_kernel(dso_cuda_linear_params p,
                                                                   int first_blocks) {
@@ -113,7 +119,8 @@ __global__ __launch_bounds__(THREADS, 3) void linear_small_kernel(dso_cuda_linea
     int row = i / COLUMNS, column = i % COLUMNS;
     int64_t n = first + column;
     if (row < p.m && n < part.n)
-      store_one(part.y, p.x.dtype, row * part.n + n, total(sums, part, p.x.dtype, row, column, n));
+      store_one(part.y, p.x.dtype, place(part, row, n),
+                total(sums, part, p.x.dtype, row, column, n));
   }
 }
 
@@ -137,34 +144,36 @@ __global__ __launch_bounds__(THREADS, 3) void linear_gated_kernel(dso_cuda_linea
     if (row >= p.m || n >= p.part[0].n) continue;
     float g = total(gates, p.part[0], p.x.dtype, row, column, n),
           u = total(ups, p.part[1], p.x.dtype, row, column, n);
-    store_one(p.part[0].y, p.x.dtype, row * p.part[0].n + n, g / (1.0f + expf(-g)) * u);
+    store_one(p.part[0].y, p.x.dtype, place(p.part[0], row, n), g / (1.0f + expf(-g)) * u);
   }
 }
 
 template <class E>
 cudaError_t run(const dso_cuda_linear_params &p, cudaStream_t stream) {
   auto blocks = [&](int i) { return static_cast<unsigned>(ceil_div(p.part[i].n, COLUMNS)); };
-  if (p.gated) return launch(linear_gated_kernel<E>, dim3(blocks(0)), dim3(THREADS), 0, stream, p);
-  dim3 grid(blocks(0) + blocks(1));
+  auto batch = static_cast<unsigned>(p.batch);
+  if (p.gated)
+    return launch(linear_gated_kernel<E>, dim3(blocks(0), batch), dim3(THREADS), 0, stream, p);
+  dim3 grid(blocks(0) + blocks(1), batch);
   return launch(linear_small_kernel<E>, grid, dim3(THREADS), 0, stream, p,
                 static_cast<int>(blocks(0)));
 }
 
 bool part_fits(const Part &part, dso_dtype dtype) {
-  return part.n == 0 ||
-         (part.weight.dtype == dtype && wide_ok(part.weight.data, dtype, part.weight.rs));
+  return part.n == 0 || (part.weight.dtype == dtype && part.weight_step % 8 == 0 &&
+                         wide_ok(part.weight.data, dtype, part.weight.rs));
 }
 
 }  // namespace
 
 int dso_cuda_linear_fits(const dso_cuda_linear_params *p) {
   dso_dtype dtype = p->x.dtype;
-  return dtype != DSO_F32 && p->m <= LINEAR_ROWS && p->k % 8 == 0 &&
+  return dtype != DSO_F32 && p->m <= LINEAR_ROWS && p->k % 8 == 0 && p->x_step % 8 == 0 &&
          wide_ok(p->x.data, dtype, p->x.rs) && part_fits(p->part[0], dtype) &&
          part_fits(p->part[1], dtype);
 }
 
 cudaError_t dso_cuda_linear(const dso_cuda_linear_params *p, cudaStream_t stream) {
-  if (p->m == 0 || p->part[0].n + p->part[1].n == 0) return cudaSuccess;
+  if (p->m * p->batch == 0 || p->part[0].n + p->part[1].n == 0) return cudaSuccess;
   return p->x.dtype == DSO_BF16 ? run<Bf16>(*p, stream) : run<F16>(*p, stream);
 }

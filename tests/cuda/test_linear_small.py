@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from deepseek_opt import ops
 from tests.cuda.device import DEVICE, ON_GPU, marks
-from tests.op_cases import randn
+from tests.cuda.test_gpu import on_device
+from tests.op_cases import attention, randn
 from tests.tolerances import tol
 
 pytestmark = marks
@@ -67,6 +68,18 @@ def test_few_rows_use_our_kernel(monkeypatch):
             ops.linear(rows, weight)
     for rows, other in ((x, weight), (x.float(), weight.float()), (x[:, :63], weight[:, :63])):
         ops.linear(rows, other)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "batch, steps, heads, dims",
+    [(1, 1, 3, (136, 16, 150, 24)), (4, 2, 2, (64, 0, 24, 8)), (3, 3, 2, (64, 16, 16, 16))],
+)
+def test_absorb_and_values_of_few_rows(batch, steps, heads, dims, dtype):
+    """吸收与 W_UV 各头一起算：r、dn 不满一块与超过一块；9 行是 cuBLAS。"""
+    case = attention(batch, steps, 40, heads, dims, dtype=dtype)
+    got = ops.mla_decode(*on_device(case, True).args())
+    torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(dtype))
 
 
 def test_nothing_to_compute():
