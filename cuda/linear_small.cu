@@ -2,8 +2,8 @@
 // 启动，K 分段时还多一个核）。
 //
 // 一块 16 列，各 warp 分 K；权重的行直接读进 mma 的片段：一个线程连续的 16 字节（8 个数）当作两个 k16 的片段的一半，
-// x 按同样的次序读，不经过共享内存。等前一个核时权重已在往 L2 里取：前面多是受限于延迟的短核，显存正闲着。各 warp 的部分和按次序相加，结果与网格无关。一次可以有两个权重（同一个 x）：
-// 各自写出，少一个核；或 gated，写出 silu(第一个) * 第二个。
+// x 按同样的次序读，不经过共享内存。各 warp 的部分和按次序相加，结果与网格无关。等前一个核时权重已在往 L2 里取：前面多是
+// 受限于延迟的短核，显存正闲着。一次可以有两个权重（同一个 x）：各自写出，少一个核；或 gated，写出 silu(第一个) * 第二个。
 #include "config.cuh"
 #include "dso_cuda.h"
 #include "mma.cuh"
@@ -36,7 +36,7 @@ struct Strip {
   __device__ void prefetch(int64_t k, int most) const {
     if (threadIdx.x / WARP != threadIdx.x % WARP / 4 || threadIdx.x % 4 > 1) return;
     int64_t bytes = k * 2 < most ? k * 2 : most;
-    prefetch_l2(threadIdx.x % 4 == 0 ? top : bottom, static_cast<uint32_t>(bytes));
+    if (bytes > 0) prefetch_l2(threadIdx.x % 4 == 0 ? top : bottom, static_cast<uint32_t>(bytes));
   }
 
   __device__ __forceinline__ void multiply(uint4 a, uint4 b, uint4 x) {
@@ -132,8 +132,7 @@ __global__ __launch_bounds__(THREADS, 3) void linear_gated_kernel(dso_cuda_linea
   Strip<E> strips[2] = {{p.part[0], first}, {p.part[1], first}};
 #pragma unroll
   for (const Strip<E> &strip : strips) strip.prefetch(p.k, LINEAR_PREFETCH / 2);
-  grid_release();
-  grid_wait();
+  grid_wait();  // 后面是 down，占满整张卡的：不 grid_release
   accumulate<E, 2>(p, strips);
   put(gates, strips[0]);
   put(ups, strips[1]);

@@ -183,10 +183,15 @@ constexpr int LOGIT_TOKENS = 8, LOGIT_WARPS = 4, LOGIT_THREADS = LOGIT_WARPS * W
 template <int V>
 __global__ __launch_bounds__(LOGIT_THREADS) void moe_logits_kernel(dso_moe_route_params p) {
   __shared__ float sums[LOGIT_WARPS][LOGIT_TOKENS];
-  grid_release();
-  grid_wait();
   int thread = static_cast<int>(threadIdx.x);
   int64_t expert = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
+  int64_t bytes = p.k * bytes_of(p.weight.dtype);
+  if (V > 1 && thread == 0 && bytes > 0)  // 等前一个核时，这一行权重先取进 L2
+    prefetch_l2(
+        static_cast<const char *>(p.weight.data) + expert * p.weight.rs * bytes_of(p.weight.dtype),
+        static_cast<uint32_t>(bytes));
+  grid_release();
+  grid_wait();
   if (blockIdx.y == 0 && thread == 0) p.counts[expert] = 0;  // 下一个核要累加，不必另排一次清零
   float sum[LOGIT_TOKENS] = {};
 #pragma unroll(V == 1 ? 1 : 4)
