@@ -88,6 +88,11 @@ inline void linear_into(const Tensor &out, const Tensor &x, const Tensor &weight
   call_out<4>("aten::linear", "out", {from(x), from(weight), from(bias), from(out)});
 }
 
+// x 与两个权重各自的 linear；行极少时一起算。
+std::pair<Tensor, Tensor> linear_pair(const Tensor &x, const Tensor &first,
+                                      const std::optional<Tensor> &first_bias, const Tensor &second,
+                                      const std::optional<Tensor> &second_bias);
+
 // [..., K] 看成 [M, K]。
 inline Tensor flat_rows(const Tensor &t) {
   return torch::stable::view(as_rows(t), {rows_of(t), t.size(t.dim() - 1)});

@@ -1,4 +1,4 @@
-// 解码时的整个注意力层（mla_layer_decode）的 CUDA 绑定。投影交给 torch（cuBLAS），其余直接启动核，不经过分派器。
+// 解码时的整个注意力层（mla_layer_decode）的 CUDA 绑定。行多的投影交给 torch（cuBLAS），其余直接启动核，不经过分派器。
 //
 // offsets 在设备上时不读，由写缓存的核原地前移；没有给出 spans 时也由它写出。于是一步里没有等待，也没有主机到
 // 设备的复制，可以录进 CUDA graph。
@@ -19,11 +19,13 @@ void expect_devices(const char *op, const LayerArgs &a) {
     if (*tensor) expect_device(op, name, **tensor, a.hidden);
 }
 
-Tensor queries(const LayerArgs &a, const LayerDims &d, int64_t heads) {
-  Tensor q = a.q_a ? linear(rms_norm(linear(a.hidden, *a.q_a, a.q_a_bias), *a.q_norm, a.q_eps),
-                            a.q_weight, a.q_bias)
-                   : linear(a.hidden, a.q_weight, a.q_bias);
-  return torch::stable::view(q, {d.b, d.t, heads, d.head_dim});
+// q [B, T, H, dn + dr]（还没有旋转）与 kv_a 的输出 [B, T, r + dr]：直接乘 hidden 的两个权重一起算。
+std::pair<Tensor, Tensor> projected(const LayerArgs &a, const LayerDims &d, int64_t heads) {
+  auto [q, joint] = a.q_a ? linear_pair(a.hidden, *a.q_a, a.q_a_bias, a.kv_a, a.kv_a_bias)
+                          : linear_pair(a.hidden, a.q_weight, a.q_bias, a.kv_a, a.kv_a_bias);
+  if (a.q_a) q = linear(rms_norm(q, *a.q_norm, a.q_eps), a.q_weight, a.q_bias);
+  return {torch::stable::view(q, {d.b, d.t, heads, d.head_dim}),
+          torch::stable::view(joint, {d.b, d.t, a.kv_a.size(0)})};
 }
 
 Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
@@ -43,7 +45,7 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   const LayerDims d = layer_dims(op, a, heads);
   expect_devices(op, a);
   const NoGrad off;
-  Tensor q = queries(a, d, heads);
+  auto [q, joint] = projected(a, d, heads);
   DeviceInputs m;
   fill_device(op, m, q, latent_cache, rope_cache, scale_cache, kv_b, kv_mask,
               {softmax_scale, d.v_dim, true});
@@ -56,14 +58,11 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
     m.longest = d.t, m.covered = true;
     set_spans(m);
   }
-  Tensor joint = torch::stable::view(linear(hidden, kv_a, kv_a_bias), {d.b, d.t, kv_a.size(0)});
   CacheWrite w = cache_write_of(op, latent_cache, rope_cache, scale_cache,
                                 torch::stable::narrow(joint, 2, 0, d.rank),
                                 torch::stable::narrow(joint, 2, d.rank, d.rope_dim), offsets);
   w.p.offsets = static_cast<const int64_t *>(starts.const_data_ptr());
   const Angles angles = angles_of(cos, sin);
-  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
-  if (d.rope_dim > 0) rotate(op, turned, turned, cos, sin, angles, interleaved, false);
   Tensor norm = torch::stable::contiguous(kv_norm);
   dso_cuda_mla_kv_write_params p{};
   p.write = w.p, p.capacity = m.in.s;
@@ -71,6 +70,9 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   p.eps = static_cast<float>(kv_eps);
   p.cos = angles.c, p.sin = angles.s, p.cs_ts = d.rope_dim / 2;
   p.cs_bs = cos.size(0) == 1 ? 0 : d.t * p.cs_ts, p.interleaved = interleaved;
+  Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
+  if (d.rope_dim > 0)
+    p.queries = rope_params(op, turned, turned, cos, sin, angles, interleaved, false);
   if (!spans) p.spans = static_cast<dso_span *>(m.spans.mutable_data_ptr());
   if (!on_host(offsets)) p.advance = static_cast<int64_t *>(offsets.mutable_data_ptr());
   check(op, dso_cuda_mla_kv_write(&p, Launch(hidden).stream()));

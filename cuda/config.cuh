@@ -47,6 +47,14 @@ constexpr int HEAD_TOKENS = 32;
 constexpr int HEAD_WARPS = 8;
 constexpr int HEAD_ROWS = 8, HEAD_MANY_ROWS = 32;
 
+// ---- 行极少的 linear、swiglu_mlp ----
+
+// 不多于 8 行（mma 的 n）时用自己的核：8 个 warp 分 K，一次发出 4 步（每线程 8 次 16 字节）的读。K = 2048 时一块的
+// 64 KiB 权重分两次就读完，一个 SM 两块，同时在路上的 64 KiB 足够盖住显存的延迟（约 40 KiB）。
+constexpr int LINEAR_ROWS = 8, LINEAR_WARPS = 8, LINEAR_UNROLL = 4;
+// 提前启动、等前一个核时请 L2 先取一行的这么多字节：一个 SM 三块、一块 16 行，整张卡 26 MB，L2（50 MB）放得下。
+constexpr int LINEAR_PREFETCH = 4096;
+
 // ---- mla_prefill 与其反向 ----
 
 // 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，

@@ -29,7 +29,7 @@ cudaError_t dso_cuda_mla_cache_write(const dso_mla_cache_write_params *p, int64_
 
 /* 解码的一步写缓存：write.latent、write.rope 是 kv_a 投影的输出，这里先归一化、先旋转（各舍入到输入的类型）。
  * write.offsets 在设备上。spans 非 NULL 时写出各行看见自己整个缓存的 span [B]；advance 非 NULL（就是 offsets）时
- * 随后加上 T：一步里不必再有别的核。 */
+ * 随后加上 T；queries.x 非 NULL 时就地旋转查询（y 就是 x，B、T 与写入的相同）：一步里不必再有别的核。 */
 typedef struct {
   dso_mla_cache_write_params write;
   int64_t capacity; /* 缓存的槽位数 C */
@@ -41,9 +41,45 @@ typedef struct {
   int interleaved;
   dso_span *spans;
   int64_t *advance;
+  dso_rope_params queries;
 } dso_cuda_mla_kv_write_params;
 
 cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStream_t stream);
+
+/* 行极少的 y = x weightᵀ + bias：x [m, k]，16 位，各权重与它同类型，行都能按 16 字节读（dso_cuda_linear_fits）。
+ * 没有第二个时 part[1].n 为 0；gated 时两个的 n 相同，part[0].y = silu(第一个) * 第二个，part[1].y 不用。batch 个（各头）
+ * 同样的乘法一起算时，x、权重、y 各相隔 *_step 个元素。 */
+typedef struct {
+  dso_mat weight;   /* [n, k] */
+  const void *bias; /* [n]，同类型，可为 NULL */
+  int64_t n;
+  void *y; /* [m, n]，行距 y_rs */
+  int64_t y_rs, weight_step, y_step;
+} dso_cuda_linear_part;
+
+typedef struct {
+  int64_t m, k, batch, x_step;
+  dso_mat x;
+  dso_cuda_linear_part part[2];
+  int gated;
+} dso_cuda_linear_params;
+
+int dso_cuda_linear_fits(const dso_cuda_linear_params *p);
+cudaError_t dso_cuda_linear(const dso_cuda_linear_params *p, cudaStream_t stream);
+
+/* 行极少的吸收：各头的 y [m, n] = x [m, k] w [k, n]，16 位的同一种类型，最后一维都是连续的；*_ms、*_ks 是行距，*_hs
+ * 是相邻的头。 */
+typedef struct {
+  int64_t m, heads, k, n;
+  const void *x, *w;
+  int64_t x_ms, x_hs, w_ks, w_hs;
+  void *y;
+  int64_t y_ms, y_hs;
+  dso_dtype dtype;
+} dso_cuda_absorb_params;
+
+int dso_cuda_absorb_fits(const dso_cuda_absorb_params *p);
+cudaError_t dso_cuda_absorb(const dso_cuda_absorb_params *p, cudaStream_t stream);
 
 /* swiglu_mlp 的激活，三个都是连续的 count 个：grad 为 NULL 时 gate = silu(gate) * up；否则 grad 是对 h 的
  * 梯度，gate、up、grad 依次换成 dgate、dup、h。 */
@@ -252,7 +288,8 @@ cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert
 cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
 cudaError_t dso_cuda_moe_route_backward(const dso_moe_route_backward_params *p,
                                         cudaStream_t stream);
-/* 词元少时的 logits = x Wᵀ，fp32 累加，任意类型。 */
+/* 词元不多于 MOE_LOGITS_TOKENS 个时的 logits = x Wᵀ，fp32 累加，任意类型；也把 counts 清零，dso_cuda_moe_route 接着
+ * 累加。 */
 cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
 
 #ifdef __cplusplus

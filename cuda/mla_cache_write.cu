@@ -11,6 +11,8 @@ constexpr int WARPS = 4;  // 每块 4 个词元：块小，少量新词元（解
 
 template <int V, int W>
 __global__ void mla_cache_write_kernel(dso_mla_cache_write_params p, int64_t capacity) {
+  grid_release();
+  grid_wait();
   int64_t token = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.y;
   if (token >= p.b * p.t) return;  // 整个 warp 一起退出
   int64_t b = token / p.t, t = token % p.t, slot = p.offsets[b] + t;

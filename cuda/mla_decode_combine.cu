@@ -67,6 +67,8 @@ __device__ void combine_row(const DecodeArgs &args, int cta, int row, int part, 
 __global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args, int splits,
                                                                       int parts) {
   __shared__ float4 scratch[COMBINE_THREADS];
+  grid_release();
+  grid_wait();
   int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / WARP;
   if (block < splits)
     combine_row(args, block, static_cast<int>(blockIdx.y) * (WARPS / parts) + warp / parts,

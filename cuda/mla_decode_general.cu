@@ -126,6 +126,7 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
+  grid_wait();
   GeneralLayout at(args.in, args.schedule.keys);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
   each_piece(args, threadIdx.x == 0,

@@ -323,6 +323,7 @@ struct Attend {
 template <class E, int RANK, int ROWS>
 __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
                              1) void mla_decode_kernel(DecodeArgs args) {
+  grid_wait();
   Attend<E, RANK, ROWS> attend(args);
   each_piece(args, threadIdx.x == 0, [&](const Piece &piece) { attend.run(piece); });
 }

@@ -15,6 +15,7 @@ __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS, 1) void mla_decode_sm90
   int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) Shared<RANK, ROWS>().start();
   __syncthreads();
+  grid_wait();
   if (thread >= S::CONSUMERS) {
     if constexpr (!S::FEW) registers_decrease<DECODE_PRODUCER_REGISTERS>();
     if (thread >= S::CONSUMERS + WARP) return;

@@ -11,6 +11,7 @@ constexpr int WARPS = 8;
 
 // 块 (32, WARPS)：一个 warp 一个槽位；y 是各 span，span 重叠的槽位写的是同样的值。
 __global__ void mla_latents_kernel(dso_mla_inputs in, void *to, dso_dtype dtype) {
+  grid_wait();
   for (int64_t i = blockIdx.y; i < in.n_spans; i += gridDim.y) {
     Place at = locate(in, i);
     int step = static_cast<int>(gridDim.x) * WARPS;

@@ -221,6 +221,7 @@ struct Attend {
 template <class E, int DV>
 __global__ __launch_bounds__(THREADS, 1) void mla_prefill_kernel(dso_cuda_mla_prefill_params p,
                                                                  int stages) {
+  grid_wait();
   Place at;
   int first;
   // 靠后的查询看得多、耗时长，先做。
@@ -245,6 +246,7 @@ struct GeneralLayout {
 
 __global__ __launch_bounds__(GENERAL_THREADS,
                              2) void mla_prefill_general(dso_cuda_mla_prefill_params p) {
+  grid_wait();
   const dso_mla_inputs &in = p.in;
   Place at;
   int first;

@@ -200,6 +200,7 @@ __device__ void accumulate(const uint16_t *a_tile, int row, const uint16_t *b_ti
 // 每块 64 个槽位、一个头：dK、dV。没有人看的槽位写 0。
 template <class E, int QK, int DV>
 __global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params, int stages) {
+  grid_wait();
   using B = Backward<E, QK, DV>;
   using L = Layout<QK, DV>;
   constexpr int NK = QK / WARPS_N / 8, NV = DV / WARPS_N / 8;
@@ -280,6 +281,7 @@ __global__ __launch_bounds__(THREADS, 1) void mla_backward_dkv(Params params, in
 // 每块 64 个查询、一个头：dQ。
 template <class E, int QK, int DV>
 __global__ __launch_bounds__(THREADS, 1) void mla_backward_dq(Params params, int stages) {
+  grid_wait();
   using B = Backward<E, QK, DV>;
   using L = Layout<QK, DV>;
   constexpr int NK = QK / WARPS_N / 8;
@@ -339,6 +341,7 @@ constexpr int DELTA_LANES = 8, DELTA_ROWS = THREADS / DELTA_LANES;
 
 template <int V>
 __global__ void mla_backward_delta(Params p) {
+  grid_wait();
   const dso_mla_inputs &in = p.in.in;
   int64_t row = static_cast<int64_t>(blockIdx.x) * DELTA_ROWS + threadIdx.x / DELTA_LANES;
   bool real = row < in.b * in.t * in.heads;
@@ -410,6 +413,7 @@ __device__ bool key_seen(const dso_mla_inputs &in, const Place &at, int query, i
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_backward_dq_general(Params p) {
+  grid_wait();
   const dso_mla_inputs &in = p.in.in;
   Place at;
   int first;
@@ -454,6 +458,7 @@ __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_backward_dq_general(Pa
 }
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_backward_dkv_general(Params p) {
+  grid_wait();
   const dso_mla_inputs &in = p.in.in;
   GeneralLayout to(in);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());

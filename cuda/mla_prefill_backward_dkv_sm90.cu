@@ -358,6 +358,7 @@ __global__ __launch_bounds__(THREADS,
   Tile tile{place % rows, place / rows * KEYS, static_cast<int>(blockIdx.x) % heads};
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
   __syncthreads();
+  grid_wait();
   if (threadIdx.x >= CONSUMERS) {
     registers_decrease<BACKWARD_DKV_PRODUCER>();
     if (warp_of() == COPY_WARP) copy<NOPE_BOXES, DV>(maps, p, tile);

@@ -306,6 +306,7 @@ template <class E, int NOPE_BOXES, int DV>
 __global__ __launch_bounds__(THREADS,
                              1) void mla_backward_dq_sm90(const __grid_constant__ Maps maps,
                                                           Params p) {
+  grid_wait();
   auto heads = static_cast<int>(p.in.heads);
   Tile tile;
   tile.head = static_cast<int>(blockIdx.x) % heads;

@@ -375,6 +375,7 @@ __global__ __launch_bounds__(THREADS,
                                                       dso_cuda_mla_prefill_params p, int tiles) {
   if (threadIdx.x == 0) Shared<NOPE_BOXES, DV>().start();
   __syncthreads();
+  grid_wait();
   if (threadIdx.x >= CONSUMERS) {
     registers_decrease<PREFILL_PRODUCER_REGISTERS>();
     if (threadIdx.x >= CONSUMERS + WARP) return;

@@ -11,6 +11,7 @@ constexpr int WARPS = 8;
 
 // 一个 warp 一个词元。
 __global__ __launch_bounds__(WARPS *WARP) void mla_clear_unseen(dso_cuda_mla_unseen_params p) {
+  grid_wait();
   int64_t token = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
   if (!clear_unseen(p.in, token, p.rows, p.dtype, p.width)) return;
   int64_t lane = threadIdx.x % WARP;

@@ -155,6 +155,7 @@ struct RowTile {
 __global__ __launch_bounds__(THREADS, 2) void moe_rows_general(BackwardParams p,
                                                                BackwardStep step) {
   __shared__ float a[DEPTH][STRIDE], b[DEPTH][STRIDE];
+  grid_wait();
   dso_cuda_moe_tile at = p.in.routing.tiles[blockIdx.x];
   if (at.rows == 0) return;
   RowTile tile(p, at, step, static_cast<int>(blockIdx.y) * COLUMNS, a, b);
@@ -240,6 +241,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_weights_general(BackwardParams
                                                                   int row_blocks,
                                                                   int column_blocks) {
   __shared__ float a[DEPTH][STRIDE], b[DEPTH][STRIDE];
+  grid_wait();
   int each = row_blocks * column_blocks, at = static_cast<int>(blockIdx.x) % each;
   WeightTile tile(p, step, blockIdx.x / each, at % row_blocks * ROWS, at / row_blocks * COLUMNS, a,
                   b);

@@ -113,6 +113,7 @@ struct RowGemm : RowOperands<WIDE> {
 template <class E, bool WIDE>
 __global__ __launch_bounds__(THREADS, 2) void moe_backward_rows(BackwardParams p, BackwardStep step,
                                                                 int column_blocks) {
+  grid_wait();
   const dso_cuda_moe_routing &r = p.in.routing;
   int64_t each = static_cast<int64_t>(MOE_GROUP) * column_blocks, id = blockIdx.x;
   int64_t group = id / each, inside = id % each, left = r.most_tiles - group * MOE_GROUP;
@@ -204,6 +205,7 @@ template <class E>
 __global__ __launch_bounds__(THREADS, 2) void moe_backward_weights(BackwardParams p,
                                                                    WeightStep step, int row_blocks,
                                                                    int column_blocks) {
+  grid_wait();
   int each = row_blocks * column_blocks, at = static_cast<int>(blockIdx.x) % each;
   WeightGemm<E> gemm(p, step, blockIdx.x / each);
   gemm.first_row = at % row_blocks * ROWS, gemm.first_column = at / row_blocks * COLUMNS;

@@ -309,6 +309,7 @@ __global__ __launch_bounds__(THREADS, 1) void moe_rows_sm90(BackwardParams p, Ba
                                                             unsigned column_blocks) {
   if (threadIdx.x == 0) Shared().start();
   __syncthreads();
+  grid_wait();
   if (threadIdx.x >= CONSUMERS) {
     registers_decrease<MOE_BACKWARD_PRODUCER_REGISTERS>();
     Producer producer;
@@ -353,6 +354,7 @@ __global__ __launch_bounds__(THREADS, 1) void moe_weights_sm90(BackwardParams p,
                                                                unsigned column_blocks) {
   if (threadIdx.x == 0) Shared().start();
   __syncthreads();
+  grid_wait();
   if (threadIdx.x >= CONSUMERS) {
     registers_decrease<MOE_BACKWARD_PRODUCER_REGISTERS>();
     Producer producer;

@@ -14,6 +14,8 @@ constexpr int THREADS = 256;
 // y[t] 的 V 列：Σ_j weights[t, j] o[行]，再加共享专家的。
 template <int V>
 __global__ __launch_bounds__(THREADS) void moe_combine_kernel(dso_cuda_moe_experts_params p) {
+  grid_release();
+  grid_wait();
   const dso_cuda_moe_routing &r = p.routing;
   int64_t chunks = p.n / V, flat = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (flat >= r.tokens * chunks) return;
@@ -47,6 +49,8 @@ struct Table {
 };
 
 __global__ void moe_table_kernel(Table table, int count, dso_expert *to) {
+  grid_release();
+  grid_wait();
   int i = static_cast<int>(threadIdx.x);
   if (i < count) to[i] = table.expert[i];
 }

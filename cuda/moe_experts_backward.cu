@@ -14,6 +14,7 @@ constexpr int BIAS_WARPS = 16;
 
 __global__ __launch_bounds__(BIAS_WARPS *WARP, 2) void moe_bias_grads(BackwardParams p, bool down) {
   __shared__ float part[BIAS_WARPS][WARP];
+  grid_wait();
   const dso_cuda_moe_experts_params &in = p.in;
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   int64_t e = blockIdx.x, inner = expert_at(in.w, in.routing.experts, e).inner;
@@ -60,6 +61,7 @@ cudaError_t bias_grads(const BackwardParams &p, bool down, cudaStream_t stream) 
 constexpr int WEIGHT_WARPS = 8;
 
 __global__ __launch_bounds__(WEIGHT_WARPS *WARP) void moe_mix_grads(BackwardParams p, int width) {
+  grid_wait();
   const dso_cuda_moe_experts_params &in = p.in;
   const dso_cuda_moe_routing &r = in.routing;
   int lane = static_cast<int>(threadIdx.x) % WARP;

@@ -354,6 +354,7 @@ __global__ __launch_bounds__(THREADS, 1) void moe_experts_sm90(const __grid_cons
                                                                unsigned column_blocks) {
   if (threadIdx.x == 0) Shared().start(P != OUTPUT);
   __syncthreads();
+  grid_wait();
   if (threadIdx.x >= CONSUMERS) {
     registers_decrease<MOE_PRODUCER_REGISTERS>();
     if (P == OUTPUT && threadIdx.x > CONSUMERS) return;  // 只有一个线程发 TMA

@@ -91,6 +91,7 @@ struct Tile {
 __global__ __launch_bounds__(THREADS, 2) void moe_general_kernel(dso_cuda_moe_experts_params p,
                                                                  bool hidden) {
   __shared__ float a[DEPTH][STRIDE], b[DEPTH][STRIDE], c[DEPTH][STRIDE];
+  grid_wait();
   dso_cuda_moe_tile at = p.routing.tiles[blockIdx.x];
   if (at.rows == 0) return;
   Tile tile{p, at, hidden, expert_at(p.w, p.routing.experts, at.expert), 0, 0, 0, a, b, c};

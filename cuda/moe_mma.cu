@@ -301,6 +301,7 @@ template <class E, Weights W>
 __global__ __launch_bounds__(THREADS, 2) void moe_mma_kernel(dso_cuda_moe_experts_params p,
                                                              bool hidden, int column_blocks,
                                                              Part part) {
+  grid_wait();
   int64_t each = static_cast<int64_t>(MOE_GROUP) * column_blocks, id = blockIdx.x;
   int64_t group = id / each, inside = id % each, left = p.routing.most_tiles - group * MOE_GROUP;
   int tiles = static_cast<int>(left < MOE_GROUP ? left : MOE_GROUP);

@@ -145,6 +145,8 @@ __host__ __device__ inline size_t row_bytes(const dso_moe_route_params &p) {
 }
 
 __global__ __launch_bounds__(THREADS) void moe_route_kernel(dso_moe_route_params p) {
+  grid_release();
+  grid_wait();
   int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
   int threads = static_cast<int>(blockDim.x);
   int64_t first = static_cast<int64_t>(blockIdx.x) * (threads / WARP), token = first + warp;
@@ -183,6 +185,14 @@ __global__ __launch_bounds__(LOGIT_THREADS) void moe_logits_kernel(dso_moe_route
   __shared__ float sums[LOGIT_WARPS][LOGIT_TOKENS];
   int thread = static_cast<int>(threadIdx.x);
   int64_t expert = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * LOGIT_TOKENS;
+  int64_t bytes = p.k * bytes_of(p.weight.dtype);
+  if (V > 1 && thread == 0 && bytes > 0)  // 等前一个核时，这一行权重先取进 L2
+    prefetch_l2(
+        static_cast<const char *>(p.weight.data) + expert * p.weight.rs * bytes_of(p.weight.dtype),
+        static_cast<uint32_t>(bytes));
+  grid_release();
+  grid_wait();
+  if (blockIdx.y == 0 && thread == 0) p.counts[expert] = 0;  // 下一个核要累加，不必另排一次清零
   float sum[LOGIT_TOKENS] = {};
 #pragma unroll(V == 1 ? 1 : 4)
   for (int64_t k = static_cast<int64_t>(thread) * V; k < p.k; k += LOGIT_THREADS * V) {
@@ -229,7 +239,8 @@ cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t strea
   if (warps > MOE_ROUTE_WARPS) warps = MOE_ROUTE_WARPS;
   if (warps == 0) return cudaErrorInvalidValue;
   int64_t blocks = ceil_div(p->tokens, warps);
-  if (blocks != 1) {
+  bool cleared = p->has_weight && p->tokens <= MOE_LOGITS_TOKENS;  // dso_cuda_moe_logits 清过
+  if (blocks == 0 || (blocks > 1 && !cleared)) {
     error = cudaMemsetAsync(p->counts, 0, static_cast<size_t>(p->experts) * 8, stream);
     if (error != cudaSuccess || blocks == 0) return error;
   }

@@ -106,6 +106,7 @@ struct Row {
 
 __global__ __launch_bounds__(THREADS) void moe_route_backward_kernel(
     dso_moe_route_backward_params p) {
+  grid_wait();
   int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
   int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
   if (token >= p.tokens) return;

@@ -403,6 +403,7 @@ __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel
     dso_cuda_moe_experts_params p, bool hidden, int column_blocks, Part part) {
   constexpr int SETS = SETS_OF<K, MOST>;
   __shared__ float sums[WARPS * SETS * MOST * 4 * WARP];
+  grid_wait();
   dso_cuda_moe_tile at = tile_at(p.routing, blockIdx.x / static_cast<unsigned>(column_blocks));
   if (skips(p, at, part)) return;
   dso_expert expert = expert_at(p.w, p.routing.experts, at.expert);
@@ -442,6 +443,7 @@ __global__ __launch_bounds__(DIRECT_THREADS,
                              2) void moe_direct_kernel(dso_cuda_moe_experts_params p) {
   using S = Step<K>;
   __shared__ float sums[DIRECT_WARPS][16];
+  grid_wait();
   const dso_cuda_moe_routing &r = p.routing;
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   int64_t token = blockIdx.y, slots = r.tokens * r.top_k;

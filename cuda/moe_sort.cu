@@ -149,6 +149,8 @@ struct Sorter {
 };
 
 __global__ __launch_bounds__(THREADS) void moe_sort_single(dso_cuda_moe_routing r) {
+  grid_release();
+  grid_wait();
   Sorter s(r);
   s.count(0);
   for (int e = static_cast<int>(threadIdx.x); e < s.experts; e += THREADS)
@@ -162,6 +164,8 @@ __global__ __launch_bounds__(THREADS) void moe_sort_single(dso_cuda_moe_routing 
 
 // counts [段][experts]
 __global__ __launch_bounds__(THREADS) void moe_sort_count(dso_cuda_moe_routing r) {
+  grid_release();
+  grid_wait();
   Sorter s(r);
   s.count(static_cast<int>(blockIdx.x));
   for (int e = static_cast<int>(threadIdx.x); e < s.experts; e += THREADS)
@@ -172,6 +176,8 @@ __global__ __launch_bounds__(THREADS) void moe_sort_count(dso_cuda_moe_routing r
 
 // counts 换成各段在专家内的起点。
 __global__ __launch_bounds__(THREADS) void moe_sort_scan(dso_cuda_moe_routing r, int blocks) {
+  grid_release();
+  grid_wait();
   Sorter s(r);
   for (int e = static_cast<int>(threadIdx.x); e < s.experts; e += THREADS) {
     int total = 0;
@@ -187,6 +193,8 @@ __global__ __launch_bounds__(THREADS) void moe_sort_scan(dso_cuda_moe_routing r,
 }
 
 __global__ __launch_bounds__(THREADS) void moe_sort_scatter(dso_cuda_moe_routing r) {
+  grid_release();
+  grid_wait();
   Sorter s(r);
   s.count(static_cast<int>(blockIdx.x));
   s.offsets([&](int e) {

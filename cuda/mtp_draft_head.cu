@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(HEAD_THREADS)
     head_kernel(dso_mtp_draft_head_params p, Best *found) {
   constexpr int N = ROWS / 8, PAD = HEAD_TOKENS + 1;
   __shared__ float part[HEAD_WARPS][ROWS * PAD];  // [行][候选]
+  grid_wait();
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   int64_t first_row = static_cast<int64_t>(blockIdx.y) * ROWS;
   const uint16_t *w[4], *x[N];  // w：候选 8 j + lane / 4
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(HEAD_THREADS)
 __global__ void __launch_bounds__(HEAD_THREADS)
     generic_kernel(dso_mtp_draft_head_params p, Best *found) {
   __shared__ float score[HEAD_TOKENS][HEAD_ROWS];
+  grid_wait();
   int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   int64_t first_row = static_cast<int64_t>(blockIdx.y) * HEAD_ROWS;
   int rows = static_cast<int>(p.m - first_row < HEAD_ROWS ? p.m - first_row : HEAD_ROWS);
@@ -130,6 +132,8 @@ __global__ void __launch_bounds__(HEAD_THREADS)
 
 __global__ void __launch_bounds__(VOCAB_THREADS)
     choose_kernel(dso_mtp_draft_head_params p, const Best *found, int64_t parts) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x;
   Best best = 0;
   for (int64_t i = threadIdx.x; i < parts; i += VOCAB_THREADS)

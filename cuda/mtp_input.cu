@@ -9,6 +9,8 @@ using namespace dso;
 // 块同 rms_norm：threadIdx.x 分一行的列。blockIdx.y 为 0 是前一半（embedding），为 1 是后一半（hidden）。
 template <int V>
 __global__ void mtp_input_kernel(dso_mtp_input_params p, void *rows) {
+  grid_release();
+  grid_wait();
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.m) return;  // 只在一个 warp 一行时发生：整个 warp 一起退出
   bool second = blockIdx.y == 1;

@@ -21,6 +21,8 @@ __device__ int64_t draft_count(const dso_mtp_rows &in, int64_t row) {
 template <int V>
 __global__ void __launch_bounds__(VOCAB_THREADS)
     argmax_kernel(dso_mtp_verify_greedy_params p, Best *found, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t place = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   int64_t row = place / (p.in.drafts + 1), i = place % (p.in.drafts + 1);
   if (i > draft_count(p.in, row)) return;  // 整个块一起退出
@@ -39,6 +41,8 @@ __global__ void __launch_bounds__(VOCAB_THREADS)
 
 // 一个 warp 一行。
 __global__ void greedy_kernel(dso_mtp_verify_greedy_params p, const Best *found, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x, count = draft_count(p.in, row), accepted = 0, next = 0;
   for (int64_t i = 0; i <= count; i++) {
     const Best *mine = found + (row * (p.in.drafts + 1) + i) * chunks;
@@ -107,6 +111,8 @@ __device__ Weights residual_at(const dso_mtp_verify_sample_params &p, int64_t ro
 // sum [2, R, 块]：剩余的与目标的；全部接受时只有后者。
 __global__ void __launch_bounds__(VOCAB_THREADS)
     sums_kernel(dso_mtp_verify_sample_params p, double *sum, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   Stop stop = stop_of(p, row);
   if (stop.fault >= 0) return;
@@ -120,6 +126,8 @@ __global__ void __launch_bounds__(VOCAB_THREADS)
 
 __global__ void __launch_bounds__(VOCAB_THREADS)
     sample_kernel(dso_mtp_verify_sample_params p, const double *sum, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x, token = PICK_NOTHING;
   Stop stop = stop_of(p, row);
   if (stop.fault < 0) {

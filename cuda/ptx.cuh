@@ -17,6 +17,30 @@ __device__ inline uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// ---- 提前启动（sm_90 起，更早的什么也不做）：约定见 launch.cuh ----
+
+// 等流里前面的核都结束、写的都看得见。每个线程在碰到全局内存、提前返回之前都要走到。
+__device__ inline void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// 后一个核可以开始占位了：各块都走到（或退出）之后才真的启动，所以不会抢走本核还没开始的块的位置。
+__device__ inline void grid_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 请 L2 先去取 bytes 个字节（16 的倍数，地址同样对齐）。只动 L2，不读进来：grid_wait 之前也可以，前一个核随后写了也不会读到
+// 旧的。
+__device__ inline void prefetch_l2(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // ---- 异步拷贝（sm_80）：16 字节，valid 为假时填 0 而不读 ----
 
 __device__ inline void cp_async_16(void *to, const void *from, bool valid) {

@@ -23,6 +23,8 @@ __device__ Vec<V> load_input(const dso_rms_norm_params &p, int64_t row, int64_t 
 // 块 (threads, rows)：threads 个线程一行。第二遍重读 x，此时它还在 L1 里。
 template <int V>
 __global__ void rms_norm_kernel(dso_rms_norm_params p) {
+  grid_release();
+  grid_wait();
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;  // 只在一个 warp 一行时发生：整个 warp 一起退出
   int64_t first = static_cast<int64_t>(threadIdx.x) * V,
@@ -45,6 +47,7 @@ __global__ void rms_norm_kernel(dso_rms_norm_params p) {
 // dx = s (g - x̂ mean(g x̂))，g = grad * weight，x̂ = x s；顺便留下每行的 s 给 dweight 用。
 template <int V>
 __global__ void backward_rows(dso_rms_norm_backward_params p, float *inverse_rms) {
+  grid_wait();
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;
   int64_t first = static_cast<int64_t>(threadIdx.x) * V,
@@ -79,6 +82,7 @@ __global__ void backward_rows(dso_rms_norm_backward_params p, float *inverse_rms
 __global__ void backward_columns(dso_rms_norm_backward_params p, const float *inverse_rms,
                                  float *partial, int64_t chunk) {
   __shared__ float part[COLUMN_GROUP][WARP];
+  grid_wait();
   int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
   int64_t begin = blockIdx.y * chunk, end = begin + chunk < p.rows ? begin + chunk : p.rows;
   float sum = 0;
@@ -98,6 +102,7 @@ __global__ void backward_columns(dso_rms_norm_backward_params p, const float *in
 
 __global__ void reduce_chunks(dso_rms_norm_backward_params p, const float *partial,
                               int64_t chunks) {
+  grid_wait();
   int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (column >= p.dim) return;
   float sum = 0;

@@ -13,6 +13,8 @@ constexpr int64_t MOST_THREADS = 1024;
 // 相邻线程读写相邻地址。
 template <int V>
 __global__ void rope_kernel(dso_rope_params p) {
+  grid_release();
+  grid_wait();
   int64_t half = p.d / 2, i = static_cast<int64_t>(threadIdx.x) * V;
   int64_t head = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   bool inside = head < p.b * p.t * p.h;

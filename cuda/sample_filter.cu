@@ -82,6 +82,8 @@ template <int V>
 __global__ void __launch_bounds__(VOCAB_THREADS, 4)
     score_kernel(dso_sample_filter_params p, View v) {
   __shared__ float s[VOCAB_CHUNK];
+  grid_release();
+  grid_wait();
   int64_t task = blockIdx.x / v.chunks, chunk = blockIdx.x % v.chunks;
   VocabChunk at(chunk, p.vocab);
   int64_t from = task / p.positions * p.logits.rs + task % p.positions * p.logits.ps;
@@ -335,6 +337,8 @@ __device__ void keep_top_p(const dso_sample_filter_params &p, Elements &x, doubl
 __global__ void __launch_bounds__(SELECT_THREADS)
     select_kernel(dso_sample_filter_params p, View v) {
   __shared__ Bins bins;
+  grid_release();
+  grid_wait();
   int64_t task = blockIdx.x;
   const float *tops = v.chunk_top + task * v.chunks;
   float best = -INFINITY;
@@ -373,6 +377,8 @@ __global__ void __launch_bounds__(SELECT_THREADS)
 
 __global__ void __launch_bounds__(VOCAB_THREADS)
     write_kernel(dso_sample_filter_params p, const Cut *cuts, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t task = blockIdx.x / chunks;
   VocabChunk at(blockIdx.x % chunks, p.vocab);
   Cut cut = cuts[task];

@@ -12,6 +12,8 @@ __device__ Weights weights_of(const dso_sample_tokens_params &p, int64_t row) {
 
 __global__ void __launch_bounds__(VOCAB_THREADS)
     sum_kernel(dso_sample_tokens_params p, double *sum, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   double total = chunk_sum(weights_of(p, row), chunk);
   if (threadIdx.x == 0) sum[row * chunks + chunk] = total;
@@ -19,6 +21,8 @@ __global__ void __launch_bounds__(VOCAB_THREADS)
 
 __global__ void __launch_bounds__(VOCAB_THREADS)
     pick_kernel(dso_sample_tokens_params p, const double *sum, int64_t chunks) {
+  grid_release();
+  grid_wait();
   int64_t row = blockIdx.x;
   int64_t token = pick(weights_of(p, row), sum + row * chunks, p.uniform[row]);
   if (threadIdx.x == 0) p.token[row] = token;

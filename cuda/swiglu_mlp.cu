@@ -10,6 +10,8 @@ constexpr int THREADS = 256;
 
 template <int V>
 __global__ void silu_kernel(dso_cuda_silu_params p) {
+  grid_release();
+  grid_wait();
   int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * V;
   if (i >= p.count) return;
   Vec<V> g = load<V>(p.gate, p.dtype, i), u = load<V>(p.up, p.dtype, i), h, d;

@@ -1,6 +1,7 @@
 """整个模型（V2-Lite-3L）解码一步：本库与 transformers 比，并看占拷贝带宽的比例。
 
 读的字节：这一步用到的权重（专家按实际选中的个数）加缓存。transformers 编译之后的在 :mod:`.compiled`。
+录成图的另有不提前启动的一份（no_pdl_us），各核花的时间（profile）看的是它。
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_cases import models
+from benchmarks.gpu_cases import kernels, models
 from benchmarks.gpu_cases.check import LIMITS, PEER_SLACK, WrongResult, finite
+from benchmarks.gpu_cases.environment import setting
 from benchmarks.gpu_cases.row import Peer, Row, Target
 from benchmarks.gpu_cases.runner import Case, Env, fill, ratio_row
 from benchmarks.gpu_cases.timer import Clocked
@@ -37,18 +39,21 @@ def _run(rows: int, env: Env) -> Iterator[Row]:
     fast, report = models.optimized(model)
     ids = models.random_ids(env, model, rows, 1)
 
-    def clocked(side: nn.Module, graph: bool = False) -> Clocked:
+    def clocked(side: nn.Module, graph: bool = False, pdl: str | None = None) -> Clocked:
         step = _step(env, shape, side, ids, context, GRAPH_STEPS if graph else 0)
-        return env.timer.prepare(step, [()], graph)
+        with setting(kernels.PDL, pdl):
+            return env.timer.prepare(step, [()], graph)
 
     with torch.inference_mode():
         error = _check(env, shape, model, fast, ids, context)
         models.require_ours(report)
         touched = touched_experts(model, _step(env, shape, model, ids, context))
-        sides = [clocked(fast, graph=True), clocked(fast), clocked(model)]
-        if sides[0].mode != "graph":
-            del sides[0]  # 没录成图的缓存已写乱
+        graphs = [clocked(fast, graph=True), clocked(fast, graph=True, pdl="0")]
+        if any(side.mode != "graph" for side in graphs):
+            graphs = []  # 没录成图的缓存已写乱
+        sides = [*graphs, clocked(fast), clocked(model)]
         *ours, peer_us = env.timer.in_turn(sides)
+        profile = kernels.profiled(sides[1] if graphs else sides[0], env.device)
     models.require_ours(report)
     cost = counts.model_decode(shape.config, rows, context, 2, touched=touched)
     us, mode = ours[0], sides[0].mode
@@ -56,6 +61,7 @@ def _run(rows: int, env: Env) -> Iterator[Row]:
     fill(env, row, us, mode, cost.read_bytes, cost.flops)
     row.peers = [Peer("transformers（sdpa）", peer_us, peer_us / us, sides[-1].mode)]
     row.details = {"touched_experts": touched, "read_bytes": cost.read_bytes, "eager_us": ours[-1]}
+    row.details |= {"no_pdl_us": ours[1] if graphs else None, **profile}
     row.details["other_fallbacks"] = models.other_fallbacks(report)
     yield row.judge(row.gbps / env.copy_gbps, BANDWIDTH.unit, BANDWIDTH)
     details = {"ours_us": us, "ours_eager_us": ours[-1], "peer_us": peer_us, "ours_mode": mode}

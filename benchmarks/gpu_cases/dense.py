@@ -1,4 +1,4 @@
-"""RMS 归一化、旋转位置编码、缓存写入：只受带宽限制，没有要求，对照是 torch 的写法。"""
+"""RMS 归一化、旋转位置编码、缓存写入、行极少的矩阵乘：只受带宽限制，没有要求，对照是 torch 的写法。"""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 NORMS = [(1, 2048), (64, 7168), (4096, 2048), (16384, 7168), (65536, 512)]
 ROPES = [(1, 1, 16, 64), (8, 1, 128, 64), (4, 4096, 16, 64), (1, 8192, 128, 64)]
 WRITES = [(1, 1), (64, 1), (1, 4096), (8, 4096)]
+# 行、列、K：V2-Lite 解码一步的投影与输出头；稠密 FFN 是行、中间宽、K
+LINEARS = [(m, n, 2048) for m in (1, 8) for n in (576, 2048, 3072, 102400)]
+FFNS = [(1, 10944, 2048), (8, 10944, 2048)]
 RANK, ROPE_DIM, CAPACITY = 512, 64, 8192
 
 
@@ -37,7 +40,9 @@ def cases(env: Env) -> list[Case]:
             _case(partial(cache_write, batch, steps), dtype)
             for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
         ]
-    return found
+    linears, ffns = ([(2, 24, 16)], [(2, 24, 16)]) if env.quick else (LINEARS, FFNS)
+    found += [_case(partial(linear, *shape), torch.bfloat16) for shape in linears]
+    return found + [_case(partial(swiglu, *shape), torch.bfloat16) for shape in ffns]
 
 
 def _case(build: partial, dtype: torch.dtype) -> Case:
@@ -203,3 +208,47 @@ def cache_write(batch: int, steps: int, *, dtype: torch.dtype, env: Env, key: st
     size = batch * steps * (RANK * (2 + dtype.itemsize) + ROPE_DIM * 4)
     peers = {"切片赋值": _slice_write}
     return Work(key, dtype, make, ops.mla_cache_write, peers, pairs, bytes=size)
+
+
+# ---- 行极少的矩阵乘 ----
+
+
+def linear(m: int, n: int, k: int, *, dtype: torch.dtype, env: Env, key: str) -> Work:
+    """y [m, n] = x [m, k] Wᵀ。"""
+
+    def make() -> tuple[Tensor, ...]:
+        return env.randn(m, k, dtype=dtype), env.randn(n, k, dtype=dtype) * k**-0.5
+
+    def pairs(args: tuple, y: Tensor) -> Pairs:
+        return [("y", y, F.linear(*(a.double() for a in args)))]
+
+    size = (n * k + m * (n + k)) * dtype.itemsize
+    peers = {"F.linear": F.linear}
+    return Work(
+        key, dtype, make, ops.linear, peers, pairs, bytes=size, flops=2 * m * n * k, graph=True
+    )
+
+
+def _eager_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """transformers 的写法。"""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def swiglu(m: int, inner: int, k: int, *, dtype: torch.dtype, env: Env, key: str) -> Work:
+    """稠密的门控 FFN。"""
+
+    def make() -> tuple[Tensor, ...]:
+        gate, up = (env.randn(inner, k, dtype=dtype) * k**-0.5 for _ in range(2))
+        return (
+            env.randn(m, k, dtype=dtype),
+            gate,
+            up,
+            env.randn(k, inner, dtype=dtype) * inner**-0.5,
+        )
+
+    def pairs(args: tuple, y: Tensor) -> Pairs:
+        return [("y", y, _eager_ffn(*(a.double() for a in args)))]
+
+    size, flops = (3 * inner * k + 2 * m * k) * dtype.itemsize, 6 * m * inner * k
+    peers = {"transformers 的写法": _eager_ffn}
+    return Work(key, dtype, make, ops.swiglu_mlp, peers, pairs, bytes=size, flops=flops, graph=True)

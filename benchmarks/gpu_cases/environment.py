@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +36,21 @@ def environment(device: str) -> dict[str, Any]:
         **versions,
     }
     return {**found, **_cuda()} if device == "cuda" else found
+
+
+@contextmanager
+def setting(name: str, value: str | None) -> Iterator[None]:
+    """在其中把环境变量 name 设成 value，出来时还原；value 为 None 时不动。"""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 def _version(package: str) -> str:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu_cases.check import Pairs
+from benchmarks.gpu_cases.environment import setting
 from benchmarks.gpu_cases.row import Target
 from benchmarks.gpu_cases.runner import Case, Env, Row, Work, measure
 from deepseek_opt import ops, reference
@@ -189,24 +188,9 @@ def transformers_experts(
     return grouped_mm_experts_forward(weights.module, x, indices, mix.to(x.dtype))
 
 
-@contextmanager
-def _forced(major: str | None) -> Iterator[None]:
-    """当作较早的卡：选 sm_80 的路径。"""
-    before = os.environ.get(MAJOR)
-    if major is not None:
-        os.environ[MAJOR] = major
-    try:
-        yield
-    finally:
-        if major is not None:
-            os.environ.pop(MAJOR)
-        if before is not None:
-            os.environ[MAJOR] = before
-
-
 def _forward(count: int, env: Env, sm80: bool = False) -> Iterator[Row]:
     dims, name = dims_of(env), "sm80" if sm80 else "forward"
-    with _forced("8" if sm80 else None):
+    with setting(MAJOR, "8" if sm80 else None):  # 当作较早的卡：选 sm_80 的路径
         work = _work(
             env, dims, count // 256 if env.quick else count, "bf16", f"moe.{name}.t{count}"
         )

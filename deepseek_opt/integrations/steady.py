@@ -26,12 +26,26 @@ _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 Apply = Callable[[Tensor], Tensor]
 
 
+class Norm:
+    """一个归一化；残差与它一趟做完，少一个核、少一遍读写。"""
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def added(self, part: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + part), x + part)。"""
+        return ops.add_rms_norm(part, x, self.weight, self.eps)
+
+
 class SteadyLayer:
     """一个解码层：x + attn(norm x)，再 + mlp(norm x)。由 :func:`steady_layer` 建立。"""
 
     def __init__(
         self,
-        norms: list[Apply],
+        norms: list[Norm],
         attention: AttentionPatch,
         mlp: Apply,
         kv_b: Tensor,
@@ -47,8 +61,15 @@ class SteadyLayer:
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         """x [R, T, H]，angles 为半宽的 (cos, sin) [R, T, dr / 2] fp32；写进 cache 的这一层。"""
-        x = x + self._attend(self.norms[0](x), angles, cache)
-        return x + self.mlp(self.norms[1](x))
+        x, part = self.run(self.norms[0](x), x, angles, cache)
+        return x + part
+
+    def run(
+        self, normed: Tensor, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """normed 是归一化之后的 x；返回还没有相加的两项：留给下一个归一化一起做。"""
+        normed, x = self.norms[1].added(self._attend(normed, angles, cache), x)
+        return x, self.mlp(normed)
 
     def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         patch = self.attention
@@ -59,8 +80,9 @@ class SteadyLayer:
 class SteadyModel:
     """整个主模型（不含输出头）：嵌入、各层、最后的归一化。"""
 
-    def __init__(self, embedding: nn.Module, layers: list[SteadyLayer], norm: Apply):
-        self.embedding, self.layers, self.norm = embedding, layers, norm
+    def __init__(self, embedding: nn.Module, layers: list[SteadyLayer], norm: Norm):
+        self.embedding, self.layers = embedding, layers
+        self.after = [*(layer.norms[0] for layer in layers[1:]), norm]  # 各层之后的归一化
 
     def takes(self, rows: int, steps: int) -> bool:
         """这么多行、每行这么多词元能不能一起算。"""
@@ -71,9 +93,11 @@ class SteadyModel:
     ) -> Tensor:
         """tokens [R, T] -> 隐藏状态 [R, T, H]；normed 为最后的归一化之后的。"""
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, angles, cache)
-        return self.norm(x) if normed else x
+        ready = self.layers[0].norms[0](x)
+        for layer, after in zip(self.layers, self.after, strict=True):
+            x, part = layer.run(ready, x, angles, cache)
+            ready, x = after.added(part, x)
+        return ready if normed else x
 
 
 def steady_model(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Any:
@@ -104,12 +128,11 @@ def steady_layer(layer: nn.Module) -> SteadyLayer | None:
     return SteadyLayer(norms, attention, mlp, weight, projections)
 
 
-def _norm(module: nn.Module) -> Apply | None:
+def _norm(module: nn.Module) -> Norm | None:
     known = isinstance(patch_of(module), NormPatch) or is_rms_norm(module)
     if is_hooked(module) or not known:
         return None
-    weight, eps = module.weight, norm_eps(module)
-    return lambda x: ops.rms_norm(x, weight, eps)
+    return Norm(module.weight, norm_eps(module))
 
 
 def _mlp(module: nn.Module) -> Apply | None:

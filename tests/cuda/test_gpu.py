@@ -186,6 +186,32 @@ def test_compile_and_graph():
     assert torch.equal(y, expected)
 
 
+@needs_gpu
+def test_early_launch_changes_nothing(monkeypatch):
+    """一长串短核，缓冲反复分到同一块：提前启动与否、录不录成图，逐位相同。"""
+    x = randn(8, 2048, dtype=torch.bfloat16).to(DEVICE)
+    weight = torch.ones(2048, device=DEVICE, dtype=torch.bfloat16)
+
+    def chain():
+        total = x
+        for _ in range(200):
+            y = ops.rms_norm(total, weight, EPS)
+            y, total = ops.add_rms_norm(y, total, weight, EPS)
+        return y, total
+
+    monkeypatch.setenv("DEEPSEEK_OPT_CUDA_PDL", "0")
+    want = chain()
+    monkeypatch.setenv("DEEPSEEK_OPT_CUDA_PDL", "1")
+    early = chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = chain()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got in (early, recorded):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def on_device(case, spans: bool = False):
     """case 的张量送到设备；spans 默认留在 CPU 上（由绑定检查）。"""
     moved = {

@@ -288,6 +288,19 @@ def test_model_sizes(tokens):
     close(got, wide.run(reference.moe_experts), torch.bfloat16)
 
 
+@pytest.mark.parametrize("tokens", [8, 9, 32, 33])
+def test_counts_start_from_zero(tokens):
+    """一块写、几块累加，由算 logits 的核清零、单独清零：结果与这块内存里原来的数无关。"""
+    x = torch.randn(tokens, 64, device=DEVICE)
+    weight = torch.randn(16, 64, device=DEVICE)
+    for _ in range(3):
+        _, _, indices, counts = ops.moe_route(x, weight, top_k=4)
+        want = torch.bincount(indices.flatten(), minlength=16)
+        assert torch.equal(counts, want)
+        counts.fill_(1 << 40)
+        del counts  # 下一次多半分到同一块
+
+
 @needs_gpu
 def test_route_on_the_device():
     """logits 由自己的核、由 cuBLAS（16 位输入、fp32 输出）、由 fp32 的矩阵乘得到。"""

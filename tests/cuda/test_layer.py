@@ -21,9 +21,10 @@ def separate(args):
     """同样的一步，逐个算子；缓存原地写。"""
     hidden, q_a, _, q_norm, q_eps, q_weight, _, kv_a, _, kv_norm, kv_eps, kv_b, out = args[:13]
     cos, sin, pairs, *cache, offsets, _, _, softmax_scale, _ = args[14:]
-    low = ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
+    low = hidden if q_a is None else ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
     q = ops.linear(low, q_weight).unflatten(-1, (HEADS, -1))
-    ops.rope_(q[..., -ROPE:], cos, sin, pairs)
+    rope = 2 * cos.shape[-1]
+    ops.rope_(q[..., -rope:], cos, sin, pairs)
     joint = ops.linear(hidden, kv_a)
     latent = ops.rms_norm(joint[..., :RANK], kv_norm, kv_eps)
     keys = ops.rope(joint[..., None, RANK:], cos, sin, pairs).squeeze(2)
@@ -31,21 +32,34 @@ def separate(args):
     batch, steps = hidden.shape[:2]
     ends = [int(end) + steps for end in offsets]
     spans = ops.make_spans(batch, steps, SLOTS, end=ends)
-    value = kv_b.shape[0] // HEADS - (q.shape[-1] - ROPE)
+    value = kv_b.shape[0] // HEADS - (q.shape[-1] - rope)
     heads = ops.mla_decode(q, *cache, kv_b, spans, None, softmax_scale, value)
     return ops.linear(heads.flatten(2), out)
 
 
 @pytest.mark.parametrize("cache", [None, *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("steps", [1, 5])
-def test_same_bits_as_separate_ops(dtype, cache, steps):
-    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype, cache=cache)
+@pytest.mark.parametrize("steps, q_rank", [(1, 24), (1, None), (5, 24)])
+def test_same_bits_as_separate_ops(dtype, cache, steps, q_rank):
+    args = arguments(3, steps, 48, q_rank, RANK, ROPE, dtype, cache=cache)
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
     assert torch.equal(got, want)
     for ours, theirs in zip(mine[17:20], apart[17:20], strict=True):
         assert ours is None or torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 11])
+@pytest.mark.parametrize("pairs", [False, True], ids=["两半", "相邻"])
+@pytest.mark.parametrize("rope", [2, 64, 66])
+def test_queries_are_turned_in_place(rope, pairs, steps):
+    """查询随写缓存一起旋转（更宽的另排一个核），与分开的相同：两种配对，一块放得下与放不下。"""
+    args = list(arguments(2, steps, 48, 24, RANK, rope, torch.float32))
+    args[16] = pairs
+    mine, apart = fresh(args), fresh(args)
+    # fp32 的矩阵乘随内存的对齐差最后一位
+    torch.testing.assert_close(ops.mla_layer_decode(*mine), separate(apart), rtol=1e-5, atol=1e-5)
+    assert torch.equal(mine[18], apart[18])
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["自己写 spans", "给出 spans"])

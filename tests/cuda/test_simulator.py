@@ -20,6 +20,7 @@ FRAGMENTS = """
 #include "mma.cuh"
 using namespace dso;
 static void kernel(const uint16_t *a, const uint16_t *b, float *d, int half, int trans, int pad) {
+  grid_wait();
   auto *tile = reinterpret_cast<uint16_t *>(dynamic_shared());
   int stride = 32 + pad;
   uint16_t *left = tile, *right = tile + 16 * stride;
@@ -54,6 +55,8 @@ using namespace dso;
 static void kernel(const float *x, float *y, int steps) {
   auto *tile = reinterpret_cast<float *>(dynamic_shared());  // [2][64]
   int t = threadIdx.x;
+  if (BUG == 9 && t == 40) return;
+  if (BUG != 10) grid_wait();
   auto fetch = [&](int step) {
     if (t < 16) cp_async_16(tile + step % 2 * 64 + t * 4, x + step * 64 + t * 4, true);
     cp_async_commit();
@@ -69,6 +72,7 @@ static void kernel(const float *x, float *y, int steps) {
     if (BUG == 7 && t % 32 < 16) __syncwarp(); else if (BUG == 7) __any_sync(ALL_LANES, 1);
   }
   if (BUG == 8) cp_async_16(tile + 1, x, true);
+  if (BUG == 10) grid_wait();
 }
 extern "C" int run(const float *x, float *y, int steps) {
   return launch(kernel, dim3(1), dim3(64), 2 * 64 * 4, nullptr, x, y, steps);
@@ -137,8 +141,22 @@ def test_planted_race_changes_the_result(monkeypatch, bug):
 
 @pytest.mark.parametrize(
     "bug, reason",
-    [(5, "死锁"), (6, "死锁"), (7, "不同的集体操作"), (8, "16 字节")],
-    ids=["分支里的屏障", "半个 warp 洗牌", "走散的 warp", "没对齐的拷贝"],
+    [
+        (5, "死锁"),
+        (6, "死锁"),
+        (7, "不同的集体操作"),
+        (8, "16 字节"),
+        (9, "没有走到 grid_wait"),
+        (10, "grid_wait 之前"),
+    ],
+    ids=[
+        "分支里的屏障",
+        "半个 warp 洗牌",
+        "走散的 warp",
+        "没对齐的拷贝",
+        "提前返回的线程不等前面的核",
+        "先拷贝再等前面的核",
+    ],
 )
 def test_planted_fault_is_reported(bug, reason):
     library, x = simulate(REVERSE, BUG=bug), randn(64 * 5)
@@ -154,7 +172,7 @@ def test_launch_limits():
     """共享内存、线程数超出硬件的上限：启动失败。"""
     text = """
     #include "mma.cuh"
-    static void kernel() {}
+    static void kernel() { dso::grid_wait(); }
     extern "C" int run(int threads, int bytes) {
       return dso::launch(kernel, dim3(1), dim3(threads), bytes, nullptr);
     }

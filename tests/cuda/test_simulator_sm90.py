@@ -41,6 +41,7 @@ static void kernel(const CUtensorMap a, const CUtensorMap b, float *d, Fault fau
   int t = threadIdx.x, row = t / 32 * 16 + t % 32 / 4;
   if (t == 0) mbarrier_init(full, 1), mbarrier_init_fence();
   __syncthreads();
+  grid_wait();
   if (t == 0) {
     mbarrier_expect(full, (64 + N) * BOX_ROW);
     tma_load(left, &a, full, 0, 0);
@@ -115,6 +116,7 @@ static void kernel(const CUtensorMap map, uint16_t *out, int x, int y, int z, in
   auto *full = reinterpret_cast<uint64_t *>(tile + 16 * BOX_ROW);
   if (threadIdx.x == 0) mbarrier_init(full, 1), mbarrier_init_fence();
   __syncthreads();
+  grid_wait();
   if (threadIdx.x == 0) {
     mbarrier_expect(full, 16 * BOX_ROW);
     if (rank == 4) tma_load(tile, &map, full, x, y, z, 0);
@@ -151,6 +153,7 @@ static void kernel(const CUtensorMap map, uint16_t *y, int steps, int bug) {
     mbarrier_init_fence();
   }
   __syncthreads();
+  grid_wait();
   for (int step = 0; step < steps; step++) {
     int s = step % STAGES, parity = step / STAGES & 1;
     if (t == 0) {
@@ -185,6 +188,7 @@ static void kernel(const uint16_t *x, uint16_t *y, int steps, int bug) {
   int t = threadIdx.x, lane = t % 32;
   if (t == 0) mbarrier_init(full, bug == 3 ? 33 : 32), mbarrier_init(empty, 1);
   __syncthreads();
+  grid_wait();
   for (int step = 0; step < steps; step++) {
     if (t < 32) {
       mbarrier_wait(empty, step % 2 ^ 1);
@@ -211,6 +215,7 @@ REGISTERS = """
 #include <ptx_sm90.cuh>
 using namespace dso;
 static void kernel(int *done) {
+  grid_wait();
   if (threadIdx.x >= 256) registers_decrease<PRODUCER>();
   else registers_increase<CONSUMER>();
   done[threadIdx.x] = 1;

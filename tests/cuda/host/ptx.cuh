@@ -13,6 +13,16 @@ inline uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(cuda_host::shared_offset(p));
 }
 
+// ---- 提前启动 ----
+
+inline void grid_wait() { cuda_host::wait_grid(); }
+inline void grid_release() {}
+
+inline void prefetch_l2(const void *from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+    cuda_host::fail("L2 预取没有对齐到 16 字节");
+}
+
 // ---- 异步拷贝 ----
 
 inline void cp_async_16(void *to, const void *from, bool valid) {
@@ -21,6 +31,7 @@ inline void cp_async_16(void *to, const void *from, bool valid) {
       (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
     fail("cp.async 的地址没有对齐到 16 字节");
   shared_offset(to);
+  if (valid) touch_global();
   defer(COPY_QUEUE, [=] {
     if (valid)
       std::memcpy(to, from, 16);
@@ -161,6 +172,7 @@ inline uint32_t swap_middle_bytes(uint32_t x) {
 
 template <class T>
 T load_aligned(const void *from) {
+  cuda_host::touch_global();
   if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) cuda_host::fail("宽访存的地址没有对齐");
   T value;
   std::memcpy(&value, from, sizeof value);

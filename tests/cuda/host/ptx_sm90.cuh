@@ -60,6 +60,7 @@ inline void copy_box(const CUtensorMap &map, size_t to, const int (&at)[4]) {
 inline void tma_load_box(void *to, const CUtensorMap *map, uint64_t *barrier,
                          std::initializer_list<int> place) {
   using namespace cuda_host;
+  touch_global();
   CUtensorMap box = *map;
   if (static_cast<int>(place.size()) != box.rank) fail("TMA 的坐标个数与张量描述的维数不同");
   int at[4] = {};

@@ -91,7 +91,7 @@ struct AsyncQueue {
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
-  bool started = false, done = true;
+  bool started = false, done = true, waited = false;  // waited：走到过 grid_wait
   dim3 index;
   int linear = 0, registers = 0;
   std::function<bool()> ready;  // 空的：可以运行
@@ -207,6 +207,7 @@ void run_fiber(Fiber &fiber) {
   state.current = nullptr;
   if (!fiber.done) return;
   state.alive--;
+  if (!fiber.waited) note_failure("有线程没有走到 grid_wait 就结束了");
   if (state.barriers[0].here > 0) note_failure(EXITED);
 }
 
@@ -265,7 +266,7 @@ void run_block() {
   std::memset(state.shared, 0xff, state.shared_bytes);
   for (int i = 0; i < state.count; i++) {
     Fiber &fiber = *state.fibers[static_cast<size_t>(i)];
-    fiber.done = false, fiber.ready = nullptr, fiber.linear = i;
+    fiber.done = fiber.waited = false, fiber.ready = nullptr, fiber.linear = i;
     fiber.registers = REGISTERS / state.count / 8 * 8;  // 编译器至多给这么多（launch_bounds）
     fiber.copies = AsyncQueue{};
     auto n = static_cast<unsigned>(i);
@@ -391,6 +392,12 @@ void wait_until(const std::function<bool()> &ready) {
   if (ready()) return;
   state.current->ready = ready;
   pause_here();
+}
+
+void wait_grid() { state.current->waited = true; }
+
+void touch_global() {
+  if (!state.current->waited) fail("grid_wait 之前碰了全局内存");
 }
 
 void set_registers(int count, bool increase) {

@@ -68,6 +68,11 @@ void mbarrier_arrive_copies(void *barrier);
 void mbarrier_complete(void *barrier, int64_t bytes);  // 由 TMA 调用，不在任何线程里
 void mbarrier_wait(void *barrier, int parity);
 
+// 提前启动的规矩（cuda/launch.cuh）：每个线程结束之前都要 wait_grid；拷贝、TMA 等看得见的全局访存（touch_global）
+// 也要在它之后。普通的读写看不见。
+void wait_grid();
+void touch_global();
+
 // 停到 ready() 为真。
 void wait_until(const std::function<bool()> &ready);
 
