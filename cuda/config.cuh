@@ -91,8 +91,11 @@ constexpr int MOE_LOGITS_TOKENS = 32;
 
 // 排序：一个 CTA 一段 4096 个 slot（8 个 warp 各 512 个）；解码时只有一段，一个核做完。
 constexpr int MOE_SORT_SLOTS = 4096;
-// 分组的矩阵乘：128 x 128 的块、一级 32 个 k、4 级，80 KiB：sm_80、sm_90 上两块，sm_86 上一块。
-constexpr int MOE_ROWS = 128, MOE_DEPTH = 32, MOE_STAGES = 4;
+// 分组的矩阵乘：128 x 256 的块、一级 64 个 k（48 KiB）、8 个 warp 各 64 x 64：每线程 128 个累加器，一个 SM 一块。
+// 一级 2^21 次乘加，mma 在 A100 上 2048 个周期、Hopper 上约 1650 个；共享内存 128 字节一周期，读 1024 个周期、拷入 384 个；
+// L2 每周期 24 到 30 字节，都是整条 128 字节。99 KiB 的卡 2 级，其余 3 级（144 KiB）。
+constexpr int MOE_ROWS = 128, MOE_COLUMNS = 256, MOE_DEPTH = 64;
+constexpr int MOE_STAGES = 3, MOE_LEAST_STAGES = 2;
 // 相邻 16 块行（每个专家约 2048 行时就是一个专家）一起做：它们的 x 与这个专家的权重都放得进 L2。
 constexpr int MOE_GROUP = 16;
 // 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。

@@ -1,7 +1,7 @@
 // moe_experts_backward 的 sm_80 路径：两个分组的矩阵乘，块的划分见 moe_gemm.cuh，操作数与写出见
 // moe_backward_product.cuh。
 //
-// RowGemm：一块是一个专家的 128 行，右边是它的权重；WeightGemm：一块是一个专家的权重梯度的 128 x 128，k 是它的全部行
+// RowGemm：一块是一个专家的 128 行，右边是它的权重；WeightGemm：一块是一个专家的权重梯度的 128 x 256，k 是它的全部行
 // （没有行得 0），两边都按 [k][列] 读，其中一边由 token 收集。没有原子操作：各元素的累加次序只由排序决定。
 #include "moe_backward_product.cuh"
 #include "moe_gemm.cuh"
@@ -11,108 +11,113 @@ namespace {
 using namespace dso;
 using namespace dso::gemm;
 
-constexpr int CHUNKS = COLUMNS / 8;  // 写出时相邻 16 个线程一行
-
-__device__ __forceinline__ Vec<8> result(uint16_t *shared, int row, int column) {
-  Vec<8> v;
-  const float *from = result_row(shared, row) + column;
-#pragma unroll
-  for (int j = 0; j < 8; j++) v.v[j] = from[j];
-  return v;
-}
+constexpr int CHUNKS = TILE / 8;  // 写出时一个 warp 的一行
 
 // ---- 按行的三步 ----
 
 template <class E, bool WIDE>
 struct RowGemm : RowOperands<WIDE> {
   using Operands = RowOperands<WIDE>;
-  using Operands::depth, Operands::segments;
-  int first, block;  // 这一块的第一列、第几块列
+  using Operands::depth, Operands::segments, Operands::columns;
+  int first, per;  // 这一块的第一列、一段 k 有几级
   uint16_t *shared;
-  const uint16_t *a_row[COPIES], *b_row[COPIES];  // 各段在 k = 0 的地址；越界的为空
+  Copy<DEPTH> lines;
+  Copy<COLUMNS> across;
+  uint32_t a_at[COPIES], b_at[RIGHT];  // 各段在 k = 0 的位置，以 16 字节计
+  uint32_t steps[2];                   // WIDE：两段里 k 的间隔
+  int a_count, b_count, low_count;     // 前几段在范围之内；右边的前几段在 low，其余在 high
   Sums acc = {};
 
   __device__ __forceinline__ RowGemm(const BackwardParams &params, const dso_cuda_moe_tile &at,
-                                     BackwardStep s, int b)
+                                     BackwardStep s, int block)
       : Operands(params, at, s),
-        first(b * COLUMNS),
-        block(b),
+        first(block * COLUMNS),
+        per((depth + DEPTH - 1) / DEPTH),
         shared(reinterpret_cast<uint16_t *>(dynamic_shared())) {}
 
   __device__ __forceinline__ void locate() {
+    a_count = b_count = low_count = 0;
+    for (int i = 0; i < 2; i++) steps[i] = static_cast<uint32_t>(this->right_stride(i) / CHUNK);
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      int row = row_chunk(i).row;
-      a_row[i] = this->left(row);
-      if (!WIDE) b_row[i] = this->right(first + row);
+      int at = this->left_index(lines.line + i * lines.LINES);
+      a_at[i] = 0;
+      if (at < 0) continue;
+      a_at[i] = static_cast<uint32_t>((at * this->left_rs + lines.at) / CHUNK);
+      a_count = i + 1;
     }
-    if (WIDE) b_row[0] = this->right(first + wide_chunk(0).at);  // 各段是同样的 8 列，k 不同
+#pragma unroll
+    for (int i = 0; i < RIGHT; i++) {
+      int c = first + (WIDE ? across.at : lines.line + i * lines.LINES);
+      bool low = c < this->half;
+      if (c < columns) b_count = i + 1;
+      if (low) low_count = i + 1;
+      int64_t from = low ? c * this->low_rs : (c - this->half) * this->high_rs;
+      if (!WIDE) b_at[i] = static_cast<uint32_t>((from + lines.at) / CHUNK);
+    }
   }
 
-  __device__ __forceinline__ void load(int at, int per) {
-    int stage = at % STAGES;
+  __device__ __forceinline__ void load(int at, uint16_t *stage, int part) const {
+    if (at >= per * segments) return;
     bool second = at >= per;
     int k0 = (second ? at - per : at) * DEPTH;
-    if (at < per * segments) {
-      int64_t skip_a = second ? this->left_next : 0, skip_b = second ? this->high - this->low : 0,
-              rs = this->right_stride(second);
+    bool inside = k0 + lines.at < depth;
+    if (part == 0) {
+      const uint16_t *left = this->left_base + (second ? this->left_next : 0) + k0;
 #pragma unroll
-      for (int i = 0; i < COPIES; i++) {
-        Chunk c = row_chunk(i);
-        bool inside = a_row[i] && k0 + c.at < depth;
-        cp_async_16(a_tile(shared, stage) + c.row * STRIDE + c.at,
-                    inside ? a_row[i] + skip_a + k0 + c.at : nullptr, inside);
-        if (!WIDE) {
-          inside = b_row[i] && k0 + c.at < depth;
-          cp_async_16(b_tile(shared, stage) + c.row * STRIDE + c.at,
-                      inside ? b_row[i] + skip_b + k0 + c.at : nullptr, inside);
-        } else {
-          c = wide_chunk(i);
-          inside = b_row[0] && k0 + c.row < depth;
-          cp_async_16(b_tile(shared, stage) + c.row * WIDE_STRIDE + c.at,
-                      inside ? b_row[0] + skip_b + (k0 + c.row) * rs : nullptr, inside);
-        }
+      for (int i = 0; i < COPIES; i++)
+        lines.start(stage, i, chunks_after(left, a_at[i]), i < (inside ? a_count : 0));
+    } else if (WIDE) {
+      const uint16_t *base = (second ? this->high : this->low) + first + across.at;
+      uint32_t rs = second ? steps[1] : steps[0];
+      int k = k0 + across.line, left = b_count ? depth - k : 0;
+#pragma unroll
+      for (int i = (part - 1) * COPIES; i < part * COPIES; i++)
+        across.start(stage + A_ELEMS, i, chunks_after(base, (k + i * across.LINES) * rs),
+                     i * across.LINES < left);
+    } else {
+#pragma unroll
+      for (int i = (part - 1) * COPIES; i < part * COPIES; i++) {
+        const uint16_t *base = second || i >= low_count ? this->high : this->low;
+        lines.start(stage + A_ELEMS, i, chunks_after(base + k0, b_at[i]),
+                    i < (inside ? b_count : 0));
       }
     }
-    cp_async_commit();
+  }
+  __device__ __forceinline__ void settle(int, uint16_t *) const {}
+
+  __device__ __forceinline__ bool active(int row_end, int column_end) const {
+    return warp_row() < row_end && first + warp_column() < column_end;
+  }
+
+  __device__ __forceinline__ void run(int stages) {
+    locate();
+    accumulate<E, false, WIDE>(*this, acc, shared, per * segments, stages,
+                               active(this->rows, columns));
   }
 
   __device__ __forceinline__ void store(const RowResults<E> &to) const {
-    int64_t blocks = ceil_of(hidden_columns(to.in), COLUMNS);
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < ROWS * CHUNKS; i += THREADS) {
-      int row = i / CHUNKS, column = i % CHUNKS * 8;
-      float dot = to.finish(row, first + column, result(shared, row, column),
-                            to.fetch(row, first + column), to.weight_of(row));
-      if (to.step != HIDDEN_GRAD) continue;
+    int column = first + warp_column();
+    int64_t parts = ceil_of(hidden_columns(to.in), TILE);
+    for_results(acc, shared, active(to.tile.rows, to.columns), CHUNKS,
+                [&](int row, int chunk, const float *from) {
+                  int c = column + chunk * 8;
+                  float dot = to.finish(row, c, result(from, chunk * 8), to.fetch(row, c),
+                                        to.weight_of(row));
+                  if (to.step != HIDDEN_GRAD) return;
 #pragma unroll
-      for (int other = CHUNKS / 2; other > 0; other /= 2)
-        dot += __shfl_xor_sync(ALL_LANES, dot, other);
-      if (column == 0 && row < to.tile.rows)
-        to.p.partial[(to.tile.row + row) * blocks + block] = dot;
-    }
-  }
-
-  __device__ __forceinline__ void run() {
-    int per = (depth + DEPTH - 1) / DEPTH, blocks = per * segments;
-    locate();
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) load(s, per);
-    for (int at = 0; at < blocks; at++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      load(at + STAGES - 1, per);
-      multiply<E, false, WIDE>(acc, a_tile(shared, at % STAGES), b_tile(shared, at % STAGES));
-    }
-    cp_async_wait<0>();
-    stage_result(acc, shared);
+                  for (int other = CHUNKS / 2; other > 0; other /= 2)
+                    dot += __shfl_xor_sync(ALL_LANES, dot, other);
+                  if (chunk == 0 && row < to.tile.rows)
+                    to.p.partial[(to.tile.row + row) * parts + column / TILE] = dot;
+                });
   }
 };
 
 // 块的次序同前向：相邻的 MOE_GROUP 块行与全部的列块一起做。
 template <class E, bool WIDE>
-__global__ __launch_bounds__(THREADS, 2) void moe_backward_rows(BackwardParams p, BackwardStep step,
-                                                                int column_blocks) {
+__global__ __launch_bounds__(THREADS, 1) void moe_backward_rows(BackwardParams p, BackwardStep step,
+                                                                int column_blocks, int stages) {
   grid_wait();
   const dso_cuda_moe_routing &r = p.in.routing;
   int64_t each = static_cast<int64_t>(MOE_GROUP) * column_blocks, id = blockIdx.x;
@@ -122,7 +127,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_backward_rows(BackwardParams p
   if (at.rows == 0) return;
   RowGemm<E, WIDE> gemm(p, at, step, static_cast<int>(inside / tiles));
   if (gemm.first >= gemm.columns) return;
-  gemm.run();
+  gemm.run(stages);
   gemm.store(RowResults<E>(p, at, step));
 }
 
@@ -134,82 +139,83 @@ struct WeightGemm : WeightProduct<E> {
   using Product::left, Product::right, Product::rows;
   int first_row = 0, first_column = 0;
   uint16_t *shared;
+  Copy<ROWS> left_copy;
+  Copy<COLUMNS> right_copy;
   const uint16_t *a_column, *b_column;  // 本线程拷的 8 列；越界的为空
-  int token[COPIES];                    // 下一级各行的词元
+  int token[RIGHT];                     // 收集的一边下一级各行的词元
   Sums acc = {};
 
   __device__ __forceinline__ WeightGemm(const BackwardParams &params, WeightStep s, int64_t e)
       : Product(params, s, e), shared(reinterpret_cast<uint16_t *>(dynamic_shared())) {}
 
-  // 第 i 段在第几行（专家之内）。
-  __device__ __forceinline__ int row_of(int at, int i) const {
-    return at * DEPTH + wide_chunk(i).row;
-  }
-
+  // 收集的一边各段的词元。
   __device__ __forceinline__ void find_tokens(int at) {
+    int line = left.gathered ? left_copy.line : right_copy.line,
+        step = left.gathered ? left_copy.LINES : right_copy.LINES;
 #pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-      int row = row_of(at, i);
+    for (int i = 0; i < RIGHT; i++) {
+      int row = at * DEPTH + line + i * step;
       token[i] = row < rows.rows ? this->in.routing.token[rows.begin + row] : 0;
     }
   }
 
-  __device__ __forceinline__ void copy(uint16_t *to, const WeightSide &side, const uint16_t *column,
-                                       int at, int i) const {
-    Chunk c = wide_chunk(i);
-    int row = row_of(at, i);
-    bool inside = column && row < rows.rows;
-    cp_async_16(to + c.row * WIDE_STRIDE + c.at,
-                inside ? column + (side.gathered ? token[i] : row) * side.rs : nullptr, inside);
-  }
-
-  __device__ __forceinline__ void load(int at) {
-    if (at * DEPTH < rows.rows) {
+  // 一边的第 [begin, begin + COPIES) 段。
+  template <class Lines>
+  __device__ __forceinline__ void copy(uint16_t *to, const Lines &lines, const WeightSide &side,
+                                       const uint16_t *column, int at, int begin) const {
+    int row = at * DEPTH + lines.line, count = column ? rows.rows - row : 0;
+    uint32_t rs = static_cast<uint32_t>(side.rs / CHUNK);
 #pragma unroll
-      for (int i = 0; i < COPIES; i++) {
-        copy(a_tile(shared, at % STAGES), left, a_column, at, i);
-        copy(b_tile(shared, at % STAGES), right, b_column, at, i);
-      }
+    for (int i = begin; i < begin + COPIES; i++) {
+      uint32_t from = side.gathered ? token[i] : row + i * lines.LINES;
+      lines.start(to, i, chunks_after(column, from * rs), i * lines.LINES < count);
     }
-    cp_async_commit();
   }
 
-  __device__ __forceinline__ void run() {
-    int blocks = (rows.rows + DEPTH - 1) / DEPTH, c = wide_chunk(0).at;
-    a_column = left.column(first_row + c), b_column = right.column(first_column + c);
+  __device__ __forceinline__ void load(int at, uint16_t *stage, int part) {
+    if (at * DEPTH >= rows.rows) return;
+    if (part == 0)
+      copy(stage, left_copy, left, a_column, at, 0);
+    else
+      copy(stage + A_ELEMS, right_copy, right, b_column, at, (part - 1) * COPIES);
+    if (part == PARTS - 1) find_tokens(at + 1);
+  }
+  __device__ __forceinline__ void settle(int, uint16_t *) const {}
+
+  __device__ __forceinline__ bool active(const Product &to) const {
+    return first_row + warp_row() < to.left.columns &&
+           first_column + warp_column() < to.right.columns;
+  }
+
+  __device__ __forceinline__ void run(int stages) {
+    a_column = left.column(first_row + left_copy.at);
+    b_column = right.column(first_column + right_copy.at);
     find_tokens(0);
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-      load(s);
-      find_tokens(s + 1);
-    }
-    for (int at = 0; at < blocks; at++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      load(at + STAGES - 1);
-      find_tokens(at + STAGES);
-      multiply<E, true, true>(acc, a_tile(shared, at % STAGES), b_tile(shared, at % STAGES));
-    }
-    cp_async_wait<0>();
-    stage_result(acc, shared);
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < ROWS * CHUNKS; i += THREADS) {
-      int row = i / CHUNKS, column = i % CHUNKS * 8;
-      this->finish(first_row + row, first_column + column, result(shared, row, column));
-    }
+    accumulate<E, true, true>(*this, acc, shared, (rows.rows + DEPTH - 1) / DEPTH, stages,
+                              active(*this));
+  }
+
+  // to：另取一份，主循环里不占寄存器。
+  __device__ __forceinline__ void store(const Product &to) const {
+    int row0 = first_row, column0 = first_column + warp_column();
+    for_results(acc, shared, active(to), CHUNKS, [&](int row, int chunk, const float *from) {
+      to.finish(row0 + row, column0 + chunk * 8, result(from, chunk * 8));
+    });
   }
 };
 
 // 一个专家的各块相邻：它的行放得进 L2。
 template <class E>
-__global__ __launch_bounds__(THREADS, 2) void moe_backward_weights(BackwardParams p,
+__global__ __launch_bounds__(THREADS, 1) void moe_backward_weights(BackwardParams p,
                                                                    WeightStep step, int row_blocks,
-                                                                   int column_blocks) {
+                                                                   int column_blocks, int stages) {
   grid_wait();
   int each = row_blocks * column_blocks, at = static_cast<int>(blockIdx.x) % each;
   WeightGemm<E> gemm(p, step, blockIdx.x / each);
   gemm.first_row = at % row_blocks * ROWS, gemm.first_column = at / row_blocks * COLUMNS;
-  if (gemm.wanted(gemm.first_row, gemm.first_column)) gemm.run();
+  if (!gemm.wanted(gemm.first_row, gemm.first_column)) return;
+  gemm.run(stages);
+  gemm.store(WeightProduct<E>(p, step, blockIdx.x / each));
 }
 
 // ---- 主机侧 ----
@@ -219,8 +225,11 @@ cudaError_t run(const BackwardParams &p, BackwardStep step, cudaStream_t stream)
   int64_t blocks = ceil_div(row_step_columns(p.in, step), COLUMNS);
   dim3 grid(static_cast<unsigned>(p.in.routing.most_tiles * blocks));
   if (grid.x == 0) return cudaSuccess;
-  return launch(moe_backward_rows<E, WIDE>, grid, dim3(THREADS), PIPELINE, stream, p, step,
-                static_cast<int>(blocks));
+  Device device;
+  if (cudaError_t error = device_of(&device)) return error;
+  int stages = stages_of(device.shared_limit);
+  return launch(moe_backward_rows<E, WIDE>, grid, dim3(THREADS), pipeline_bytes(stages), stream, p,
+                step, static_cast<int>(blocks), stages);
 }
 
 }  // namespace
@@ -240,6 +249,9 @@ cudaError_t dso::moe_backward_weights_mma(const BackwardParams &p, WeightStep st
   dim3 grid(static_cast<unsigned>(experts_of(p.in.routing) * rows * columns));
   if (grid.x == 0) return cudaSuccess;
   auto kernel = p.in.dtype == DSO_BF16 ? moe_backward_weights<Bf16> : moe_backward_weights<F16>;
-  return launch(kernel, grid, dim3(THREADS), PIPELINE, stream, p, step, static_cast<int>(rows),
-                static_cast<int>(columns));
+  Device device;
+  if (cudaError_t error = device_of(&device)) return error;
+  int stages = stages_of(device.shared_limit);
+  return launch(kernel, grid, dim3(THREADS), pipeline_bytes(stages), stream, p, step,
+                static_cast<int>(rows), static_cast<int>(columns), stages);
 }

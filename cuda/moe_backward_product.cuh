@@ -58,10 +58,6 @@ struct RowOperands : RowShape {
   __device__ __forceinline__ int left_index(int row) const {
     return row >= rows ? -1 : token ? token[row] : row;
   }
-  __device__ __forceinline__ const uint16_t *left(int row) const {
-    int at = left_index(row);
-    return at < 0 ? nullptr : left_base + at * left_rs;
-  }
 
   // 第 c 列在 k = 0 的地址；越界的为空。转置的权重里 up 的列紧接 gate 的。
   __device__ __forceinline__ const uint16_t *right(int c) const {

@@ -112,7 +112,7 @@ Path path_of(const dso_cuda_moe_experts_params &p) {
             MOE_GENERAL_ROWS};
   if (moe_backward_sm90_fits(p))
     return {moe_backward_rows_sm90, moe_backward_weights_sm90, MOE_ROWS, 64};
-  return {moe_backward_rows_mma, moe_backward_weights_mma, MOE_ROWS, MOE_ROWS};
+  return {moe_backward_rows_mma, moe_backward_weights_mma, MOE_ROWS, 64};
 }
 
 bool is_aligned(const dso_mat &m) {

@@ -1,8 +1,8 @@
 // moe_experts 的 sm_80 路径：分组的矩阵乘，cp.async 多级流水加 mma；h、o 两步是同一个核。
 //
-// 块的划分见 moe_gemm.cuh。x 的行由 token 直接收集；有门时 128 列是 64 列 gate 加
-// 对应的 64 列 up（每个 warp 32 + 32 列），激活在写出时，没有 gate、up 的中间结果。权重的三种存法只差读入：
-// [列][k]（nn.Linear）、[k][列]（转置，交错的成对）、量化的（读进寄存器，反量化后写进共享内存）。
+// 块的划分见 moe_gemm.cuh。x 的行由 token 直接收集；有门时 256 列是 128 列 gate 加对应的 128 列 up（每个 warp
+// 32 + 32 列），激活在写出时，没有 gate、up 的中间结果。权重的三种存法只差读入：[列][k]（nn.Linear）、
+// [k][列]（转置，交错的成对）、量化的（读进寄存器，反量化后写进共享内存）。
 #include "moe_act.cuh"
 #include "moe_experts.cuh"
 #include "moe_gemm.cuh"
@@ -12,41 +12,34 @@ namespace {
 using namespace dso;
 using namespace dso::gemm;
 
-static_assert(DEPTH == 32, "int4 一行一级正好一段");
+constexpr int CODES = 32;  // 量化的一级分几段解开：int4 的一组至少这么长
+static_assert(COLUMNS == THREADS, "量化的一个线程一列");
 static_assert(128 % DEPTH == 0, "fp8 的一级在一组里");
 
 enum Weights { ROW_MAJOR, TRANSPOSED, INT8, INT4, FP8 };
 
-// 一列权重所在的矩阵。
-struct Column {
-  const void *data;
-  int64_t rs;
-  const float *scale;
-  const uint8_t *zero;
-  int64_t groups;
-  int group;
-};
-
-template <class T>
-__device__ __forceinline__ T pick(bool condition, T yes, T no) {
-  return condition ? yes : no;
-}
-
 template <class E, Weights W>
 struct Gemm {
+  static constexpr bool QUANTIZED = W == INT8 || W == INT4 || W == FP8;
+
   const dso_cuda_moe_experts_params &p;
   dso_cuda_moe_tile tile;
-  bool hidden, paired;  // hidden：算 h；否则算 o
-  bool split;           // 一半的列是 gate，一半是 up
-  dso_expert expert;
-  Column gate, up;            // gate：也是没有门的、算 o 时的那一个
+  bool hidden, paired;        // hidden：算 h；否则算 o
+  bool split;                 // 一半的列是 gate，一半是 up
   int first, columns, depth;  // 这一块的第一列、专家的列数、K
-  int thread, warp;
+  int thread;
   uint16_t *shared;
 
-  const uint16_t *a_row[COPIES];  // 各段在 k = 0 的地址；越界的为空
-  const uint16_t *b_row[COPIES];
-  uint4 codes[2];  // 量化的：下一级的码（int4 只用一个）
+  Copy<DEPTH> lines;                          // 左边的各段；[列][k] 的权重也是
+  const uint16_t *a_base, *b_base[2];         // 右边的各段轮流取自两处（gate、up，或相隔的列）
+  uint32_t a_at[COPIES], b_at[2], b_step[2];  // 以 16 字节计
+  int a_count, b_count;                       // 前几段在范围之内
+  // 量化的：本线程的一列（越界的 code 为空）、下一级的码（int4 只用一半）。
+  const unsigned char *code;
+  const float *scale;
+  const uint8_t *zero;
+  int group;
+  uint4 codes[DEPTH / 16];
   Sums acc = {};
 
   // 共享内存里的第 r 列是专家的第几列；有门时还分 gate、up。
@@ -60,93 +53,136 @@ struct Gemm {
       : p(params),
         tile(at),
         hidden(h),
-        expert(expert_at(params.w, params.routing.experts, at.expert)),
         thread(static_cast<int>(threadIdx.x)),
-        warp(static_cast<int>(threadIdx.x) / WARP),
         shared(reinterpret_cast<uint16_t *>(dynamic_shared())) {
     paired = W == TRANSPOSED && hidden && p.w.paired;
     split = hidden && p.w.gated && !paired;
     first = block * (hidden && p.w.gated ? COLUMNS / 2 : COLUMNS);
-    columns = columns_of(p, expert, hidden);
-    depth = static_cast<int>(hidden ? p.k : expert.inner);
-    gate = hidden ? of(expert.gate, expert.gate_quant) : of(expert.down, expert.down_quant);
-    up = of(expert.up, expert.up_quant);
+    dso_expert e = expert();
+    columns = columns_of(p, e, hidden);
+    depth = static_cast<int>(hidden ? p.k : e.inner);
   }
 
-  __device__ static Column of(const dso_mat &mat, const dso_quant &quant) {
-    return {mat.data, mat.rs, quant.scale, quant.zero, quant.groups, static_cast<int>(quant.group)};
+  // 用到时再取：主循环里不占寄存器。
+  __device__ __forceinline__ dso_expert expert() const {
+    return expert_at(p.w, p.routing.experts, tile.expert);
   }
-
-  // 逐个字段按值选：取地址会把整个对象放进局部内存。
-  __device__ __forceinline__ Column column_from(bool second) const {
-    Column a = gate, b = up;
-    return {pick(second, b.data, a.data),     pick(second, b.rs, a.rs),
-            pick(second, b.scale, a.scale),   pick(second, b.zero, a.zero),
-            pick(second, b.groups, a.groups), pick(second, b.group, a.group)};
+  // 共享内存里的第 r 列所在的矩阵（没有门的、算 o 时只有一个）、量化的尺度。
+  __device__ __forceinline__ dso_mat matrix_of(const dso_expert &e, int r) const {
+    return !hidden ? e.down : is_up(r) ? e.up : e.gate;
+  }
+  __device__ __forceinline__ dso_quant quant_of(const dso_expert &e, int r) const {
+    return !hidden ? e.down_quant : is_up(r) ? e.up_quant : e.gate_quant;
   }
 
   __device__ __forceinline__ void locate() {
+    a_base = hidden ? static_cast<const uint16_t *>(p.x.data)
+                    : static_cast<const uint16_t *>(p.h) + hidden_at(p, tile.row);
+    int64_t rs = hidden ? p.x.rs : hidden_at(p, tile.row + 1) - hidden_at(p, tile.row);
+    a_count = b_count = 0;
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      int row = (thread + i * THREADS) / (DEPTH / 8);
-      int64_t at = tile.row + row;
-      a_row[i] = nullptr;
-      if (row < tile.rows)
-        a_row[i] = hidden ? static_cast<const uint16_t *>(p.x.data) + p.routing.token[at] * p.x.rs
-                          : static_cast<const uint16_t *>(p.h) + hidden_at(p, at);
+      int row = lines.line + i * lines.LINES;
+      a_at[i] = 0;
+      if (row >= tile.rows) continue;
+      int64_t from = hidden ? p.routing.token[tile.row + row] : row;
+      a_at[i] = static_cast<uint32_t>((from * rs + lines.at) / CHUNK);
+      a_count = i + 1;
     }
-    if (W == ROW_MAJOR) {
+    dso_expert e = expert();
+    if (W == ROW_MAJOR) locate_rows(e);
+    if (W == TRANSPOSED) locate_columns(e);
+    if (QUANTIZED) locate_codes(e);
+  }
+
+  // 第 i 段是共享内存里的第 line + 32 i 列：有门时 i 是偶数的在 gate 里，奇数的在 up 里。
+  __device__ __forceinline__ void locate_rows(const dso_expert &e) {
+    static_assert(Copy<DEPTH>::LINES == 32, "一段一半");
 #pragma unroll
-      for (int i = 0; i < COPIES; i++) {
-        int r = (thread + i * THREADS) / (DEPTH / 8), n = column_of(r);
-        Column from = column_from(is_up(r));
-        b_row[i] = n < columns ? static_cast<const uint16_t *>(from.data) + n * from.rs : nullptr;
-      }
-    } else if (W == TRANSPOSED) {  // 各段是同样的 8 列，k 不同
-      int r = thread % (COLUMNS / 8) * 8, n = paired ? 2 * first + r : column_of(r);
-      Column from = column_from(is_up(r));
-      bool inside = n < (paired ? 2 * columns : columns);
-      b_row[0] = inside ? static_cast<const uint16_t *>(from.data) + n : nullptr;
+    for (int i = 0; i < 2; i++) {
+      int r = lines.line + i * 32;
+      dso_mat from = matrix_of(e, r);
+      b_base[i] = static_cast<const uint16_t *>(from.data);
+      b_at[i] = static_cast<uint32_t>((column_of(r) * from.rs + lines.at) / CHUNK);
+      b_step[i] = static_cast<uint32_t>((column_of(TILE) - column_of(0)) * (from.rs / CHUNK));
+    }
+#pragma unroll
+    for (int i = 0; i < RIGHT; i++)
+      if (column_of(lines.line + i * 32) < columns) b_count = i + 1;
+  }
+
+  // 各段是同样的 8 列，k 不同。
+  __device__ __forceinline__ void locate_columns(const dso_expert &e) {
+    Copy<COLUMNS> across;
+    int n = paired ? 2 * first + across.at : column_of(across.at);
+    dso_mat from = matrix_of(e, across.at);
+    b_base[0] = static_cast<const uint16_t *>(from.data) + n;
+    b_step[0] = static_cast<uint32_t>(from.rs / CHUNK * across.LINES);
+    b_at[0] = static_cast<uint32_t>(from.rs / CHUNK * across.line);
+    if (n < (paired ? 2 * columns : columns)) b_count = RIGHT;
+  }
+
+  __device__ __forceinline__ void locate_codes(const dso_expert &e) {
+    int n = column_of(thread);
+    dso_mat from = matrix_of(e, thread);
+    dso_quant quant = quant_of(e, thread);
+    code = nullptr;
+    if (n >= columns) return;
+    code = static_cast<const unsigned char *>(from.data) + n * from.rs;
+    scale = quant.scale + n * quant.groups;
+    zero = quant.zero ? quant.zero + n * quant.groups : nullptr;
+    group = static_cast<int>(quant.group);
+  }
+
+  __device__ __forceinline__ void load_left(uint16_t *to, int k0) const {
+    int count = k0 + lines.at < depth ? a_count : 0;
+#pragma unroll
+    for (int i = 0; i < COPIES; i++)
+      lines.start(to, i, chunks_after(a_base + k0, a_at[i]), i < count);
+  }
+
+  // 右边的第 part 份（从 0 起）。
+  __device__ __forceinline__ void load_right(uint16_t *to, int k0, int part) const {
+    Copy<COLUMNS> across;
+    int count = k0 + lines.at < depth ? b_count : 0;
+    int left = b_count ? depth - k0 - across.line : 0;
+#pragma unroll
+    for (int i = part * COPIES; i < (part + 1) * COPIES; i++) {
+      if (W == ROW_MAJOR)
+        lines.start(to, i, chunks_after(b_base[i % 2] + k0, b_at[i % 2] + i / 2 * b_step[i % 2]),
+                    i < count);
+      else
+        across.start(to, i, chunks_after(b_base[0], b_at[0] + (k0 / across.LINES + i) * b_step[0]),
+                     i * across.LINES < left);
     }
   }
 
-  __device__ __forceinline__ void load(int block) {
-    int stage = block % STAGES, k0 = block * DEPTH;
-    if (k0 < depth) {
-#pragma unroll
-      for (int i = 0; i < COPIES; i++) {
-        int chunk = thread + i * THREADS, row = chunk / (DEPTH / 8), k = chunk % (DEPTH / 8) * 8;
-        bool inside = a_row[i] && k0 + k < depth;
-        cp_async_16(a_tile(shared, stage) + row * STRIDE + k, inside ? a_row[i] + k0 + k : nullptr,
-                    inside);
-        if (W == ROW_MAJOR) {
-          inside = b_row[i] && k0 + k < depth;
-          cp_async_16(b_tile(shared, stage) + row * STRIDE + k,
-                      inside ? b_row[i] + k0 + k : nullptr, inside);
-        } else if (W == TRANSPOSED) {
-          int at = chunk / (COLUMNS / 8), r = chunk % (COLUMNS / 8) * 8;
-          inside = b_row[0] && k0 + at < depth;
-          cp_async_16(b_tile(shared, stage) + at * WIDE_STRIDE + r,
-                      inside ? b_row[0] + (k0 + at) * gate.rs : nullptr, inside);
-        }
-      }
-    }
-    cp_async_commit();
+  __device__ __forceinline__ void load(int block, uint16_t *stage, int part) {
+    int k0 = block * DEPTH;
+    if (k0 >= depth) return;
+    if (part == 0)
+      load_left(stage, k0);
+    else if (!QUANTIZED)
+      load_right(stage + A_ELEMS, k0, part - 1);
+    else if (part == 1)
+      fetch(k0);
+  }
+
+  __device__ __forceinline__ void settle(int block, uint16_t *stage) {
+    int k0 = block * DEPTH;
+    if (QUANTIZED && k0 < depth) put(k0, stage + A_ELEMS);
   }
 
   // ---- 量化的权重：一个线程一列 ----
 
-  __device__ __forceinline__ void fetch(int block) {
-    int k0 = block * DEPTH, n = column_of(thread);
-    Column from = column_from(is_up(thread));
-    codes[0] = codes[1] = make_uint4(0, 0, 0, 0);
-    if (n >= columns || k0 >= depth) return;
-    const auto *row = static_cast<const unsigned char *>(from.data) + n * from.rs;
-    if (W == INT4) {
-      codes[0] = *reinterpret_cast<const uint4 *>(row + k0 / 2);
-    } else {
-      codes[0] = *reinterpret_cast<const uint4 *>(row + k0);
-      if (k0 + 16 < depth) codes[1] = *reinterpret_cast<const uint4 *>(row + k0 + 16);
+  __device__ __forceinline__ void fetch(int k0) {
+    constexpr int WIDTH = W == INT4 ? CODES : 16;  // 一次读几个码
+#pragma unroll
+    for (int i = 0; i < DEPTH / WIDTH; i++) {
+      int k = k0 + i * WIDTH;
+      codes[i] = make_uint4(0, 0, 0, 0);
+      if (code && k < depth)
+        codes[i] = *reinterpret_cast<const uint4 *>(code + (W == INT4 ? k / 2 : k));
     }
   }
 
@@ -161,38 +197,33 @@ struct Gemm {
     return i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
   }
 
-  // 第 n 列从 k0 起的一级在哪个尺度；越界的列尺度为 0，码也都是 0。
-  __device__ __forceinline__ float scale_of(const Column &from, int n, int k0) const {
-    if (n >= columns) return 0.0f;
-    return from.scale[n * from.groups + (from.group ? k0 / from.group : 0)];
+  // 从 k 起的一段的尺度；越界的尺度为 0，码也都是 0。
+  __device__ __forceinline__ int group_of(int k) const { return group ? k / group : 0; }
+  __device__ __forceinline__ float scale_of(int k) const {
+    return code && k < depth ? scale[group_of(k)] : 0.0f;
   }
 
-  __device__ __forceinline__ void put(int block) {
-    int k0 = block * DEPTH, n = column_of(thread);
-    if (k0 >= depth) return;
-    uint16_t *to = b_tile(shared, block % STAGES) + thread * STRIDE;
-    uint32_t out[DEPTH / 2];
+  // 一段 CODES 个码（从第 word 个字起）解成 16 位。
+  __device__ __forceinline__ void decode(uint32_t (&out)[CODES / 2], int k, int word) const {
     if (W == INT8) {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        uint32_t word = word_of(i);
-        out[2 * i] = E::pack(int8_of(word, 0), int8_of(word, 1));
-        out[2 * i + 1] = E::pack(int8_of(word, 2), int8_of(word, 3));
+        uint32_t codes4 = word_of(word + i);
+        out[2 * i] = E::pack(int8_of(codes4, 0), int8_of(codes4, 1));
+        out[2 * i + 1] = E::pack(int8_of(codes4, 2), int8_of(codes4, 3));
       }
     } else if (W == FP8) {  // 组的尺度在这里乘，不另要累加器
-      float scale = scale_of(column_from(is_up(thread)), n, k0);
+      float by = scale_of(k);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        float2 low = e4m3_pair(word_of(i)), high = e4m3_pair(word_of(i) >> 16);
-        out[2 * i] = E::pack(scale * low.x, scale * low.y);
-        out[2 * i + 1] = E::pack(scale * high.x, scale * high.y);
+        uint32_t codes4 = word_of(word + i);
+        float2 low = e4m3_pair(codes4), high = e4m3_pair(codes4 >> 16);
+        out[2 * i] = E::pack(by * low.x, by * low.y);
+        out[2 * i + 1] = E::pack(by * high.x, by * high.y);
       }
     } else {
-      Column from = column_from(is_up(thread));
-      float scale = scale_of(from, n, k0), zero = 8.0f;
-      if (n < columns && from.zero)
-        zero = static_cast<float>(from.zero[n * from.groups + k0 / from.group]);
-      uint32_t words[4] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w};
+      float by = scale_of(k), middle = 8.0f;
+      if (code && k < depth && zero) middle = static_cast<float>(zero[group_of(k)]);
 #pragma unroll
       for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -200,107 +231,124 @@ struct Gemm {
           float v[4];
 #pragma unroll
           for (int b = 0; b < 4; b++)
-            v[b] = scale * (static_cast<float>(words[i] >> (8 * b + 4 * high) & 15) - zero);
+            v[b] = by * (static_cast<float>(word_of(word + i) >> (8 * b + 4 * high) & 15) - middle);
           out[high * 8 + 2 * i] = E::pack(v[0], v[1]);
           out[high * 8 + 2 * i + 1] = E::pack(v[2], v[3]);
         }
     }
+  }
+
+  __device__ __forceinline__ void put(int k0, uint16_t *tile) const {
 #pragma unroll
-    for (int i = 0; i < DEPTH / 8; i++)
-      reinterpret_cast<uint4 *>(to)[i] =
-          make_uint4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    for (int part = 0; part < DEPTH / CODES; part++) {
+      uint32_t out[CODES / 2];
+      decode(out, k0 + part * CODES, part * (W == INT4 ? 4 : 8));
+#pragma unroll
+      for (int i = 0; i < CODES / CHUNK; i++) {
+        int chunk = (part * CODES / CHUNK + i) ^ thread % 8;
+        *reinterpret_cast<uint4 *>(tile + thread * DEPTH + chunk * CHUNK) =
+            make_uint4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+      }
+    }
   }
 
   // ---- 写出 ----
 
-  // 第 i 列（从 first 起）的 gate（或普通的一列）、up 在共享内存的第几列。
-  __device__ int gate_at(int i) const {
-    return paired ? 2 * i : split ? i / 32 * TILE + i % 32 : i;
-  }
-  __device__ int up_at(int i) const { return paired ? 2 * i + 1 : gate_at(i) + 32; }
-
-  __device__ __forceinline__ float value(const float *row, int i) const {
-    int n = first + i;
-    float x = row[gate_at(i)];
-    if (W == INT8) x *= gate.scale[n];
-    if (!hidden) return x + bias_at(expert.down_bias, expert.bias_dtype, n);
-    x += bias_at(expert.gate_bias, expert.bias_dtype, n * expert.bias_step);
-    if (!p.w.gated) return activate<true>(p.act, false, x, 0.0f);
-    float u = row[up_at(i)];
-    if (W == INT8) u *= up.scale[n];
-    return activate<true>(p.act, true, x,
-                          u + bias_at(expert.up_bias, expert.bias_dtype, n * expert.bias_step));
-  }
-
-  // 第 column 列起的 8 个 gate、up（加了偏置）留给反向。
-  __device__ __forceinline__ void save(const float *row, int64_t at, int column) const {
-    SavedRow to = saved_row(p, at);
-#pragma unroll 1
-    for (int up = 0; up <= (p.w.gated ? 1 : 0); up++) {
-      const void *bias = up ? expert.up_bias : expert.gate_bias;
-      Vec<8> v;
+  __device__ __forceinline__ static void add_bias(Vec<8> &x, const void *bias, const dso_expert &e,
+                                                  int n, int64_t step) {
+    if (!bias) return;
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        int i = column + j;
-        float x = row[up ? up_at(i) : gate_at(i)] +
-                  bias_at(bias, expert.bias_dtype, (first + i) * expert.bias_step);
-        v.v[j] = kept_value(p.act, up != 0, E::dtype, x);
-      }
-      dso::store<8>(p.saved, E::dtype, to.at + up * to.up + first + column, v);
+    for (int j = 0; j < 8; j++) x.v[j] += bias_at(bias, e.bias_dtype, (n + j) * step);
+  }
+
+  __device__ __forceinline__ static void multiply_by(Vec<8> &x, const float *by) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) x.v[j] *= by[j];
+  }
+
+  // 第 at 行第 n 列起的 8 个 gate、up（加了偏置）留给反向。
+  __device__ __forceinline__ void save(int64_t at, int n, Vec<8> gate, Vec<8> up) const {
+    SavedRow to = saved_row(p, at);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      gate.v[j] = kept_value(p.act, false, E::dtype, gate.v[j]);
+      up.v[j] = kept_value(p.act, true, E::dtype, up.v[j]);
     }
+    dso::store<8>(p.saved, E::dtype, to.at + n, gate);
+    if (p.w.gated) dso::store<8>(p.saved, E::dtype, to.at + to.up + n, up);
+  }
+
+  // 第 at 行第 n 列起的 8 个结果；row 的第 column 列起是它的 gate（或普通的列）。
+  __device__ __forceinline__ Vec<8> value(const dso_expert &e, const float *row, int column,
+                                          int64_t at, int n) const {
+    Vec<8> x = result(row, column);
+    if (W == INT8) multiply_by(x, (hidden ? e.gate_quant : e.down_quant).scale + n);
+    if (!hidden) {
+      add_bias(x, e.down_bias, e, n, 1);
+      return x;
+    }
+    Vec<8> u = x;
+    if (p.w.gated) {
+      u = result(row, column + (paired ? 8 : 32));
+      if (paired) part_pairs(x, u);
+      if (W == INT8) multiply_by(u, e.up_quant.scale + n);
+      add_bias(u, e.up_bias, e, n, e.bias_step);
+    }
+    add_bias(x, e.gate_bias, e, n, e.bias_step);
+    if (p.saved) save(at, n, x, u);
+    activate_all(p.act, p.w.gated, x, u);
+    return x;
+  }
+
+  // 交错的 16 个分成 8 个 gate、8 个 up。
+  __device__ static void part_pairs(Vec<8> &low, Vec<8> &high) {
+    Vec<8> gates, ups;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      gates.v[j] = low.v[2 * j], gates.v[j + 4] = high.v[2 * j];
+      ups.v[j] = low.v[2 * j + 1], ups.v[j + 4] = high.v[2 * j + 1];
+    }
+    low = gates, high = ups;
+  }
+
+  // 这个 warp 有没有要算的行、列。
+  __device__ __forceinline__ bool active(int end) const {
+    int r = warp_column();
+    return warp_row() < tile.rows && (paired ? first + r / 2 : column_of(r)) < end;
   }
 
   __device__ __forceinline__ void store() {
-    int width = split || paired ? COLUMNS / 2 : COLUMNS, chunks = width / 8;
-    stage_result(acc, shared);
-#pragma unroll 1
-    for (int i = thread; i < tile.rows * chunks; i += THREADS) {
-      int row = i / chunks, column = i % chunks * 8;
-      if (first + column >= columns) continue;
-      uint4 out = make_uint4(0, 0, 0, 0);  // 依次从末尾推进来
-#pragma unroll 1
-      for (int j = 0; j < 8; j += 2) {
-        float x = value(result_row(shared, row), column + j),
-              y = value(result_row(shared, row), column + j + 1);
-        out = make_uint4(out.y, out.z, out.w, E::pack(x, y));
-      }
-      int64_t at = tile.row + row;
-      if (hidden && p.saved) save(result_row(shared, row), at, column);
-      uint16_t *to = hidden ? static_cast<uint16_t *>(p.h) + hidden_at(p, at)
-                            : static_cast<uint16_t *>(p.o) + at * p.n;
-      *reinterpret_cast<uint4 *>(to + first + column) = out;
-    }
+    bool halved = split || paired;  // 一个 warp 的 64 列得 32 个 h
+    int start = first + (halved ? warp_column() / 2 : warp_column());
+    dso_expert e = expert();
+    int end = columns_of(p, e, hidden);
+    for_results(acc, shared, active(end), (halved ? TILE / 2 : TILE) / 8,
+                [&](int row, int chunk, const float *from) {
+                  int n = start + chunk * 8;
+                  if (row >= tile.rows || n >= end) return;
+                  int64_t at = tile.row + row;
+                  Vec<8> x = value(e, from, chunk * (paired ? 16 : 8), at, n);
+                  uint16_t *to = hidden ? static_cast<uint16_t *>(p.h) + hidden_at(p, at)
+                                        : static_cast<uint16_t *>(p.o) + at * p.n;
+                  *reinterpret_cast<uint4 *>(to + n) =
+                      make_uint4(E::pack(x.v[0], x.v[1]), E::pack(x.v[2], x.v[3]),
+                                 E::pack(x.v[4], x.v[5]), E::pack(x.v[6], x.v[7]));
+                });
   }
 
-  __device__ __forceinline__ void run() {
-    constexpr bool QUANTIZED = W == INT8 || W == INT4 || W == FP8;
-    int blocks = (depth + DEPTH - 1) / DEPTH;
+  __device__ __forceinline__ void run(int stages) {
     locate();
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-      load(s);
-      if (QUANTIZED) fetch(s), put(s);
-    }
-    for (int block = 0; block < blocks; block++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      int next = block + STAGES - 1;
-      load(next);
-      if (QUANTIZED) fetch(next);
-      multiply<E, false, W == TRANSPOSED>(acc, a_tile(shared, block % STAGES),
-                                          b_tile(shared, block % STAGES));
-      if (QUANTIZED) put(next);
-    }
-    cp_async_wait<0>();
+    accumulate<E, false, W == TRANSPOSED>(*this, acc, shared, (depth + DEPTH - 1) / DEPTH, stages,
+                                          active(columns));
     store();
   }
 };
 
 // 相邻的 MOE_GROUP 块行与全部的列块一起做：权重与 x 都在 L2 里。
 template <class E, Weights W>
-__global__ __launch_bounds__(THREADS, 2) void moe_mma_kernel(dso_cuda_moe_experts_params p,
+__global__ __launch_bounds__(THREADS, 1) void moe_mma_kernel(dso_cuda_moe_experts_params p,
                                                              bool hidden, int column_blocks,
-                                                             Part part) {
+                                                             int stages, Part part) {
   grid_wait();
   int64_t each = static_cast<int64_t>(MOE_GROUP) * column_blocks, id = blockIdx.x;
   int64_t group = id / each, inside = id % each, left = p.routing.most_tiles - group * MOE_GROUP;
@@ -308,7 +356,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_mma_kernel(dso_cuda_moe_expert
   dso_cuda_moe_tile at = p.routing.tiles[group * MOE_GROUP + inside % tiles];
   if (skips(p, at, part)) return;
   Gemm<E, W> gemm(p, at, hidden, static_cast<int>(inside / tiles));
-  if (gemm.first < gemm.columns) gemm.run();
+  if (gemm.first < gemm.columns) gemm.run(stages);
 }
 
 struct Call {
@@ -324,8 +372,11 @@ cudaError_t run(const Call &c) {
   int64_t blocks = ceil_div(wide, c.hidden && c.p.w.gated ? COLUMNS / 2 : COLUMNS);
   dim3 grid(static_cast<unsigned>(c.p.routing.most_tiles * blocks));
   if (grid.x == 0) return cudaSuccess;
-  return launch(moe_mma_kernel<E, W>, grid, dim3(THREADS), PIPELINE, c.stream, c.p, c.hidden,
-                static_cast<int>(blocks), c.part);
+  Device device;
+  if (cudaError_t error = device_of(&device)) return error;
+  int stages = stages_of(device.shared_limit);
+  return launch(moe_mma_kernel<E, W>, grid, dim3(THREADS), pipeline_bytes(stages), c.stream, c.p,
+                c.hidden, static_cast<int>(blocks), stages, c.part);
 }
 
 Weights kind_of(const dso_expert &e, bool transposed) {

@@ -57,6 +57,13 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// base 起第 count 段（16 字节）：32 位够 64 GiB。写成一条指令，编译器才不会提前算好 64 位的偏移，多占寄存器。
+__device__ inline const void *chunks_after(const void *base, uint32_t count) {
+  uint64_t at;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(at) : "r"(count), "l"(base));
+  return reinterpret_cast<const void *>(at);
+}
+
 // ---- 矩阵片段（sm_80） ----
 
 // 4 个 8x8 的 16 位矩阵；线程 i 给出第 i / 8 个矩阵第 i % 8 行的地址。

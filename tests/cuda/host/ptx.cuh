@@ -47,6 +47,10 @@ void cp_async_wait() {
   cuda_host::wait_groups(cuda_host::COPY_QUEUE, LEFT);
 }
 
+inline const void *chunks_after(const void *base, uint32_t count) {
+  return static_cast<const char *>(base) + static_cast<uint64_t>(count) * 16;
+}
+
 // ---- 矩阵片段 ----
 
 struct MatrixLoad {
