@@ -40,4 +40,26 @@ inline cudaError_t device_of(Device *device) {
   return error;
 }
 
+// 同 launch，但 Hopper 上不等前一个核做完就可以启动（它的各块都调用过 start_next 或已退出）：两个核之间的空隙、起头的
+// 几次读都盖住。核里每个线程退出之前、读写与前一个核有关的数之前都要 wait_previous。
+template <class... P, class... A>
+cudaError_t launch_after(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                         cudaStream_t stream, A... args) {
+  Device device;
+  int driver = 0;
+  cudaError_t error = device_of(&device);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) return error;
+  constexpr int CAPTURES = 12030;  // 更早的驱动不能录进图
+  if (device.major < 9 || driver < CAPTURES || shared_bytes > (48 << 10))
+    return launch(kernel, grid, block, shared_bytes, stream, args...);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, P(args)...);
+}
+
 }  // namespace dso

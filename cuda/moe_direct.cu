@@ -76,6 +76,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_exp
     for (int side = 0; side < 2; side++)
       rows[0].put(side, source_of<K>(expert.down, expert.down_quant), column[side]);
     Stream<E, K, 1, 1, AHEAD<K>> stream(rows, begin, end - begin, static_cast<int>(expert.inner));
+    wait_previous();  // 在此之前只读下标、系数、权重
     int row = j < top_k ? token * top_k + j : static_cast<int>(r.tokens) * top_k + token;
     const uint16_t *x[1] = {static_cast<const uint16_t *>(p.h) + hidden_at(p, row)};
     stream.run(x);
@@ -88,6 +89,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_exp
       total[side] += factor * sum;
     }
   }
+  wait_previous();
   if (lane % 4 == 0) sums[warp][g] = total[0], sums[warp][g + 8] = total[1];
   __syncthreads();
   int i = static_cast<int>(threadIdx.x);
@@ -103,7 +105,8 @@ __global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_exp
 cudaError_t dso::moe_direct(const dso_cuda_moe_experts_params &p, Kind kind, cudaStream_t stream) {
   dim3 grid(static_cast<unsigned>(ceil_div(p.n, 16)), static_cast<unsigned>(p.routing.tokens));
   return with_types(p.dtype, kind, [&](auto element, auto k) {
-    return launch(moe_direct_kernel<decltype(element), k()>, grid, dim3(THREADS), 0, stream, p);
+    return launch_after(moe_direct_kernel<decltype(element), k()>, grid, dim3(THREADS), 0, stream,
+                        p);
   });
 }
 

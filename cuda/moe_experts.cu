@@ -14,6 +14,7 @@ constexpr int THREADS = 256;
 // y[t] 的 V 列：Σ_j weights[t, j] o[行]，再加共享专家的。
 template <int V>
 __global__ __launch_bounds__(THREADS) void moe_combine_kernel(dso_cuda_moe_experts_params p) {
+  wait_previous();
   const dso_cuda_moe_routing &r = p.routing;
   int64_t chunks = p.n / V, flat = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (flat >= r.tokens * chunks) return;
@@ -58,8 +59,8 @@ cudaError_t dso::moe_combine(const dso_cuda_moe_experts_params &p, cudaStream_t 
   int64_t count = p.routing.tokens * p.n / (wide ? 8 : 1);
   dim3 grid(static_cast<unsigned>(ceil_div(count, THREADS)));
   if (grid.x == 0) return cudaSuccess;
-  if (wide) return launch(moe_combine_kernel<8>, grid, dim3(THREADS), 0, stream, p);
-  return launch(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
+  if (wide) return launch_after(moe_combine_kernel<8>, grid, dim3(THREADS), 0, stream, p);
+  return launch_after(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
 }
 
 int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,

@@ -15,7 +15,10 @@ constexpr int LOG_WARPS = 2, WARPS = 1 << LOG_WARPS, THREADS = WARPS * WARP;
 
 // 一次发出几步的读（连同尺度），占 32 个寄存器左右：每个 SM 上 64 到 100 KiB 在途。SETS 份 16 行一起读时减半。
 template <Kind K, int SETS>
-constexpr int AHEAD = (Step<K>::words == 4 ? 4 : 8) / SETS;
+constexpr int AHEAD = (K == INT4_64 && SETS == 1 ? 6
+                       : Step<K>::words == 4     ? 4
+                                                 : 8) /
+                      SETS;
 
 struct Work {
   const dso_cuda_moe_experts_params &p;
@@ -131,6 +134,7 @@ __device__ __forceinline__ void compute(Work &work, const Source (&source)[2], i
   int begin = min_of(steps, share * each * S::per_group);
   int mine = first < work.columns ? min_of(steps - begin, each * S::per_group) : 0;
   Stream<E, K, NT, SETS, AHEAD<K, SETS>> stream(rows, begin, mine, depth);
+  wait_previous();
   const uint16_t *x[NT];
 #pragma unroll
   for (int t = 0; t < NT; t++) x[t] = work.input(t * 8 + g);
@@ -144,18 +148,23 @@ constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
 
 // 一个 SM 上至少几块：再多寄存器就要溢出。
 template <Kind K, int MOST>
-constexpr int RESIDENT = MOST > 1             ? (Step<K>::int4 ? 2 : 3)
-                         : K == PLAIN         ? 6
-                         : Step<K>::row_scale ? 5
-                                              : 4;
+constexpr int RESIDENT = MOST > 1     ? (Step<K>::int4 ? 2 : 3)
+                         : K == PLAIN ? 6
+                                      : 5;
 
 template <class E, Kind K, int MOST>
 __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(
     dso_cuda_moe_experts_params p, bool hidden, int split, Part part) {
   constexpr int SETS = SETS_OF<K, MOST>;
   __shared__ Shared<WARPS * SETS * MOST * 4 * WARP> kept;
+  // h 之前的核写块、下标、x；o 之前是 h：块、下标、权重都已在，先读
+  if (hidden) wait_previous();
+  start_next();
   dso_cuda_moe_tile at = tile_at(p.routing, static_cast<int>(blockIdx.x));
-  if (skips(p, at, part)) return;
+  if (skips(p, at, part)) {
+    wait_previous();
+    return;
+  }
   Work work{p, at, hidden, hidden && p.w.gated, split, 0, 0};
   Source source[2];
   int depth;
@@ -166,7 +175,10 @@ __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel
     source[1] = work.paired ? source_of<K>(e.up, e.up_quant) : source[0];
   }
   work.first = static_cast<int>(blockIdx.y) << (work.wide<SETS>() + LOG_WARPS - split);
-  if (work.first >= work.columns) return;
+  if (work.first >= work.columns) {
+    wait_previous();
+    return;
+  }
   if (threadIdx.x == 0) kept.tile = at;
   if constexpr (MOST == 1) {
     compute<E, K, 1, SETS>(work, source, depth, kept);
@@ -211,8 +223,8 @@ cudaError_t run(const Call &c) {
   dim3 grid(static_cast<unsigned>(tiles),
             static_cast<unsigned>(ceil_div(columns, wide << (LOG_WARPS - split))));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  return launch(moe_small_kernel<E, K, MOST>, grid, dim3(THREADS), 0, c.stream, c.p, c.hidden,
-                split, c.part);
+  return launch_after(moe_small_kernel<E, K, MOST>, grid, dim3(THREADS), 0, c.stream, c.p, c.hidden,
+                      split, c.part);
 }
 
 cudaError_t choose(const Call &c, Kind kind) {

@@ -149,6 +149,7 @@ struct Sorter {
 };
 
 __global__ __launch_bounds__(THREADS) void moe_sort_single(dso_cuda_moe_routing r) {
+  start_next();
   Sorter s(r);
   s.count(0);
   for (int e = static_cast<int>(threadIdx.x); e < s.experts; e += THREADS)

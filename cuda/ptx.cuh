@@ -153,6 +153,22 @@ __device__ __forceinline__ void load_if(uint32_t &to, const uint8_t *from, bool 
                : "l"(from), "r"(static_cast<int>(valid)));
 }
 
+// ---- 与前后的核重叠（sm_90，见 launch.cuh 的 launch_after） ----
+
+// 下一个核可以启动了：各块都调用过（或已退出）就启动，占空出来的地方。
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 等前一个核做完，它写的都看得见；不是 launch_after 启动的立即返回。
+__device__ __forceinline__ void wait_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 同样的数，但编译器以为变了：由它算出的在这里重新算，不在长的循环里占着寄存器。
 __device__ __forceinline__ int afresh(int x) {
   asm volatile("" : "+r"(x));

@@ -25,6 +25,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return cuda_host::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 
+// 模拟里前一个核总是做完了才开始下一个。
+template <class... P, class... A>
+cudaError_t launch_after(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                         cudaStream_t stream, A... args) {
+  return launch(kernel, grid, block, shared_bytes, stream, args...);
+}
+
 // 模拟成一块 132 个 SM 的卡太慢；3 个足够让切分与合并都发生。DSO_HOST_SMS 可改个数，DSO_HOST_SHARED 可改共享内存的
 // 上限。
 struct Device {
