@@ -98,7 +98,8 @@ Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.w.transposed) return MMA;
   int64_t slots = p.routing.tokens * p.routing.top_k, used = used_experts(p.routing);
   if (moe_direct_fits(p)) return DIRECT;
-  bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
+  bool few = p.routing.tokens <= MOE_SMALL_TOKENS ||
+             (slots > 0 && slots <= used * MOE_SMALL_AVERAGE);  // 只有共享专家时看词元数
   if (few) return SMALL;
   // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
   Device device;

@@ -13,12 +13,12 @@ using namespace dso::small;
 
 constexpr int LOG_WARPS = 2, WARPS = 1 << LOG_WARPS, THREADS = WARPS * WARP;
 
-// 一次发出几步的读（连同尺度），占 32 个寄存器左右：每个 SM 上 64 到 100 KiB 在途。SETS 份 16 行一起读时减半。
+// 几步的读在途（连同尺度、零点），占 32 到 48 个寄存器：每个 SM 上 40 到 128 KiB。SETS 份 16 行一起读时减半。
 template <Kind K, int SETS>
-constexpr int AHEAD = (K == INT4_64 && SETS == 1 ? 6
-                       : Step<K>::words == 4     ? 4
-                                                 : 8) /
-                      SETS;
+constexpr int AHEAD = SETS == 2 ? (Step<K>::words == 4 ? 2 : 4)
+                                : (K == INT4_32   ? 8
+                                   : K == INT4_64 ? 6
+                                                  : 4);
 
 struct Work {
   const dso_cuda_moe_experts_params &p;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void finish(const float (&acc)[SETS][NT][4], Work &wo
         sums[warp * EACH + sum_at<NT>(s, t, i, thread % 4, thread % WARP / 4)] = acc[s][t][i];
   __syncthreads();
   int wide = work.wide<SETS>(), all = wide + LOG_WARPS - work.split;
-  work.tile = kept.tile, work.first = static_cast<int>(blockIdx.y) << all;
+  work.tile = kept.tile, work.first = static_cast<int>(blockIdx.x) << all;
   if (thread >= work.tile.rows << all) return;
   dso_expert expert = expert_at(work.p.w, work.p.routing.experts, afresh(work.tile.expert));
   work.columns = columns_of(work.p, expert, work.hidden);
@@ -148,9 +148,9 @@ constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
 
 // 一个 SM 上至少几块：再多寄存器就要溢出。
 template <Kind K, int MOST>
-constexpr int RESIDENT = MOST > 1     ? (Step<K>::int4 ? 2 : 3)
-                         : K == PLAIN ? 6
-                                      : 5;
+constexpr int RESIDENT = MOST == 1       ? 5
+                         : Step<K>::int4 ? 2
+                                         : 3;
 
 template <class E, Kind K, int MOST>
 __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(
@@ -160,7 +160,7 @@ __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel
   // h 之前的核写块、下标、x；o 之前是 h：块、下标、权重都已在，先读
   if (hidden) wait_previous();
   start_next();
-  dso_cuda_moe_tile at = tile_at(p.routing, static_cast<int>(blockIdx.x));
+  dso_cuda_moe_tile at = tile_at(p.routing, static_cast<int>(blockIdx.y));
   if (skips(p, at, part)) {
     wait_previous();
     return;
@@ -174,7 +174,7 @@ __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel
     source[0] = hidden ? source_of<K>(e.gate, e.gate_quant) : source_of<K>(e.down, e.down_quant);
     source[1] = work.paired ? source_of<K>(e.up, e.up_quant) : source[0];
   }
-  work.first = static_cast<int>(blockIdx.y) << (work.wide<SETS>() + LOG_WARPS - split);
+  work.first = static_cast<int>(blockIdx.x) << (work.wide<SETS>() + LOG_WARPS - split);
   if (work.first >= work.columns) {
     wait_previous();
     return;
@@ -219,9 +219,8 @@ cudaError_t run(const Call &c) {
   int64_t tiles = r.tile_rows > 0 ? r.most_tiles : r.tokens * (r.top_k + (r.shared ? 1 : 0));
   int split =
       split_of(tiles * ceil_div(columns, wide), SETS * 16 * S::row_bytes * ceil_div(depth, S::k));
-  // 块在前：同一个专家的几块相邻，后读的权重在 L2 里
-  dim3 grid(static_cast<unsigned>(tiles),
-            static_cast<unsigned>(ceil_div(columns, wide << (LOG_WARPS - split))));
+  dim3 grid(static_cast<unsigned>(ceil_div(columns, wide << (LOG_WARPS - split))),
+            static_cast<unsigned>(tiles));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   return launch_after(moe_small_kernel<E, K, MOST>, grid, dim3(THREADS), 0, c.stream, c.p, c.hidden,
                       split, c.part);

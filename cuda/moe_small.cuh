@@ -95,7 +95,7 @@ struct Stream {
 #pragma unroll
     for (int t = 0; t < NT; t++) x[t] = tokens[t] + first;
     int done = 0;
-    for (; laps(done); done += AHEAD) advance();
+    for (; lap(done); done += AHEAD) advance();
     if (partial) last_step(count - done);
   }
 
@@ -116,8 +116,8 @@ struct Stream {
     if (S::int4) load_if(to.zero[side], rows[s].zero[side] + at, valid && zeros);
   }
 
-  // 一圈；正好走满时为真。
-  __device__ __forceinline__ bool laps(int done) {
+  // 一圈；正好走满时为真。每一步都判断：没有分支时 ptxas 把一圈的读都移到末尾，在途的读就断了。
+  __device__ __forceinline__ bool lap(int done) {
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
       if (done + u >= count) return false;

@@ -114,12 +114,14 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t x) {
   return __byte_perm(x, 0, SELECTOR);
 }
 
-// ---- 显存里只读的数：valid 为假时不读，to 不变。权重只读一遍，不在 L1 里留下，x 才留得住 ----
+// ---- 显存里的数：valid 为假时不读，to 不变。不用 .nc：那样 ptxas 会把读移到 wait_previous 之后 ----
+
+// 权重只读一遍：不在 L1 里留下，x 才留得住。
 
 __device__ __forceinline__ void load_once(Words<4> &to, const void *from, bool valid) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
       : "+r"(to.v[0]), "+r"(to.v[1]), "+r"(to.v[2]), "+r"(to.v[3])
       : "l"(from), "r"(static_cast<int>(valid)));
 }
@@ -127,7 +129,7 @@ __device__ __forceinline__ void load_once(Words<4> &to, const void *from, bool v
 __device__ __forceinline__ void load_once(Words<2> &to, const void *from, bool valid) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+      "@p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
       : "+r"(to.v[0]), "+r"(to.v[1])
       : "l"(from), "r"(static_cast<int>(valid)));
 }
@@ -135,20 +137,20 @@ __device__ __forceinline__ void load_once(Words<2> &to, const void *from, bool v
 __device__ __forceinline__ void load_once(Words<1> &to, const void *from, bool valid) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.u32 %0, [%1]; }"
+      "@p ld.global.L1::no_allocate.u32 %0, [%1]; }"
       : "+r"(to.v[0])
       : "l"(from), "r"(static_cast<int>(valid)));
 }
 
 // 相邻的还会再读（各组的尺度、零点）：留在 L1 里。
 __device__ __forceinline__ void load_if(float &to, const float *from, bool valid) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.f32 %0, [%1]; }"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.f32 %0, [%1]; }"
                : "+f"(to)
                : "l"(from), "r"(static_cast<int>(valid)));
 }
 
 __device__ __forceinline__ void load_if(uint32_t &to, const uint8_t *from, bool valid) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u8 %0, [%1]; }"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
                : "+r"(to)
                : "l"(from), "r"(static_cast<int>(valid)));
 }
