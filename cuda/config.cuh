@@ -101,6 +101,11 @@ constexpr int MOE_GROUP = 16;
 // 词元少的路径：一块至多 32 个词元（更多则寄存器不够；8 个时另有省寄存器的一份），多的几块从 L2 里再读权重。
 // 不多于 64 个词元，或平均一个专家不到 16 行时用它。
 constexpr int MOE_SMALL_ROWS = 32, MOE_SMALL_TOKENS = 64, MOE_SMALL_AVERAGE = 16;
+// 平均一个专家至多 4 行时一块 8 行：随机的路由下只有百分之二的专家多于 8 行。
+constexpr int MOE_SMALL_NARROW = 4;
+// 一个 warp 至少读 12 KiB 权重（不到就少分 K），起头与收尾的几百条指令、等第一次读的一两微秒才摊得开；但全卡至少 2048
+// 个 warp（H200 每个 SM 16 个）：再少在途的读不够。
+constexpr int MOE_SMALL_WARP_BYTES = 12 << 10, MOE_SMALL_WARPS = 2048;
 // 至多 4 个词元时不排序，每个 slot 自己一块：选中同一个专家的少，重复的读也在 L2 里，省下排序与求和两个核。
 constexpr int MOE_DIRECT_TOKENS = 4;
 // Hopper 的反向：128 x 256 的块、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB。两边都用 cp.async，生产者的地址多，

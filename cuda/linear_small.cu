@@ -39,8 +39,8 @@ struct Strip {
     if (bytes > 0) prefetch_l2(threadIdx.x % 4 == 0 ? top : bottom, static_cast<uint32_t>(bytes));
   }
 
-  __device__ __forceinline__ void multiply(uint4 a, uint4 b, uint4 x) {
-    uint32_t low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
+  __device__ __forceinline__ void multiply(const Words<4> &a, const Words<4> &b, uint4 x) {
+    uint32_t low[4] = {a.v[0], b.v[0], a.v[1], b.v[1]}, high[4] = {a.v[2], b.v[2], a.v[3], b.v[3]};
     E::mma(acc, low, x.x, x.y);
     E::mma(acc, high, x.z, x.w);
   }
@@ -57,15 +57,16 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
   bool real = lane / 4 < p.m;
   uint4 zero = make_uint4(0, 0, 0, 0);
   for (int64_t begin = 0; begin < p.k; begin += UNROLL * ROUND) {
-    uint4 a[UNROLL][SETS], b[UNROLL][SETS], in[UNROLL];
+    Words<4> a[UNROLL][SETS] = {}, b[UNROLL][SETS] = {};
+    uint4 in[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       int64_t k = begin + u * ROUND + warp * STEP + lane % 4 * 8;
       bool inside = k < p.k;
 #pragma unroll
       for (int s = 0; s < SETS; s++) {
-        a[u][s] = inside ? load_once_16(strips[s].top + k) : zero;
-        b[u][s] = inside ? load_once_16(strips[s].bottom + k) : zero;
+        load_once(a[u][s], strips[s].top + k, inside);
+        load_once(b[u][s], strips[s].bottom + k, inside);
       }
       in[u] = inside && real ? *reinterpret_cast<const uint4 *>(x + k) : zero;
     }

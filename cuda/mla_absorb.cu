@@ -18,11 +18,10 @@ static_assert(WARP == 2 * ACROSS, "一个 warp 两行权重");
 using Params = dso_cuda_absorb_params;
 
 template <class E>
-__device__ void add_row(float (&sum)[EACH], uint4 w, float x) {
-  const uint32_t pairs[] = {w.x, w.y, w.z, w.w};
+__device__ void add_row(float (&sum)[EACH], const Words<4> &w, float x) {
 #pragma unroll
   for (int i = 0; i < EACH / 2; i++)
-    sum[2 * i] += x * E::low(pairs[i]), sum[2 * i + 1] += x * E::high(pairs[i]);
+    sum[2 * i] += x * E::low(w.v[i]), sum[2 * i + 1] += x * E::high(w.v[i]);
 }
 
 // 本线程的 8 列，隔 GROUPS 取一个 k；x 的这一轮经共享内存，各行只等一次。
@@ -32,11 +31,12 @@ __device__ void accumulate(const Params &p, const uint16_t *w, const uint16_t *x
   __shared__ uint16_t line[ROWS][ROUND];
   int thread = static_cast<int>(threadIdx.x), group = thread / ACROSS;
   for (int64_t begin = 0; begin < p.k; begin += ROUND) {
-    uint4 rows[DEPTH];
+    Words<4> rows[DEPTH] = {};
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int64_t k = begin + group + d * GROUPS;
-      rows[d] = w && k < p.k ? load_once_16(w + k * p.w_ks) : make_uint4(0, 0, 0, 0);
+      bool inside = w && k < p.k;
+      load_once(rows[d], inside ? w + k * p.w_ks : nullptr, inside);
     }
     __syncthreads();  // 上一轮的都读过了
     for (int i = thread; i < p.m * ROUND; i += THREADS) {

@@ -22,13 +22,17 @@ struct Bf16 {
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(d, a, b0, b1);
   }
-  // 4 位的码放进尾数：低 4 位、第 16 位起的 4 位各得 CODE_BIAS + 码，没有误差。
-  static constexpr float CODE_BIAS = 128.0f;
-  __device__ static uint32_t biased_codes(uint32_t bits) {
-    return (bits & 0x000f000fu) | 0x43004300u;
+  // 零扩展到 16 位的码 u（0 到 255）就是（次正规的）数 u 2^-133，一次乘加得到精确的 (u - 零点) / CODES：
+  // 乘 RAISE（2^127；码在高 4 位的乘 2^123），加 -零点 / CODES。减去的零点同样由字节得到：乘 -2^127。
+  static constexpr float CODES = 64.0f;
+  static constexpr uint32_t RAISE = 0x7f007f00u, RAISE_HIGH = 0x7d007d00u, LOWER = 0xff00ff00u;
+  static constexpr uint32_t MINUS_128 = 0xc000c000u;  // -128 / CODES
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fma_bf16(a, b, c); }
+  // 低 16 位里的两个 e4m3fn。
+  __device__ static uint32_t e4m3(uint32_t bits) {
+    float2 x = e4m3_pair(bits);
+    return pack(x.x, x.y);
   }
-  __device__ static uint32_t pack_pair(float x) { return pack_bf16(x, x); }
-  __device__ static uint32_t subtract(uint32_t a, uint32_t b) { return subtract_bf16(a, b); }
 };
 
 struct F16 {
@@ -41,12 +45,19 @@ struct F16 {
   __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_f16(d, a, b0, b1);
   }
-  static constexpr float CODE_BIAS = 1024.0f;
-  __device__ static uint32_t biased_codes(uint32_t bits) {
-    return (bits & 0x000f000fu) | 0x64006400u;
+  // 同上：u 2^-24，乘 2^15、2^11。
+  static constexpr float CODES = 512.0f;
+  static constexpr uint32_t RAISE = 0x78007800u, RAISE_HIGH = 0x68006800u, LOWER = 0xf800f800u;
+  static constexpr uint32_t MINUS_128 = 0xb400b400u;
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fma_f16(a, b, c); }
+  __device__ static uint32_t e4m3(uint32_t bits) {
+#if __CUDA_ARCH__ >= 890
+    return unpack_e4m3(static_cast<unsigned short>(bits));
+#else
+    float2 x = e4m3_pair(bits);
+    return pack(x.x, x.y);
+#endif
   }
-  __device__ static uint32_t pack_pair(float x) { return pack_f16(x, x); }
-  __device__ static uint32_t subtract(uint32_t a, uint32_t b) { return subtract_f16(a, b); }
 };
 
 // 线程在 16x8 结果片段里的位置：行 fragment_row() + 8 (i / 2)，列 fragment_column() + i % 2。

@@ -84,13 +84,25 @@ namespace {
 
 enum Path { GENERAL, DIRECT, SMALL, MMA, SM90 };
 
+// 至多几个专家有词元。
+int64_t used_experts(const dso_cuda_moe_routing &r) {
+  int64_t slots = r.tokens * r.top_k;
+  return slots < r.experts ? slots : r.experts;
+}
+
+// 多数块不满 8 行：用省寄存器的一份，在途的读更多。多于 8 行的专家分几块，后读的权重在 L2 里。
+bool narrow(const dso_cuda_moe_routing &r) {
+  return r.tokens <= 8 ||
+         (r.tokens <= MOE_SMALL_TOKENS && r.tokens * r.top_k <= used_experts(r) * MOE_SMALL_NARROW);
+}
+
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
   if (p.w.transposed) return MMA;
-  int64_t slots = p.routing.tokens * p.routing.top_k;
-  int64_t used = slots < p.routing.experts ? slots : p.routing.experts;
+  int64_t slots = p.routing.tokens * p.routing.top_k, used = used_experts(p.routing);
   if (!p.saved && moe_direct_fits(p)) return DIRECT;
-  bool few = p.routing.tokens <= MOE_SMALL_TOKENS || slots <= used * MOE_SMALL_AVERAGE;
+  bool few = p.routing.tokens <= MOE_SMALL_TOKENS ||
+             (slots > 0 && slots <= used * MOE_SMALL_AVERAGE);  // 只有共享专家时看词元数
   if (few && !p.saved) return SMALL;
   // 词元少的界在 Hopper 上不变：一块不满 64 行时只有一组算，每周期要 64 字节权重，已是显存带宽的三倍，空行不花时间。
   Device device;
@@ -107,7 +119,7 @@ int64_t dso_cuda_moe_tile_rows(const dso_cuda_moe_experts_params *p) {
     case DIRECT:
       return 0;
     case SMALL:
-      return p->routing.tokens <= 8 ? 8 : MOE_SMALL_ROWS;
+      return narrow(p->routing) ? 8 : MOE_SMALL_ROWS;
     default:
       return MOE_ROWS;
   }

@@ -13,13 +13,19 @@ __device__ inline unsigned char *dynamic_shared() {
   return shared;
 }
 
+// 一次宽访存的几个字。
+template <int V>
+struct alignas(4 * V) Words {
+  uint32_t v[V];
+};
+
 __device__ inline uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // ---- 提前启动（sm_90 起，更早的什么也不做）：约定见 launch.cuh ----
 
-// 等流里前面的核都结束、写的都看得见。每个线程在碰到全局内存、提前返回之前都要走到。
+// 等流里前面的核都结束、写的都看得见。每个线程在碰到全局内存（例外见 launch.cuh）、提前返回之前都要走到。
 __device__ inline void grid_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -120,38 +126,70 @@ __device__ inline uint32_t unpack_e4m3(unsigned short pair) {
 }
 #endif
 
-// 成对的 16 位 a - b，逐个舍入。sm_80 的 bf16 只有乘加：a - b = b * -1 + a。
-__device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+// 成对的 16 位 a * b + c，逐个只舍入一次；次正规数照常。
+__device__ inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
 
-__device__ inline uint32_t subtract_f16(uint32_t a, uint32_t b) {
+__device__ inline uint32_t fma_f16(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
 
-// 字节 0、1、2、3 排成 0、2、1、3。
-__device__ inline uint32_t swap_middle_bytes(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
-
-// ---- 只读一遍的数据（权重）：不在 L1 里留下，x 才留得住 ----
-
-__device__ inline uint4 load_once_16(const void *from) {
-  uint4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "l"(from));
-  return r;
+// 按 SELECTOR 从 x（字节 0 到 3）与 0（字节 4 到 7）里选 4 个字节，最低的在最后一位。
+template <unsigned SELECTOR>
+__device__ __forceinline__ uint32_t select_bytes(uint32_t x) {
+  return __byte_perm(x, 0, SELECTOR);
 }
 
-__device__ inline uint2 load_once_8(const void *from) {
-  uint2 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(r.x), "=r"(r.y)
-               : "l"(from));
-  return r;
+// ---- 显存里的数：valid 为假时不读，to 不变。不用 .nc：那样 ptxas 会把读移到 grid_wait 之后 ----
+
+// 权重只读一遍：不在 L1 里留下，x 才留得住。
+
+__device__ __forceinline__ void load_once(Words<4> &to, const void *from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(to.v[0]), "+r"(to.v[1]), "+r"(to.v[2]), "+r"(to.v[3])
+      : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+__device__ __forceinline__ void load_once(Words<2> &to, const void *from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+      "@p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+      : "+r"(to.v[0]), "+r"(to.v[1])
+      : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+__device__ __forceinline__ void load_once(Words<1> &to, const void *from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
+      "@p ld.global.L1::no_allocate.u32 %0, [%1]; }"
+      : "+r"(to.v[0])
+      : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+// 相邻的还会再读（各组的尺度、零点）：留在 L1 里。
+__device__ __forceinline__ void load_if(float &to, const float *from, bool valid) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.f32 %0, [%1]; }"
+               : "+f"(to)
+               : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+__device__ __forceinline__ void load_if(uint32_t &to, const uint8_t *from, bool valid) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
+               : "+r"(to)
+               : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+// 同样的数，但编译器以为变了：由它算出的在这里重新算，不在长的循环里占着寄存器。
+__device__ __forceinline__ int afresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // 2 的 x 次方，约 2 ulp；-inf 得 0，NaN 得 NaN。

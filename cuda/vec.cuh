@@ -129,11 +129,6 @@ struct alignas(V) Bytes {
 };
 
 template <int V>
-struct alignas(4 * V) Words {
-  uint32_t v[V];
-};
-
-template <int V>
 __device__ inline Vec<V> load(const void *base, dso_dtype dtype, int64_t i) {
   Vec<V> r;
   if constexpr (V < 4) {  // 地址不保证对齐：逐个读

@@ -221,6 +221,20 @@ def test_few_tokens_quantized(tokens, form):
     check_quantized(case, torch.float16)
 
 
+@pytest.mark.parametrize("tokens", [4, 6, 20])
+@pytest.mark.parametrize("form", [None, quantized.INT8, (4, 64, False), quantized.FP8_128], ids=str)
+def test_many_columns(form, tokens):
+    """列多时一个 CTA 的 warp 各管各的列（不分 K，或两个一分）；最后一个 CTA 的列不满。
+    专家多，所以一块 8 行：3 号专家的词元分成几块。"""
+    sizes, index = (tokens, 48, 352, 728), torch.arange(tokens * 8).view(-1, 8) * 7 % 40
+    index[:, 0] = 3
+    if form is None:
+        check(experts(sizes, 40, dtype=torch.bfloat16, bias=True, indices=index))
+        return
+    case = quantized.make(sizes, form, count=40, dtype=torch.bfloat16, indices=index)
+    check_quantized(quantized.with_bias(case), torch.bfloat16)
+
+
 def test_large_zero_points():
     """零点可以是任意的 8 位数：减法仍精确。"""
     case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)

@@ -9,6 +9,11 @@ namespace dso {
 
 inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
 
+template <int V>
+struct alignas(4 * V) Words {
+  uint32_t v[V];
+};
+
 inline uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(cuda_host::shared_offset(p));
 }
@@ -160,31 +165,44 @@ inline uint32_t pack_f16(float a, float b) {
   return __float2half_rn(a).bits | static_cast<uint32_t>(__float2half_rn(b).bits) << 16;
 }
 
-inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
   auto at = [](uint32_t x, int i) { return decode_bf16(static_cast<uint16_t>(x >> (16 * i))); };
-  return pack_bf16(at(a, 0) - at(b, 0), at(a, 1) - at(b, 1));
+  return pack_bf16(std::fma(at(a, 0), at(b, 0), at(c, 0)), std::fma(at(a, 1), at(b, 1), at(c, 1)));
 }
 
-inline uint32_t subtract_f16(uint32_t a, uint32_t b) {
+inline uint32_t fma_f16(uint32_t a, uint32_t b, uint32_t c) {
   auto at = [](uint32_t x, int i) { return decode_f16(static_cast<uint16_t>(x >> (16 * i))); };
-  return pack_f16(at(a, 0) - at(b, 0), at(a, 1) - at(b, 1));
+  return pack_f16(std::fma(at(a, 0), at(b, 0), at(c, 0)), std::fma(at(a, 1), at(b, 1), at(c, 1)));
 }
 
-inline uint32_t swap_middle_bytes(uint32_t x) {
-  return (x & 0xff0000ffu) | (x & 0xff00u) << 8 | (x & 0xff0000u) >> 8;
+template <unsigned SELECTOR>
+uint32_t select_bytes(uint32_t x) {
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++) {
+    unsigned from = SELECTOR >> (4 * i) & 15;
+    if (from < 4) r |= (x >> (8 * from) & 255) << (8 * i);
+  }
+  return r;
 }
 
-template <class T>
-T load_aligned(const void *from) {
-  cuda_host::touch_global();
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) cuda_host::fail("宽访存的地址没有对齐");
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
+template <class T, class From>
+void load_aligned(T &to, const From *from, bool valid) {
+  if (!valid) return;
+  if (reinterpret_cast<uintptr_t>(from) % alignof(T) != 0) cuda_host::fail("宽访存的地址没有对齐");
+  std::memcpy(&to, from, sizeof to);
 }
 
-inline uint4 load_once_16(const void *from) { return load_aligned<uint4>(from); }
-inline uint2 load_once_8(const void *from) { return load_aligned<uint2>(from); }
+template <int V>
+void load_once(Words<V> &to, const void *from, bool valid) {
+  load_aligned(to, from, valid);
+}
+
+inline void load_if(float &to, const float *from, bool valid) { load_aligned(to, from, valid); }
+inline void load_if(uint32_t &to, const uint8_t *from, bool valid) {
+  if (valid) to = *from;
+}
+
+inline int afresh(int x) { return x; }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
