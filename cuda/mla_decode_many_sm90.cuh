@@ -12,10 +12,10 @@
 
 namespace dso::decode {
 
-template <class E, int RANK, int ROWS, int W>
-struct Many : Consumer<E, RANK, ROWS> {
-  using Base = Consumer<E, RANK, ROWS>;
-  using S = Shape<RANK, ROWS>;
+template <class E, class S, int W>
+struct Many : Consumer<E, S> {
+  static constexpr int RANK = S::RANK, ROWS = S::ROWS;
+  using Base = Consumer<E, S>;
   using Base::args, Base::in, Base::shared, Base::ring, Base::warp, Base::lane, Base::tile;
   static constexpr int ALL = S::BOXES + 1;
 
@@ -201,8 +201,8 @@ struct Many : Consumer<E, RANK, ROWS> {
       int row = line_of(h);
       float total = keep_of(0, row) + keep_of(1, row);
       if (!piece.whole && W == 0 && lane % 4 == 0)
-        args.part_m[piece.slot * ROWS + row] = top_of(row),
-                                        args.part_l[piece.slot * ROWS + row] = total;
+        args.part_m[this->part_at(piece, row)] = top_of(row),
+                                         args.part_l[this->part_at(piece, row)] = total;
       auto to = Base::row_of(piece, row, W * RANK / 2 + lane % 4 * 2, total);
 #pragma unroll
       for (int i = 0; i < RANK / 4; i += 4) to.write_pair(i * 2, o[i + 2 * h], o[i + 2 * h + 1]);
@@ -213,7 +213,7 @@ struct Many : Consumer<E, RANK, ROWS> {
   __device__ void run(const Piece &piece) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      l[h] = 0.0f, limit[h] = row_limit(args, piece, line_of(h));
+      l[h] = 0.0f, limit[h] = row_limit(args, piece, Base::of_group(line_of(h)));
       if (W == 0 && lane % 4 == 0) top_of(line_of(h)) = -INFINITY;
     }
 #pragma unroll
