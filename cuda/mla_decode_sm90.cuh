@@ -20,8 +20,8 @@ namespace dso::decode {
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
 constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
-// 具名屏障；后两种一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
-constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
+// 具名屏障；GROUP、READY 一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）；TURN：得分的先后。
+constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4, TURN_BARRIER = 6;
 
 // 一个 CTA ROWS 行，CTAS 个一个 cluster，合用读进来的键。
 template <int RANK_, int ROWS_, int CTAS_>
@@ -41,6 +41,8 @@ struct Shape {
   static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
   static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
   static_assert(STAGES >= 2, "放不下两级");
+  // 只有两级时，一级放行到要用不过一千多个周期，盖不住显存的延迟（约一微秒）：提前两级读进 L2。
+  static constexpr bool PREFETCH = STAGES == 2;
 };
 
 // 环里的位置：第几级、这一级用过几轮（的奇偶）。
@@ -93,6 +95,17 @@ struct Producer {
   const CUtensorMap *latent, *rope;
   Shared<S> shared;
   Ring ring;
+  bool started = false;
+
+  // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
+  __device__ int tail() const { return in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS; }
+
+  // 从 slot 起的一块，各 CTA 分着。
+  __device__ void prefetch(int slot, int row) const {
+    for (int i = S::CTAS == 1 ? 0 : cluster_rank(); i <= S::BOXES; i += S::CTAS)
+      tma_prefetch(i == S::BOXES ? rope : latent, i == S::BOXES ? tail() : i * BOX_COLUMNS, slot,
+                   row);
+  }
 
   __device__ void load_box(int i, const CUtensorMap *map, int column, int slot, int row) const {
     uint64_t *full = shared.full(ring.stage, i);
@@ -106,19 +119,25 @@ struct Producer {
 
   __device__ void load_part(const Piece &piece, int slot, int part) {
     int first = part * S::HALF, count = part == TAIL ? 1 : S::HALF;
-    // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
-    int tail = in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS;
     mbarrier_wait(shared.empty(ring.stage, part), ring.parity ^ 1);
     for (int i = first; i < first + count; i++)
-      load_box(i, part == TAIL ? rope : latent, part == TAIL ? tail : i * BOX_COLUMNS, slot,
+      load_box(i, part == TAIL ? rope : latent, part == TAIL ? tail() : i * BOX_COLUMNS, slot,
                piece.at.row);
   }
 
   __device__ void run(const Piece &piece) {
-    for (int block = 0; block < piece.units; block++) {
-      if (threadIdx.x % WARP == 0) {
-        int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
+    int slot = piece.at.slot + piece.key_begin;
+    bool first = threadIdx.x % WARP == 0;
+    // 上一段还没有算完，这一段的头几块已经可以读了。
+    if (S::PREFETCH && first && started)
+      for (int block = 0; block < piece.units && block < S::STAGES; block++)
+        prefetch(slot + block * S::KEYS, piece.at.row);
+    started = true;
+    for (int block = 0; block < piece.units; block++, slot += S::KEYS) {
+      if (first) {
         for (int part = 0; part < PARTS; part++) load_part(piece, slot, part);
+        if (S::PREFETCH && block + S::STAGES < piece.units)
+          prefetch(slot + S::STAGES * S::KEYS, piece.at.row);
       }
       ring = ring.next(S::STAGES);
     }

@@ -124,6 +124,13 @@ __device__ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint
       : "memory");
 }
 
+// 只读进 L2，不等：之后的 tma_load 不必等显存。
+__device__ inline void tma_prefetch(const CUtensorMap *map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
 // 普通的写（含 cp.async、stmatrix）要给 wgmma、TMA 看见：写的线程各自执行，然后才是屏障。
 __device__ inline void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

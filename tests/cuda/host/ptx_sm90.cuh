@@ -100,6 +100,9 @@ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
                      int w) {
   tma_load_box(to, map, barrier, {x, y, z, w});
 }
+inline void tma_prefetch(const CUtensorMap *map, int, int, int) {
+  if (map->rank != 3) cuda_host::fail("TMA 的坐标个数与张量描述的维数不同");
+}
 inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier, unsigned mask,
                                int x, int y, int z) {
   tma_load_box(to, map, barrier, {x, y, z}, mask);
