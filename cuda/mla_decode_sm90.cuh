@@ -177,14 +177,20 @@ struct Consumer {
     mbarrier_wait(shared.full(at.stage, box), at.parity);
   }
 
-  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。
+  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。地址要几次除法：一个线程算一行，再广播。
   __device__ void load_queries(const Piece &piece) {
-    for (int row = static_cast<int>(threadIdx.x) / WARP; row < S::ROWS;
-         row += S::CONSUMERS / WARP) {
-      int64_t at = row_at(args, piece, of_group(row));
-      const auto *latent = static_cast<const uint16_t *>(args.q_abs) + (at < 0 ? 0 : at * in.rank);
-      const auto *rope = static_cast<const uint16_t *>(in.q);
-      if (at >= 0) rope += query_at(in, at / in.heads, at % in.heads) + in.nope_dim;
+    constexpr int WARPS = S::CONSUMERS / WARP;
+    const int first = static_cast<int>(threadIdx.x) / WARP;
+    const auto *latents = static_cast<const uint16_t *>(args.q_abs);
+    const auto *ropes = static_cast<const uint16_t *>(in.q) + in.nope_dim;
+    int64_t mine =
+        lane < S::ROWS / WARPS ? row_at(args, piece, of_group(first + lane * WARPS)) : -1;
+    int64_t tail = mine < 0 ? 0 : query_at(in, mine / in.heads, mine % in.heads);
+    for (int i = 0; i < S::ROWS / WARPS; i++) {
+      const int row = first + i * WARPS;
+      const int64_t at = __shfl_sync(ALL_LANES, mine, i);
+      const auto *latent = latents + (at < 0 ? 0 : at * in.rank);
+      const auto *rope = ropes + __shfl_sync(ALL_LANES, tail, i);
       for (int c = lane; c < (S::BOXES + 1) * 8; c += WARP) {
         int column = c * 8;
         bool part = column < S::RANK;
