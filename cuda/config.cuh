@@ -11,12 +11,15 @@ constexpr int DECODE_KEYS = 32;
 // 一个 CTA 至少连续处理这么多块：再少则部分结果（16 行 x 512 x 4 字节）的写读超过省下的时间。
 constexpr int DECODE_MIN_UNITS = 2;
 // 一组查询（词元 x 头）的行数只取 16、32、64：少了浪费不大（受限于带宽），多了寄存器放不下 O。
-constexpr int DECODE_ROWS[] = {16, 32, 64};
+constexpr int DECODE_ROWS[] = {16, 32, 64}, DECODE_MOST_ROWS = 64;
 // Hopper 路径：wgmma 的一维固定是 64，键放在上面；一级 72 KiB（r = 512），至多两级，r 小时四级已经盖住延迟。
 // 8 行起，行少时不必补齐。
 constexpr int DECODE_KEYS_SM90 = 64;
 constexpr int DECODE_STAGES_SM90 = 4;
 constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
+// 两组 64 行合用一份键的 cluster：一块 72 KiB 算 2368 个周期，各读各的在 600 TFLOP/s 时要从 L2 读 5 TB/s，
+// 接近上限；TMA 一次写到两个 CTA，减半。r 小于一档的少见，不值得多编译几个核。
+constexpr int DECODE_CLUSTER_SM90 = 2, DECODE_CLUSTER_RANK = 256;
 // 64 行时每个调度器上两个消费者 warp、一个生产者 warp，共 512 个寄存器。
 constexpr int DECODE_PRODUCER_REGISTERS = 40, DECODE_CONSUMER_REGISTERS = 232;
 constexpr int SHARED_SM90 = 227 << 10;

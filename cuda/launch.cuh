@@ -57,24 +57,42 @@ inline bool wants_early() {
   return !(wanted && std::atoi(wanted) == 0) && !(forced && std::atoi(forced) < 9);
 }
 
-// 排进 stream 后立即返回；动态共享内存超过 48 KiB 时先放开这个核的上限。核都要 grid_wait。
+// 动态共享内存超过 48 KiB 时先放开这个核的上限。
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+  if (bytes <= (48 << 10)) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+// 排进 stream 后立即返回；x 一维上相邻的 cluster 块是一个 cluster（1：没有），grid.x 是它的倍数。核都要 grid_wait。
+template <class... P, class... A>
+cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block,
+                           size_t shared_bytes, cudaStream_t stream, A... args) {
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (wants_early() && starts_early()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream, config.attrs = attributes, config.numAttrs = count;
+  error = cudaLaunchKernelEx(&config, kernel, args...);
+  cudaError_t sticky = cudaGetLastError();
+  return error != cudaSuccess ? error : sticky;
+}
+
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, A... args) {
-  if (shared_bytes > (48 << 10)) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &early, config.numAttrs = wants_early() && starts_early() ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, args...);
-  return cudaGetLastError();
+  return launch_cluster(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
 // 当前设备：SM 数、每块共享内存的上限（字节）、计算能力的主版本（DEEPSEEK_OPT_CUDA_MAJOR 可以当作较早的：测试与

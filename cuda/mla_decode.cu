@@ -31,6 +31,7 @@ bool mma_ok(const dso_cuda_mla_decode_params *p) {
 struct Plan {
   DecodeArgs args;
   cudaError_t (*run)(const DecodeArgs &args, int *bytes, cudaStream_t stream);  // 走的路径
+  int cluster;  // 几个 SM 合起来算 Schedule 的一个 CTA
   size_t scratch;
 };
 
@@ -52,10 +53,19 @@ bool tma_ok(const dso_cuda_mla_decode_params *p, const Device &device) {
          (in.rope_dim == 0 || strides_ok(in.rope_bs, in.rope_ts));
 }
 
+// 64 行一组、最长的 span 有 groups 组时，要不要两组交给一个 cluster：组数是偶数，那个 span 不会多算一组；短的 span
+// 平均也多于一组，多算的有限。
+bool cluster_ok(const dso_mla_inputs &in, const Device &device, int64_t groups) {
+  return device.sms >= DECODE_CLUSTER_SM90 && in.rank > DECODE_CLUSTER_RANK &&
+         groups % DECODE_CLUSTER_SM90 == 0 &&
+         in.b * in.t * in.heads > DECODE_MOST_ROWS * in.n_spans;
+}
+
 // 行数：能一组就一组；几组时分得匀一些，再取够用的最小一档，共享内存放不下就降一档。
 void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan *plan) {
   Schedule &s = plan->args.schedule;
-  int64_t most = p->most_rows < 1 ? 1 : p->most_rows, wanted = ceil_div(most, ceil_div(most, 64));
+  int64_t most = p->most_rows < 1 ? 1 : p->most_rows;
+  int64_t groups = ceil_div(most, DECODE_MOST_ROWS), wanted = ceil_div(most, groups);
   if (plan->run == run_decode_general) {
     s.rows = GENERAL_ROWS, s.keys = GENERAL_KEYS;
     while (s.keys > 1 && shared_bytes(*plan) > device.shared_limit) s.keys /= 2;
@@ -65,6 +75,8 @@ void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan
     s.keys = DECODE_KEYS_SM90;
     for (int rows : DECODE_ROWS_SM90)
       if (s.rows < wanted) s.rows = rows;
+    if (cluster_ok(p->in, device, groups))
+      plan->cluster = DECODE_CLUSTER_SM90, s.rows *= plan->cluster;
     return;
   }
   s.keys = DECODE_KEYS;
@@ -84,6 +96,7 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   cudaError_t error = device_of(&device);
   if (error != cudaSuccess) return error;
   *plan = {};
+  plan->cluster = 1;
   plan->args.in = p->in, plan->args.q_abs = p->q_abs, plan->args.o = p->o;
   plan->args.dtype = p->dtype;
   plan->run = !mma_ok(p)          ? run_decode_general
@@ -99,7 +112,7 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   int64_t units = groups * ceil_div(p->in.s, s.keys);
   int resident = (device.shared_limit + 1024) / (bytes + 1024);
   int64_t most = ceil_div(units, s.minimum_units);
-  s.ctas = device.sms * (resident < 1 ? 1 : resident);
+  s.ctas = device.sms / plan->cluster * (resident < 1 ? 1 : resident);
   if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
   s.tracks = 1;
   while (s.tracks < DECODE_TRACKS && 2 * s.tracks * s.rows <= p->most_rows + s.rows - 1 &&

@@ -37,10 +37,9 @@ __device__ inline int64_t row_at(const DecodeArgs &args, const Piece &piece, int
   return piece.at.q_begin * args.in.heads + flat;
 }
 
-// 依次 run(一段)，整个 warp 一起；writer 是恰好一个线程，由它记下要合并的。
+// 依次 run(一段)，整个 warp 一起；writer 是恰好一个线程，由它记下要合并的。一个 cluster 的几块合起来算一个 CTA。
 template <class Run>
-__device__ void each_piece(const DecodeArgs &args, bool writer, Run run) {
-  int cta = static_cast<int>(blockIdx.x);
+__device__ void each_piece(const DecodeArgs &args, int cta, bool writer, Run run) {
   Walk walk = start_walk(args.in, args.schedule, cta);
   if (writer) args.splits[cta].rows = 0;
   Piece piece;

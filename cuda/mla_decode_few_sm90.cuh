@@ -5,10 +5,10 @@
 
 namespace dso::decode {
 
-template <class E, int RANK, int ROWS>
-struct Few : Consumer<E, RANK, ROWS> {
-  using Base = Consumer<E, RANK, ROWS>;
-  using S = Shape<RANK, ROWS>;
+template <class E, class S>
+struct Few : Consumer<E, S> {
+  static constexpr int ROWS = S::ROWS;
+  using Base = Consumer<E, S>;
   using Base::args, Base::in, Base::shared, Base::ring, Base::warp, Base::lane, Base::tile;
 
   static constexpr int COLUMNS = ROWS / 4;  // 一个线程有几列查询
@@ -106,7 +106,8 @@ struct Few : Consumer<E, RANK, ROWS> {
     for (int i = 0; i < COLUMNS; i++) {
       int row = query_of(i);
       if (!piece.whole && warp == 0 && lane < 4)
-        args.part_m[piece.slot * ROWS + row] = m[i], args.part_l[piece.slot * ROWS + row] = l[i];
+        args.part_m[this->part_at(piece, row)] = m[i],
+                                         args.part_l[this->part_at(piece, row)] = l[i];
       auto to = this->row_of(piece, row, warp * 16 + lane / 4, l[i]);
 #pragma unroll
       for (int box = 0; box < S::BOXES; box++)

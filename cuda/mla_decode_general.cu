@@ -129,7 +129,7 @@ __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeA
   grid_wait();
   GeneralLayout at(args.in, args.schedule.keys);
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
-  each_piece(args, threadIdx.x == 0,
+  each_piece(args, static_cast<int>(blockIdx.x), threadIdx.x == 0,
              [&](const Piece &piece) { general_piece(args, piece, shared, at); });
 }
 

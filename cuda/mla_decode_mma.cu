@@ -325,7 +325,8 @@ __global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS,
                              1) void mla_decode_kernel(DecodeArgs args) {
   grid_wait();
   Attend<E, RANK, ROWS> attend(args);
-  each_piece(args, threadIdx.x == 0, [&](const Piece &piece) { attend.run(piece); });
+  each_piece(args, static_cast<int>(blockIdx.x), threadIdx.x == 0,
+             [&](const Piece &piece) { attend.run(piece); });
 }
 
 // ---- 主机侧 ----

@@ -7,33 +7,53 @@ namespace {
 using namespace dso;
 using namespace dso::decode;
 
-template <class E, int RANK, int ROWS>
-__global__ __launch_bounds__(Shape<RANK, ROWS>::THREADS, 1) void mla_decode_sm90_kernel(
+template <class S>
+__device__ void produce(const DecodeArgs &args, int cta, const CUtensorMap *latent,
+                        const CUtensorMap *rope) {
+  bool writer = threadIdx.x == S::CONSUMERS && (S::CTAS == 1 || cluster_rank() == 0);
+  Producer<S> producer{args.in, latent, rope, {}, {}};
+  each_piece(args, cta, writer, [&](const Piece &piece) { producer.run(piece); });
+}
+
+template <class Consumer>
+__device__ void consume(const DecodeArgs &args, int cta) {
+  Consumer consumer(args);
+  each_piece(args, cta, false, [&](const Piece &piece) { consumer.run(piece); });
+}
+
+// 全部线程都到了才继续：别的 CTA 要写的共享内存、要到达的 mbarrier 都还在。
+template <class S>
+__device__ void sync_ctas() {
+  if constexpr (S::CTAS == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+template <class E, int RANK, int ROWS, int CTAS>
+__global__ __launch_bounds__(Shape<RANK, ROWS, CTAS>::THREADS, 1) void mla_decode_sm90_kernel(
     DecodeArgs args, const __grid_constant__ CUtensorMap latent,
     const __grid_constant__ CUtensorMap rope) {
-  using S = Shape<RANK, ROWS>;
-  int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) Shared<RANK, ROWS>().start();
-  __syncthreads();
+  using S = Shape<RANK, ROWS, CTAS>;
+  int thread = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x) / CTAS;
+  if (thread == 0) Shared<S>().start();
+  sync_ctas<S>();
   grid_wait();
   if (thread >= S::CONSUMERS) {
     if constexpr (!S::FEW) registers_decrease<DECODE_PRODUCER_REGISTERS>();
-    if (thread >= S::CONSUMERS + WARP) return;
-    Producer<RANK, ROWS> producer{args.in, &latent, &rope, {}, {}};
-    each_piece(args, thread == S::CONSUMERS, [&](const Piece &piece) { producer.run(piece); });
+    if (thread < S::CONSUMERS + WARP) produce<S>(args, cta, &latent, &rope);
   } else if constexpr (S::FEW) {
-    Few<E, RANK, ROWS> consumer(args);
-    each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
+    consume<Few<E, S>>(args, cta);
   } else {
     registers_increase<DECODE_CONSUMER_REGISTERS>();
-    if (thread < GROUP) {
-      Many<E, RANK, ROWS, 0> consumer(args);
-      each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
-    } else {
-      Many<E, RANK, ROWS, 1> consumer(args);
-      each_piece(args, false, [&](const Piece &piece) { consumer.run(piece); });
-    }
+    if (thread < GROUP)
+      consume<Many<E, S, 0>>(args, cta);
+    else
+      consume<Many<E, S, 1>>(args, cta);
   }
+  if constexpr (CTAS > 1) sync_ctas<S>();
 }
 
 // ---- 主机侧 ----
@@ -49,9 +69,9 @@ cudaError_t cache_map(CUtensorMap *map, const DecodeArgs &args, const void *data
                                {BOX_COLUMNS, DECODE_KEYS_SM90, 1}});
 }
 
-template <class E, int RANK, int ROWS>
+template <class E, int RANK, int ROWS, int CTAS = 1>
 cudaError_t run(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
-  using S = Shape<RANK, ROWS>;
+  using S = Shape<RANK, ROWS, CTAS>;
   if (bytes) {
     *bytes = S::BYTES;
     return cudaSuccess;
@@ -63,9 +83,9 @@ cudaError_t run(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
   if (error == cudaSuccess && in.rope_dim > 0)
     error = cache_map(&rope, args, in.rope, in.rope_dim, in.rope_bs, in.rope_ts);
   if (error != cudaSuccess) return error;
-  return launch(mla_decode_sm90_kernel<E, RANK, ROWS>,
-                dim3(static_cast<unsigned>(args.schedule.ctas)), dim3(S::THREADS),
-                static_cast<size_t>(S::BYTES), stream, args, latent, rope);
+  return launch_cluster(mla_decode_sm90_kernel<E, RANK, ROWS, CTAS>, CTAS,
+                        dim3(static_cast<unsigned>(args.schedule.ctas * CTAS)), dim3(S::THREADS),
+                        static_cast<size_t>(S::BYTES), stream, args, latent, rope);
 }
 
 template <class E, int RANK>
@@ -77,8 +97,10 @@ cudaError_t pick_rows(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
       return run<E, RANK, 16>(args, bytes, stream);
     case 32:
       return run<E, RANK, 32>(args, bytes, stream);
-    default:
+    case 64:
       return run<E, RANK, 64>(args, bytes, stream);
+    default:  // 一个 cluster 的：只有最大的一档 r（cluster_ok）
+      return run<E, 512, 64, DECODE_CLUSTER_SM90>(args, bytes, stream);
   }
 }
 

@@ -20,11 +20,13 @@ namespace dso::decode {
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
 constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
-// 具名屏障；后两种一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
-constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
+// 具名屏障；GROUP、READY 一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）；TURN：得分的先后。
+constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4, TURN_BARRIER = 6;
 
-template <int RANK, int ROWS>
+// 一个 CTA ROWS 行，CTAS 个一个 cluster，合用读进来的键。
+template <int RANK_, int ROWS_, int CTAS_>
 struct Shape {
+  static constexpr int RANK = RANK_, ROWS = ROWS_, CTAS = CTAS_;
   static constexpr bool FEW = ROWS <= 32;
   static constexpr int GROUPS = FEW ? 1 : 2;
   // 两个消费者组时生产者也占一组（只有第一个 warp 干活），好把它的寄存器让出来。
@@ -39,6 +41,8 @@ struct Shape {
   static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
   static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
   static_assert(STAGES >= 2, "放不下两级");
+  // 只有两级时，一级放行到要用不过一千多个周期，盖不住显存的延迟（约一微秒）：提前两级读进 L2。
+  static constexpr bool PREFETCH = STAGES == 2;
 };
 
 // 环里的位置：第几级、这一级用过几轮（的奇偶）。
@@ -49,9 +53,8 @@ struct Ring {
   }
 };
 
-template <int RANK, int ROWS>
+template <class S>
 struct Shared {
-  using S = Shape<RANK, ROWS>;
   unsigned char *stages, *queries;
   float *floats;
   uint64_t *barriers;
@@ -60,7 +63,7 @@ struct Shared {
     stages = dynamic_shared();
     queries = stages + S::STAGES * S::STAGE;
     floats = reinterpret_cast<float *>(queries + S::QUERIES);
-    barriers = reinterpret_cast<uint64_t *>(floats + 5 * ROWS);
+    barriers = reinterpret_cast<uint64_t *>(floats + 5 * S::ROWS);
   }
   __device__ unsigned char *stage(int i) const { return stages + i * S::STAGE; }
   __device__ uint64_t *full(int stage, int box) const {
@@ -70,46 +73,71 @@ struct Shared {
     return full(S::STAGES, 0) + stage * PARTS + part;
   }
 
-  // 一半潜变量由用它的组放行（行少时只有一组），最后一块由所有消费者放行；一个 warp 报到一次。
+  // 一半潜变量由用它的组放行（行少时只有一组），最后一块由所有消费者放行；一个 warp 报到一次，各 CTA 的都算。
   __device__ void start() const {
     for (int i = 0; i < S::STAGES; i++) {
       for (int box = 0; box <= S::BOXES; box++) mbarrier_init(full(i, box), 1);
       for (int part = 0; part < PARTS; part++)
-        mbarrier_init(empty(i, part), part == TAIL ? S::CONSUMERS / WARP : GROUP / WARP);
+        mbarrier_init(empty(i, part), S::CTAS * (part == TAIL ? S::CONSUMERS : GROUP) / WARP);
     }
     mbarrier_init_fence();
   }
 };
 
 // ---- 生产者：整个 warp 找下一段，第一个线程发 TMA ----
+//
+// 有 cluster 时各 CTA 轮着发，一块写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的
+// mbarrier_expect 先到也不要紧：还差那一次到达，这一相不会提前结束。
 
-template <int RANK, int ROWS>
+template <class S>
 struct Producer {
-  using S = Shape<RANK, ROWS>;
-
   const dso_mla_inputs &in;
   const CUtensorMap *latent, *rope;
-  Shared<RANK, ROWS> shared;
+  Shared<S> shared;
   Ring ring;
+  bool started = false;
+
+  // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
+  __device__ int tail() const { return in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS; }
+
+  // 从 slot 起的一块，各 CTA 分着。
+  __device__ void prefetch(int slot, int row) const {
+    for (int i = S::CTAS == 1 ? 0 : cluster_rank(); i <= S::BOXES; i += S::CTAS)
+      tma_prefetch(i == S::BOXES ? rope : latent, i == S::BOXES ? tail() : i * BOX_COLUMNS, slot,
+                   row);
+  }
+
+  __device__ void load_box(int i, const CUtensorMap *map, int column, int slot, int row) const {
+    uint64_t *full = shared.full(ring.stage, i);
+    unsigned char *to = shared.stage(ring.stage) + i * S::BOX;
+    mbarrier_expect(full, S::BOX);
+    if constexpr (S::CTAS == 1)
+      tma_load(to, map, full, column, slot, row);
+    else if ((i + ring.stage) % S::CTAS == cluster_rank())
+      tma_load_multicast(to, map, full, (1u << S::CTAS) - 1, column, slot, row);
+  }
 
   __device__ void load_part(const Piece &piece, int slot, int part) {
     int first = part * S::HALF, count = part == TAIL ? 1 : S::HALF;
-    // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
-    int tail = in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS;
     mbarrier_wait(shared.empty(ring.stage, part), ring.parity ^ 1);
-    for (int i = first; i < first + count; i++) {
-      uint64_t *full = shared.full(ring.stage, i);
-      mbarrier_expect(full, S::BOX);
-      tma_load(shared.stage(ring.stage) + i * S::BOX, part == TAIL ? rope : latent, full,
-               part == TAIL ? tail : i * BOX_COLUMNS, slot, piece.at.row);
-    }
+    for (int i = first; i < first + count; i++)
+      load_box(i, part == TAIL ? rope : latent, part == TAIL ? tail() : i * BOX_COLUMNS, slot,
+               piece.at.row);
   }
 
   __device__ void run(const Piece &piece) {
-    for (int block = 0; block < piece.units; block++) {
-      if (threadIdx.x % WARP == 0) {
-        int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
+    int slot = piece.at.slot + piece.key_begin;
+    bool first = threadIdx.x % WARP == 0;
+    // 上一段还没有算完，这一段的头几块已经可以读了。
+    if (S::PREFETCH && first && started)
+      for (int block = 0; block < piece.units && block < S::STAGES; block++)
+        prefetch(slot + block * S::KEYS, piece.at.row);
+    started = true;
+    for (int block = 0; block < piece.units; block++, slot += S::KEYS) {
+      if (first) {
         for (int part = 0; part < PARTS; part++) load_part(piece, slot, part);
+        if (S::PREFETCH && block + S::STAGES < piece.units)
+          prefetch(slot + S::STAGES * S::KEYS, piece.at.row);
       }
       ring = ring.next(S::STAGES);
     }
@@ -119,14 +147,13 @@ struct Producer {
 
 // ---- 消费者的公共部分 ----
 
-template <class E, int RANK, int ROWS>
+template <class E, class S>
 struct Consumer {
-  using S = Shape<RANK, ROWS>;
   static constexpr bool BF16 = E::dtype == DSO_BF16;
 
   const DecodeArgs &args;
   const dso_mla_inputs &in;
-  Shared<RANK, ROWS> shared;
+  Shared<S> shared;
   Ring ring;
   int warp, lane;  // warp 是组内的
 
@@ -136,24 +163,40 @@ struct Consumer {
         warp(static_cast<int>(threadIdx.x) % GROUP / WARP),
         lane(static_cast<int>(threadIdx.x) % WARP) {}
 
+  // 第 row 行在组内是第几行：cluster 的各 CTA 依次接着。
+  __device__ static int of_group(int row) {
+    return S::CTAS == 1 ? row : cluster_rank() * S::ROWS + row;
+  }
+  // 第 row 行在部分结果里的下标。
+  __device__ int part_at(const Piece &piece, int row) const {
+    return piece.slot * S::CTAS * S::ROWS + of_group(row);
+  }
+
   __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
   __device__ void wait(Ring at, int box) const {
     mbarrier_wait(shared.full(at.stage, box), at.parity);
   }
 
-  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。
+  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。地址要几次除法：一个线程算一行，再广播。
   __device__ void load_queries(const Piece &piece) {
-    for (int row = static_cast<int>(threadIdx.x) / WARP; row < ROWS; row += S::CONSUMERS / WARP) {
-      int64_t at = row_at(args, piece, row);
-      const auto *latent = static_cast<const uint16_t *>(args.q_abs) + (at < 0 ? 0 : at * in.rank);
-      const auto *rope = static_cast<const uint16_t *>(in.q);
-      if (at >= 0) rope += query_at(in, at / in.heads, at % in.heads) + in.nope_dim;
+    constexpr int WARPS = S::CONSUMERS / WARP;
+    const int first = static_cast<int>(threadIdx.x) / WARP;
+    const auto *latents = static_cast<const uint16_t *>(args.q_abs);
+    const auto *ropes = static_cast<const uint16_t *>(in.q) + in.nope_dim;
+    int64_t mine =
+        lane < S::ROWS / WARPS ? row_at(args, piece, of_group(first + lane * WARPS)) : -1;
+    int64_t tail = mine < 0 ? 0 : query_at(in, mine / in.heads, mine % in.heads);
+    for (int i = 0; i < S::ROWS / WARPS; i++) {
+      const int row = first + i * WARPS;
+      const int64_t at = __shfl_sync(ALL_LANES, mine, i);
+      const auto *latent = latents + (at < 0 ? 0 : at * in.rank);
+      const auto *rope = ropes + __shfl_sync(ALL_LANES, tail, i);
       for (int c = lane; c < (S::BOXES + 1) * 8; c += WARP) {
         int column = c * 8;
-        bool part = column < RANK;
-        bool ok = at >= 0 && (part ? column < in.rank : column - RANK < in.rope_dim);
+        bool part = column < S::RANK;
+        bool ok = at >= 0 && (part ? column < in.rank : column - S::RANK < in.rope_dim);
         cp_async_16(shared.queries + c / 8 * S::QUERY_BOX + swizzled(row, c % 8 * 8),
-                    part ? latent + (ok ? column : 0) : rope + (ok ? column - RANK : 0), ok);
+                    part ? latent + (ok ? column : 0) : rope + (ok ? column - S::RANK : 0), ok);
       }
     }
     cp_async_commit();
@@ -222,18 +265,22 @@ struct Consumer {
   };
 
   __device__ Row row_of(const Piece &piece, int row, int column, float l) const {
-    int64_t at = row_at(args, piece, row);
+    int64_t at = row_at(args, piece, of_group(row));
     Row to{nullptr, nullptr, l == 0.0f ? 0.0f : 1.0f / l,
            at < 0 ? 0 : static_cast<int>(in.rank) - column};
     if (piece.whole)
       to.whole = static_cast<uint16_t *>(args.o) + (at < 0 ? 0 : at * in.rank + column);
     else
-      to.part = args.part + static_cast<int64_t>(piece.slot * ROWS + row) * in.rank + column;
+      to.part = args.part + static_cast<int64_t>(part_at(piece, row)) * in.rank + column;
     return to;
   }
 
   __device__ void release(Ring at, int part) const {
-    if (lane == 0) mbarrier_arrive(shared.empty(at.stage, part));
+    if constexpr (S::CTAS == 1) {
+      if (lane == 0) mbarrier_arrive(shared.empty(at.stage, part));
+    } else if (lane < S::CTAS) {
+      mbarrier_arrive_at(shared.empty(at.stage, part), lane);
+    }
   }
 };
 

@@ -55,6 +55,36 @@ __device__ inline void mbarrier_wait(uint64_t *barrier, int parity) {
   } while (!done);
 }
 
+// ---- cluster：几个 CTA 互相看得见共享内存 ----
+
+__device__ inline int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// 全部 CTA 的全部线程都到了，等的才继续。
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// 第 rank 个 CTA 里同样偏移的 mbarrier（可以是自己的）。只用来放行异步读完（wgmma_wait 之后）的缓冲，不传数据，
+// 所以不写 .release.cluster：那会先等这个线程的全部访存（MEMBAR.GPU）。
+__device__ inline void mbarrier_arrive_at(uint64_t *barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // ---- TMA：一个线程发起，把 map 的一个框（坐标从最内一维起，界外填 0）拷进共享内存，写完记在 barrier 上 ----
 
 __device__ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x, int y) {
@@ -81,6 +111,24 @@ __device__ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barr
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
+}
+
+// 写到 cluster 里 mask 的各个 CTA：同样的偏移，各记在自己的 barrier 上。L2 只读一次。
+__device__ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier,
+                                          unsigned mask, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(mask)), "r"(x), "r"(y),
+      "r"(z)
+      : "memory");
+}
+
+// 只读进 L2，不等：之后的 tma_load 不必等显存。
+__device__ inline void tma_prefetch(const CUtensorMap *map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
 }
 
 // 普通的写（含 cp.async、stmatrix）要给 wgmma、TMA 看见：写的线程各自执行，然后才是屏障。

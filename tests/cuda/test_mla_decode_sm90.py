@@ -25,7 +25,7 @@ LARGE, NO_ROPE = (512, 64, 8, 8), (512, 0, 8, 8)
 def decode(case):
     """运行一次：没有库冲突；返回结果。"""
     library = host_library.load()
-    library.dso_host_reset_conflicts()
+    library.dso_host_reset_counts()
     got = ops.mla_decode(*case.args())
     assert library.dso_host_conflicts() == 0
     return got
@@ -134,6 +134,75 @@ def test_strides_tma_cannot_take(monkeypatch):
         got = check(case.but(latent=latent))
         monkeypatch.setenv("DSO_HOST_MAJOR", "8")
         assert torch.equal(decode(case.but(latent=latent)), got)
+
+
+# ---- 一个 cluster 两个 CTA（128 行一组）----
+
+
+def half(case, begin):
+    """只有 [begin, begin + 64) 这些头的同样一份。"""
+    width, heads = case.kv_b.shape[0] // case.q.shape[2], slice(begin, begin + 64)
+    weight = case.kv_b.unflatten(0, (-1, width))[heads].flatten(0, 1)
+    return case.but(q=case.q[:, :, heads].contiguous(), kv_b=weight)
+
+
+@pytest.mark.parametrize(
+    "heads, steps, spans, shared",
+    [(128, 1, 1, True), (128, 2, 1, True), (70, 1, 2, True), (64, 2, 1, True)]
+    + [(64, 1, 1, False), (64, 3, 1, False), (16, 8, 3, False)],
+)
+def test_two_ctas_share_what_they_read(heads, steps, spans, shared):
+    """键从 L2 只读一遍：一个 cluster 的读数是各读各的一半。spans 大于 1 时另有只有一个词元的 span。"""
+    case = attention(1, steps + spans - 1, 130, heads, LARGE, dtype=BF16)
+    first = torch.tensor([[0, steps, 0, 130]])
+    rest = [[steps + i, steps + i + 1, 0, 130] for i in range(spans - 1)]
+    check(case.but(spans=torch.cat([first, torch.tensor(rest, dtype=torch.long).view(-1, 4)])))
+    groups = -(-steps * heads // 64) + (spans - 1) * -(-heads // 64)
+    blocks, boxes = 3, 9
+    assert host_library.load().dso_host_boxes() == groups * blocks * boxes // (1 + shared)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cluster_has_the_same_bits(monkeypatch, clusters, masked):
+    """每个头与一个 CTA 64 行时逐位相同：键的划分一样（一行分成几段、整行一段）。"""
+    begin, end = [0, 10, 70, 9, 0], [70, 330, 72, 9, 129]
+    case = attention(5, 1, 330, 128, LARGE, dtype=BF16, begin=begin, end=end, masked=masked)
+    want = hide(case, begin, end)
+    monkeypatch.setenv("DSO_HOST_SMS", str(clusters))
+    apart = torch.cat([decode(half(case, 0)), decode(half(case, 64))], 2)
+    monkeypatch.setenv("DSO_HOST_SMS", str(2 * clusters))
+    got = decode(case)
+    torch.testing.assert_close(got.double(), want, **tol(BF16))
+    assert torch.equal(got, apart) and (got[3] == 0).all()
+
+
+@pytest.mark.parametrize("sms", [2, 10])
+@pytest.mark.parametrize("heads, steps", [(128, 2), (128, 3), (64, 2), (40, 3), (96, 4)])
+def test_cluster_rows(monkeypatch, heads, steps, sms):
+    """几个词元合成 128 行的组，最后一组不满；几组时分几路；没有偶数组的不用 cluster，也对。"""
+    monkeypatch.setenv("DSO_HOST_SMS", str(sms))
+    check(attention(2, steps, 150, heads, LARGE, dtype=F16, masked=True))
+    check(attention(1, steps, 150, heads, (320, 32, 8, 8), dtype=BF16, causal=False))
+
+
+def test_cluster_spans_of_different_sizes(monkeypatch):
+    spans = torch.tensor([[0, 1, 0, 150], [1, 4, 20, 190], [4, 5, 5, 70], [5, 6, 0, 1]])
+    case = attention(1, 6, 190, 128, LARGE, dtype=BF16).but(spans=spans)
+    for sms in ("2", "7", "12"):
+        monkeypatch.setenv("DSO_HOST_SMS", sms)
+        check(case)
+
+
+@pytest.mark.parametrize("sms", [2, 6])
+def test_cluster_has_the_same_bits_in_every_order(monkeypatch, sms):
+    monkeypatch.setenv("DSO_HOST_SMS", str(sms))
+    case = attention(2, 1, 330, 128, LARGE, dtype=BF16, masked=True, begin=[0, 100], end=[330, 190])
+    want = check(case)
+    for order, timing in MODES:
+        monkeypatch.setenv("DSO_HOST_ORDER", order)
+        monkeypatch.setenv("DSO_HOST_ASYNC", timing)
+        assert torch.equal(decode(case), want), (order, timing)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def hopper(monkeypatch):
         yield
         return
     library = host_library.load()
-    library.dso_host_reset_conflicts()
+    library.dso_host_reset_counts()
     yield
     assert library.dso_host_conflicts() == 0
 

@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def _no_bank_conflicts():
     library = host_library.load()
-    library.dso_host_reset_conflicts()
+    library.dso_host_reset_counts()
     yield
     assert library.dso_host_conflicts() == 0
 

@@ -41,7 +41,7 @@ def same_in_every_order(monkeypatch, run):
 @pytest.fixture(autouse=True)
 def _no_bank_conflicts():
     library = host_library.load()
-    library.dso_host_reset_conflicts()
+    library.dso_host_reset_counts()
     yield
     assert library.dso_host_conflicts() == 0
 

@@ -107,7 +107,7 @@ def test_bank_conflicts_are_counted():
     a = randn(16, 32, dtype=torch.bfloat16)
     counts = []
     for pad in (8, 0):
-        library.dso_host_reset_conflicts()
+        library.dso_host_reset_counts()
         assert library.run(pointer(a), pointer(a), pointer(torch.zeros(16, 16)), 0, 0, pad) == 0
         counts.append(library.dso_host_conflicts())
     assert counts[0] == 0 and counts[1] > 0

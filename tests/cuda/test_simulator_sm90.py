@@ -209,6 +209,58 @@ extern "C" int run(const uint16_t *x, uint16_t *y, int steps, int bug) {
 }
 """
 
+# 2 个 CTA 一个 cluster，各自是上面那样的环；两个生产者轮着发，一次写到两处，所以要等两处都放行。
+# bug：1 只等自己的消费者，2 最后不等别的 CTA，3 第 1 个 CTA 停住，4 开头不等别的 CTA，5 闲着的线程先退出，
+# 6 写到没有的 CTA。
+CLUSTER = """
+#include <launch.cuh>
+#include <tma.cuh>
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+using namespace dso;
+constexpr int STAGES = 2;
+static void sync_cluster() { cluster_arrive(), cluster_wait(); }
+static void kernel(const CUtensorMap map, uint16_t *y, int steps, int bug) {
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + STAGES * 1024), *empty = full + STAGES;
+  int t = threadIdx.x, rank = cluster_rank();
+  if (t == 0) {
+    for (int s = 0; s < STAGES; s++) mbarrier_init(full + s, 1);
+    for (int s = 0; s < STAGES; s++) mbarrier_init(empty + s, bug == 1 ? 1 : 2);
+    mbarrier_init_fence();
+  }
+  if (bug == 4) __syncthreads();
+  else sync_cluster();
+  if (bug == 5 && t > 0 && t < 32) return;
+  y += blockIdx.x * steps * 64;
+  for (int step = 0; step < steps; step++) {
+    int s = step % STAGES, parity = step / STAGES & 1;
+    if (t == 0) {
+      mbarrier_wait(empty + s, parity ^ 1);
+      mbarrier_expect(full + s, 128);
+      if (step % 2 == rank)
+        tma_load_multicast(tile + s * 1024, &map, full + s, bug == 6 ? 7 : 3, 0, step, 0);
+    } else if (t >= 32) {
+      mbarrier_wait(full + s, parity);
+      for (int i = t - 32; i < 64; i += 32)
+        y[step * 64 + i] = *reinterpret_cast<uint16_t *>(tile + s * 1024 + swizzled(0, 63 - i));
+      __syncwarp();
+      if (bug == 1 && t == 32) mbarrier_arrive(empty + s);
+      if (bug != 1 && t < 34) mbarrier_arrive_at(empty + s, t - 32);
+    }
+  }
+  if (bug == 3 && rank == 1 && t >= 32) mbarrier_wait(full, steps / STAGES & 1);
+  if (bug != 2) sync_cluster();
+}
+extern "C" int run(const void *x, uint16_t *y, int steps, int ctas, int bug) {
+  CUtensorMap map;
+  int error = make_tensor_map(&map, {x, DSO_BF16, 3, {64, steps, 1}, {1, 64, 64}, {64, 1, 1}});
+  if (error) return error;
+  return launch_cluster(kernel, 2, dim3(ctas), dim3(64), STAGES * 1024 + 4 * 8, nullptr, map, y,
+                        steps, bug);
+}
+"""
+
 # 3 组各 128 个线程：每线程 168 个寄存器，一组让出来，两组增加。
 REGISTERS = """
 #include <launch.cuh>
@@ -331,6 +383,46 @@ def test_planted_fault_is_reported(bug, reason):
     library = simulate(RING)
     assert library.run(pointer(x), pointer(y), 7, bug) == FAILED
     assert reason in library.dso_host_failure().decode()
+
+
+def clustered(bug=0, ctas=4):
+    """(返回码, 各 CTA 的结果, 应得的)。"""
+    x, y = randn(8, 64, dtype=torch.bfloat16), torch.zeros(ctas, 8, 64, dtype=torch.bfloat16)
+    code = simulate(CLUSTER).run(pointer(x), pointer(y), 8, ctas, bug)
+    return code, y, x.flip(1).expand_as(y)
+
+
+@pytest.mark.usefixtures("mode")
+def test_multicast_is_correct_in_every_order():
+    code, got, want = clustered()
+    assert code == 0 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bug", [1, 4], ids=["不等对方放行", "对方还没有初始化"])
+def test_planted_race_in_a_cluster_is_found(monkeypatch, bug):
+    wrong = 0
+    for order, timing in MODES:
+        monkeypatch.setenv("DSO_HOST_ORDER", order)
+        monkeypatch.setenv("DSO_HOST_ASYNC", timing)
+        code, got, want = clustered(bug)
+        wrong += code != 0 or not torch.equal(got, want)
+    assert wrong > 0
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize(
+    "bug, reason",
+    [(2, "退出"), (3, "96 个到了 cluster"), (5, "已经退出"), (6, "没有这个 CTA")],
+    ids=["最后没有屏障", "死锁", "先退出的线程", "没有的 CTA"],
+)
+def test_planted_fault_in_a_cluster_is_reported(bug, reason):
+    assert clustered(bug)[0] == FAILED
+    assert reason in simulate(CLUSTER).dso_host_failure().decode()
+
+
+def test_a_grid_is_whole_clusters():
+    assert clustered(ctas=3)[0] == FAILED
+    assert "cluster" in simulate(CLUSTER).dso_host_failure().decode()
 
 
 def copied(bug=0):

@@ -19,10 +19,16 @@ inline cudaError_t refused() {
 }
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   A... args) {
+cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block,
+                           size_t shared_bytes, cudaStream_t, A... args) {
   if (cudaError_t error = refused()) return error;
-  return cuda_host::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
+  return cuda_host::run_grid(grid, block, shared_bytes, cluster, [&] { kernel(args...); });
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, A... args) {
+  return launch_cluster(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
 // 模拟成一块 132 个 SM 的卡太慢；3 个足够让切分与合并都发生。DSO_HOST_SMS 可改个数，DSO_HOST_SHARED 可改共享内存的

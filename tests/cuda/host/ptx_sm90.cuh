@@ -24,6 +24,15 @@ inline void mbarrier_arrive_copies(uint64_t *barrier) {
 inline void mbarrier_wait(uint64_t *barrier, int parity) {
   cuda_host::mbarrier_wait(barrier, parity);
 }
+inline void mbarrier_arrive_at(uint64_t *barrier, int rank) {
+  cuda_host::mbarrier_arrive_at(rank, barrier);
+}
+
+// ---- cluster ----
+
+inline int cluster_rank() { return cuda_host::cluster_rank(); }
+inline void cluster_arrive() { cuda_host::cluster_arrive(); }
+inline void cluster_wait() { cuda_host::cluster_wait(); }
 
 // ---- TMA ----
 
@@ -57,8 +66,9 @@ inline void copy_box(const CUtensorMap &map, size_t to, const int (&at)[4]) {
   }
 }
 
+// mask 是写到 cluster 的哪几个 CTA，各自先后不定；0：只写自己。
 inline void tma_load_box(void *to, const CUtensorMap *map, uint64_t *barrier,
-                         std::initializer_list<int> place) {
+                         std::initializer_list<int> place, unsigned mask = 0) {
   using namespace cuda_host;
   touch_global();
   CUtensorMap box = *map;
@@ -70,10 +80,15 @@ inline void tma_load_box(void *to, const CUtensorMap *map, uint64_t *barrier,
   size_t start = shared_offset(to);
   if (start % 128 != 0) fail("TMA 的共享内存地址没有对齐到 128 字节");
   if (start + static_cast<size_t>(bytes) > shared_size()) fail("TMA 写到了动态共享内存之外");
-  defer_global([=] {
+  size_t signal = shared_offset(barrier);
+  count_box();
+  auto act = [=] {
     copy_box(box, start, at);
-    mbarrier_complete(barrier, bytes);
-  });
+    mbarrier_complete(shared_memory() + signal, bytes);
+  };
+  if (mask == 0) return defer_global(act);
+  for (int rank = 0; mask >> rank != 0; rank++)
+    if (mask >> rank & 1) defer_at(rank, act);
 }
 
 inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x, int y) {
@@ -85,6 +100,13 @@ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
 inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x, int y, int z,
                      int w) {
   tma_load_box(to, map, barrier, {x, y, z, w});
+}
+inline void tma_prefetch(const CUtensorMap *map, int, int, int) {
+  if (map->rank != 3) cuda_host::fail("TMA 的坐标个数与张量描述的维数不同");
+}
+inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier, unsigned mask,
+                               int x, int y, int z) {
+  tma_load_box(to, map, barrier, {x, y, z}, mask);
 }
 
 inline void fence_proxy_async() {}

@@ -5,145 +5,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
 #include <mutex>
-#include <random>
-#include <string>
-#include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "state.h"
 
 namespace cuda_host {
 namespace {
 
-constexpr size_t STACK_BYTES = 256 << 10;   // ASan 的栈帧大
-constexpr size_t SHARED_LIMIT = 227 << 10;  // Hopper 每块的上限
-constexpr int NAMED = 16, GROUP_WARPS = 4;
-constexpr int REGISTERS = 65536;  // 一个 SM 的
-
-// ---- 上下文切换：x86-64 自己写（swapcontext 每次要两个系统调用），别处用 ucontext ----
-
-struct Context {
-#if defined(__x86_64__)
-  void *stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  // ASan 要知道每个栈在哪里。
-  void *fake_stack = nullptr;
-  const void *bottom = nullptr;
-  size_t size = 0;
-};
-
-#if defined(__x86_64__)
-extern "C" void dso_host_switch(void **from, void *to);
-asm(R"(
-.text
-.type dso_host_switch, @function
-dso_host_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size dso_host_switch, .-dso_host_switch
-)");
-#endif
-
-void switch_context(Context &from, Context &to) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
-#endif
-#if defined(__x86_64__)
-  dso_host_switch(&from.stack_pointer, to.stack_pointer);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
-}
-
-using Actions = std::vector<std::function<void()>>;
-
-struct AsyncQueue {
-  Actions open;
-  std::deque<Actions> committed;
-};
-
-struct Fiber {
-  Context context;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
-  bool started = false, done = true, waited = false;  // waited：走到过 grid_wait
-  dim3 index;
-  int linear = 0, registers = 0;
-  std::function<bool()> ready;  // 空的：可以运行
-  AsyncQueue copies;
-};
-
-struct Meeting {  // 一个 warp 或 4 个 warp 的集体操作
-  void *records[LANES * GROUP_WARPS] = {};
-  int here = 0;
-  unsigned turn = 0;
-  const char *name = nullptr;
-};
-
-struct Barrier {
-  int here = 0, want = 0;
-  unsigned turn = 0;
-};
-
-struct Transaction {  // mbarrier 的一相
-  int count = 0, pending = 0;
-  int64_t bytes = 0;
-  unsigned phase = 0;
-};
-
-struct WarpState {
-  AsyncQueue products;
-  bool fenced = false;
-};
-
-struct State {
-  std::vector<std::unique_ptr<Fiber>> fibers;  // 反复使用，各有自己的栈
-  std::vector<Meeting> warps, groups;
-  std::vector<WarpState> warp_states;
-  std::map<size_t, Transaction> transactions;  // 键是共享内存里的偏移
-  Barrier barriers[NAMED];
-  Context scheduler;
-  Fiber *current = nullptr;
-  int count = 0, alive = 0, spare_registers = 0;
-  dim3 grid, block, block_at;
-  unsigned char *shared = nullptr;
-  size_t shared_bytes = 0;
-  const std::function<void()> *body = nullptr;
-  std::deque<std::function<void()>> pending;
-  bool is_lazy = false, failed = false;
-  std::string order = "forward";
-  std::mt19937 random;
-};
-
 State state;
 std::mutex one_at_a_time;
 std::string failure;
-long conflict_count = 0;
+long conflict_count = 0, box_count = 0;
 
 void fiber_loop() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -159,23 +31,6 @@ void fiber_loop() {
   }
 }
 
-void start(Fiber &fiber) {
-  fiber.context.bottom = fiber.stack.get(), fiber.context.size = STACK_BYTES;
-#if defined(__x86_64__)
-  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK_BYTES) & ~uintptr_t{15};
-  auto *frame = reinterpret_cast<void **>(top) - 8;  // 6 个寄存器、返回地址、对齐
-  std::memset(frame, 0, 8 * sizeof(void *));
-  frame[6] = reinterpret_cast<void *>(fiber_loop);
-  fiber.context.stack_pointer = frame;
-#else
-  getcontext(&fiber.context.context);
-  fiber.context.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.context.uc_stack.ss_size = STACK_BYTES;
-  makecontext(&fiber.context.context, fiber_loop, 0);
-#endif
-  fiber.started = true;
-}
-
 void pause_here() { switch_context(state.current->context, state.scheduler); }
 
 bool runnable(Fiber &fiber) {
@@ -187,7 +42,8 @@ bool runnable(Fiber &fiber) {
 }
 
 // 硬件上退出的线程不再算数，屏障可能碰巧放行；写成这样的核多半是错的，一律不许。
-const char *const EXITED = "死锁：有的线程已经退出，别的还停在 __syncthreads";
+const char *const EXITED = "死锁：有的线程已经退出，别的还停在 __syncthreads 或 cluster 的屏障上";
+const char *const GONE = "动了已经退出的 CTA 的共享内存";
 
 void note_failure(const char *why) {
   if (!state.failed) failure = why;
@@ -201,14 +57,16 @@ void release_if_complete(Barrier &barrier) {
 }
 
 void run_fiber(Fiber &fiber) {
-  state.current = &fiber;
-  if (!fiber.started) start(fiber);
+  state.current = &fiber, state.cta = fiber.cta;
+  if (!fiber.started) start_context(fiber.context, fiber.stack.get(), STACK_BYTES, fiber_loop);
+  fiber.started = true;
   switch_context(state.scheduler, fiber.context);
   state.current = nullptr;
   if (!fiber.done) return;
-  state.alive--;
+  fiber.cta->alive--;
   if (!fiber.waited) note_failure("有线程没有走到 grid_wait 就结束了");
-  if (state.barriers[0].here > 0) note_failure(EXITED);
+  if (fiber.cta->barriers[0].here > 0 || state.cluster_barrier.here > 0) note_failure(EXITED);
+  if (fiber.remote) note_failure("线程动过别的 CTA 的共享内存，没有再过 cluster 的屏障就退出");
 }
 
 std::vector<int> ordering(int count) {
@@ -220,13 +78,13 @@ std::vector<int> ordering(int count) {
 }
 
 // 一个 warp 一直运行到谁都不能继续；有进展返回 true。
-bool run_warp(int warp) {
+bool run_warp(Cta &cta, int warp) {
   int first = warp * LANES, count = std::min(LANES, state.count - first);
   bool any = false;
   for (bool moved = true; moved && !state.failed;) {
     moved = false;
     for (int lane : ordering(count)) {
-      Fiber &fiber = *state.fibers[static_cast<size_t>(first + lane)];
+      Fiber &fiber = *cta.fibers[static_cast<size_t>(first + lane)];
       if (state.failed || !runnable(fiber)) continue;
       run_fiber(fiber);
       moved = any = true;
@@ -235,52 +93,83 @@ bool run_warp(int warp) {
   return any;
 }
 
+// 一个 CTA 一直运行到谁都不能继续：几个 CTA 之间也错开得最远。
+bool run_cta(Cta &cta) {
+  int warps = static_cast<int>(cta.warps.size());
+  bool any = false;
+  for (bool moved = true; moved && !state.failed;) {
+    moved = false;
+    for (int warp : ordering(warps)) moved = run_warp(cta, warp) || moved;
+    any = any || moved;
+  }
+  return any;
+}
+
+// 各线程停在哪里：从第一个还没有结束的 CTA 报起。
 void describe_deadlock() {
   int waiting = 0, barrier = 0;
-  for (int i = 0; i < state.count; i++) waiting += !state.fibers[static_cast<size_t>(i)]->done;
-  for (const Barrier &b : state.barriers) barrier += b.here;
-  char text[200];
-  std::snprintf(text, sizeof text, "死锁：块 (%u, %u, %u) 还有 %d 个线程停着（%d 个在屏障上）",
-                state.block_at.x, state.block_at.y, state.block_at.z, waiting, barrier);
-  failure = text;
-  state.failed = true;
+  const Cta *first = nullptr;
+  for (int i = 0; i < state.cluster; i++) {
+    const Cta &cta = state.ctas[static_cast<size_t>(i)];
+    waiting += cta.alive;
+    if (!first && cta.alive > 0) first = &cta;
+    for (const Barrier &b : cta.barriers) barrier += b.here;
+  }
+  char text[240];
+  std::snprintf(
+      text, sizeof text,
+      "死锁：块 (%u, %u, %u) 起还有 %d 个线程停着（%d 个在屏障上，%d 个到了 cluster 的屏障）",
+      first->at.x, first->at.y, first->at.z, waiting, barrier, state.cluster_barrier.here);
+  note_failure(text);
 }
 
-// 块结束时不许还有没写完的 TMA。
+// 结束时不许还有没写完的 TMA。
 void check_transactions() {
   if (!state.pending.empty()) note_failure("块结束时还有 TMA 没有写完");
-  for (const auto &entry : state.transactions)
-    if (entry.second.bytes != 0) note_failure("块结束时 mbarrier 的字节数对不上");
+  for (int i = 0; i < state.cluster; i++)
+    for (const auto &entry : state.ctas[static_cast<size_t>(i)].transactions)
+      if (entry.second.bytes != 0) note_failure("块结束时 mbarrier 的字节数对不上");
 }
 
-void run_block() {
-  int warps = (state.count + LANES - 1) / LANES;
-  state.warps.assign(static_cast<size_t>(warps), Meeting{});
-  state.groups.assign(static_cast<size_t>((warps + GROUP_WARPS - 1) / GROUP_WARPS), Meeting{});
-  state.warp_states.assign(static_cast<size_t>(warps), WarpState{});
-  state.transactions.clear();
-  for (Barrier &barrier : state.barriers) barrier = Barrier{};
-  state.alive = state.count;
-  state.spare_registers = 0;
-  state.pending.clear();
-  std::memset(state.shared, 0xff, state.shared_bytes);
+void start_cta(Cta &cta, dim3 at, int warps) {
+  cta.warps.assign(static_cast<size_t>(warps), Meeting{});
+  cta.groups.assign(static_cast<size_t>((warps + GROUP_WARPS - 1) / GROUP_WARPS), Meeting{});
+  cta.warp_states.assign(static_cast<size_t>(warps), WarpState{});
+  cta.transactions.clear();
+  for (Barrier &barrier : cta.barriers) barrier = Barrier{};
+  cta.alive = state.count, cta.spare_registers = 0, cta.at = at;
+  std::memset(cta.shared, 0xff, state.shared_bytes);
   for (int i = 0; i < state.count; i++) {
-    Fiber &fiber = *state.fibers[static_cast<size_t>(i)];
-    fiber.done = fiber.waited = false, fiber.ready = nullptr, fiber.linear = i;
+    Fiber &fiber = *cta.fibers[static_cast<size_t>(i)];
+    fiber.cta = &cta, fiber.reported = fiber.remote = fiber.waited = false;
+    fiber.done = false, fiber.ready = nullptr, fiber.linear = i;
     fiber.registers = REGISTERS / state.count / 8 * 8;  // 编译器至多给这么多（launch_bounds）
     fiber.copies = AsyncQueue{};
     auto n = static_cast<unsigned>(i);
     fiber.index = dim3(n % state.block.x, n / state.block.x % state.block.y,
                        n / (state.block.x * state.block.y));
   }
-  while (state.alive > 0 && !state.failed) {
+}
+
+bool all_exited() {
+  int alive = 0;
+  for (int i = 0; i < state.cluster; i++) alive += state.ctas[static_cast<size_t>(i)].alive;
+  return alive == 0;
+}
+
+// 从 at 起相邻的几个 CTA（一个 cluster）一起运行。
+void run_cluster(dim3 at) {
+  int warps = (state.count + LANES - 1) / LANES;
+  state.cluster_barrier = Barrier{};
+  state.pending.clear();
+  for (int i = 0; i < state.cluster; i++)
+    start_cta(state.ctas[static_cast<size_t>(i)], dim3(at.x + static_cast<unsigned>(i), at.y, at.z),
+              warps);
+  while (!all_exited() && !state.failed) {
     bool any = false;
-    for (int warp : ordering(warps)) any = run_warp(warp) || any;
+    for (int i : ordering(state.cluster)) any = run_cta(state.ctas[static_cast<size_t>(i)]) || any;
     if (any || state.failed) continue;
-    if (state.pending.empty()) {
-      describe_deadlock();
-      return;
-    }
+    if (state.pending.empty()) return describe_deadlock();
     auto next = state.pending.begin() + ordering(static_cast<int>(state.pending.size()))[0];
     auto action = std::move(*next);
     state.pending.erase(next);
@@ -301,12 +190,13 @@ void read_environment() {
 
 // 中断过的块留下的纤程停在半路：丢掉它们的栈，下次重来。
 void drop_unfinished() {
-  for (auto &fiber : state.fibers)
-    if (!fiber->done) fiber = std::make_unique<Fiber>();
+  for (Cta &cta : state.ctas)
+    for (auto &fiber : cta.fibers)
+      if (!fiber->done) fiber = std::make_unique<Fiber>();
 }
 
 WarpState &current_warp() {
-  return state.warp_states[static_cast<size_t>(state.current->linear / LANES)];
+  return state.cta->warp_states[static_cast<size_t>(state.current->linear / LANES)];
 }
 
 AsyncQueue &queue_of(Queue queue) {
@@ -315,11 +205,12 @@ AsyncQueue &queue_of(Queue queue) {
 
 constexpr uint64_t BARRIER_MARK = 0x6d62617272696572;  // 写在 mbarrier 的 8 个字节里：看得出被覆盖
 
-// 找不到（没有初始化、被覆盖）时返回空。
+// 当前 CTA 的；找不到（没有初始化、被覆盖）时返回空。
 Transaction *transaction_of(void *barrier) {
-  auto base = reinterpret_cast<uintptr_t>(state.shared);
-  auto found = state.transactions.find(reinterpret_cast<uintptr_t>(barrier) - base);
-  if (found == state.transactions.end()) return nullptr;
+  Cta &cta = *state.cta;
+  auto base = reinterpret_cast<uintptr_t>(cta.shared);
+  auto found = cta.transactions.find(reinterpret_cast<uintptr_t>(barrier) - base);
+  if (found == cta.transactions.end()) return nullptr;
   return std::memcmp(barrier, &BARRIER_MARK, sizeof BARRIER_MARK) == 0 ? &found->second : nullptr;
 }
 
@@ -332,6 +223,21 @@ void end_phase_if_complete(Transaction &t) {
   t.phase++;
 }
 
+// cluster 里的第 rank 个；不是自己时记下这个线程动过别处。
+Cta &peer(int rank) {
+  if (rank < 0 || rank >= state.cluster) fail("cluster 里没有这个 CTA");
+  Cta &cta = state.ctas[static_cast<size_t>(rank)];
+  if (&cta != state.cta) state.current->remote = true;
+  return cta;
+}
+
+// 暂时当作在别的 CTA 里。
+struct Inside {
+  Cta *before = state.cta;
+  explicit Inside(Cta &cta) { state.cta = &cta; }
+  ~Inside() { state.cta = before; }
+};
+
 void *aligned_shared(size_t bytes) {
   void *memory = nullptr;
   // 恰好这么大：ASan 看得见越界的一个字节。
@@ -341,28 +247,33 @@ void *aligned_shared(size_t bytes) {
 
 }  // namespace
 
-int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()> &body) {
+int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, int cluster,
+             const std::function<void()> &body) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   failure.clear();
   read_environment();
   state.failed = false;
-  state.grid = grid, state.block = threads, state.body = &body;
+  state.grid = grid, state.block = threads, state.body = &body, state.cluster = cluster;
   state.count = static_cast<int>(threads.x * threads.y * threads.z);
-  if (shared_bytes > SHARED_LIMIT || state.count > 1024 || state.count == 0) {
-    failure = "启动参数超出硬件的上限（动态共享内存 227 KiB、1024 个线程）";
+  auto width = static_cast<unsigned>(cluster);
+  if (shared_bytes > SHARED_LIMIT || state.count > 1024 || state.count == 0 || cluster < 1 ||
+      cluster > MOST_CLUSTER || grid.x % width != 0) {
+    failure =
+        "启动参数超出硬件的上限（动态共享内存 227 KiB、1024 个线程、整数个至多 8 块的 cluster）";
     return 719;
   }
-  while (state.fibers.size() < static_cast<size_t>(state.count))
-    state.fibers.push_back(std::make_unique<Fiber>());
+  if (state.ctas.size() < width) state.ctas.resize(width);
   state.shared_bytes = shared_bytes;
-  state.shared = static_cast<unsigned char *>(aligned_shared(shared_bytes));
+  for (unsigned i = 0; i < width; i++) {
+    Cta &cta = state.ctas[i];
+    while (cta.fibers.size() < static_cast<size_t>(state.count))
+      cta.fibers.push_back(std::make_unique<Fiber>());
+    cta.shared = static_cast<unsigned char *>(aligned_shared(shared_bytes));
+  }
   for (unsigned z = 0; z < grid.z && !state.failed; z++)
     for (unsigned y = 0; y < grid.y && !state.failed; y++)
-      for (unsigned x = 0; x < grid.x && !state.failed; x++) {
-        state.block_at = dim3(x, y, z);
-        run_block();
-      }
-  std::free(state.shared);
+      for (unsigned x = 0; x < grid.x && !state.failed; x += width) run_cluster(dim3(x, y, z));
+  for (unsigned i = 0; i < width; i++) std::free(state.ctas[i].shared);
   drop_unfinished();
   if (state.failed) std::fprintf(stderr, "CUDA 主机模拟：%s\n", failure.c_str());
   return state.failed ? 719 : 0;
@@ -370,10 +281,10 @@ int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<v
 
 const char *last_failure() { return failure.c_str(); }
 const dim3 &thread_index() { return state.current->index; }
-const dim3 &block_index() { return state.block_at; }
+const dim3 &block_index() { return state.cta->at; }
 const dim3 &block_size() { return state.block; }
 const dim3 &grid_size() { return state.grid; }
-unsigned char *shared_memory() { return state.shared; }
+unsigned char *shared_memory() { return state.cta->shared; }
 size_t shared_size() { return state.shared_bytes; }
 bool lazy() { return state.is_lazy; }
 
@@ -383,7 +294,7 @@ void fail(const char *why) {
 }
 
 size_t shared_offset(const void *p) {
-  auto at = reinterpret_cast<uintptr_t>(p), base = reinterpret_cast<uintptr_t>(state.shared);
+  auto at = reinterpret_cast<uintptr_t>(p), base = reinterpret_cast<uintptr_t>(state.cta->shared);
   if (at < base || at > base + state.shared_bytes) fail("地址不在动态共享内存里");
   return at - base;
 }
@@ -402,15 +313,16 @@ void touch_global() {
 
 void set_registers(int count, bool increase) {
   Fiber &me = *state.current;
+  int &spare = me.cta->spare_registers;
   if (increase != (count > me.registers)) fail("setmaxnreg 的方向不对");
   int more = count - me.registers;
-  wait_until([more] { return state.spare_registers >= more; });
-  state.spare_registers -= more, me.registers = count;
+  wait_until([&spare, more] { return spare >= more; });
+  spare -= more, me.registers = count;
 }
 
 void collective(const char *name, void *record, int warps, Act act) {
   int me = state.current->linear, width = LANES * warps;
-  auto &meetings = warps == 1 ? state.warps : state.groups;
+  auto &meetings = warps == 1 ? state.cta->warps : state.cta->groups;
   Meeting &meeting = meetings[static_cast<size_t>(me / width)];
   if (meeting.here == 0) meeting.name = name;
   if (std::strcmp(meeting.name, name) != 0) fail("同一个 warp 的线程走到了不同的集体操作");
@@ -426,14 +338,45 @@ void collective(const char *name, void *record, int warps, Act act) {
 }
 
 void named_barrier(int id, int threads, bool wait) {
-  Barrier &barrier = state.barriers[id];
+  Barrier &barrier = state.cta->barriers[id];
   if (barrier.want != 0 && id != 0 && barrier.want != threads) fail("具名屏障的线程数不一致");
-  if (id == 0 && state.alive < state.count) fail(EXITED);
+  if (id == 0 && state.cta->alive < state.count) fail(EXITED);
   barrier.want = id == 0 ? state.count : threads;
   unsigned turn = barrier.turn;
   barrier.here++;
   release_if_complete(barrier);
   if (wait) wait_until([&barrier, turn] { return barrier.turn != turn; });
+}
+
+// ---- cluster ----
+
+int cluster_rank() { return static_cast<int>(state.cta - state.ctas.data()); }
+
+void cluster_arrive() {
+  Fiber &me = *state.current;
+  if (me.reported) fail("到了 cluster 的屏障，没有等又到一次");
+  for (int i = 0; i < state.cluster; i++)
+    if (state.ctas[static_cast<size_t>(i)].alive < state.count) fail(EXITED);
+  me.reported = true, me.remote = false;
+  me.cluster_turn = state.cluster_barrier.turn;
+  state.cluster_barrier.want = state.count * state.cluster;
+  state.cluster_barrier.here++;
+  release_if_complete(state.cluster_barrier);
+}
+
+void cluster_wait() {
+  Fiber &me = *state.current;
+  if (!me.reported) fail("没有到 cluster 的屏障就等");
+  wait_until([&me] { return state.cluster_barrier.turn != me.cluster_turn; });
+  me.reported = false;
+}
+
+void mbarrier_arrive_at(int rank, void *barrier) {
+  size_t at = shared_offset(barrier);
+  Cta &to = peer(rank);
+  if (to.alive == 0) fail(GONE);
+  Inside inside(to);
+  mbarrier_arrive(to.shared + at, 0);
 }
 
 void defer(Queue queue, std::function<void()> action) {
@@ -457,9 +400,17 @@ void wait_groups(Queue queue, int left) {
   if (queue == MMA_QUEUE) current_warp().fenced = false;
 }
 
-void defer_global(std::function<void()> action) {
-  if (!state.is_lazy) return action();
-  state.pending.push_back(std::move(action));
+void defer_global(std::function<void()> action) { defer_at(cluster_rank(), std::move(action)); }
+
+void defer_at(int rank, std::function<void()> action) {
+  Cta *to = &peer(rank);
+  auto run = [to, action = std::move(action)] {
+    Inside inside(*to);
+    if (to->alive == 0) return note_failure(GONE);
+    action();
+  };
+  if (!state.is_lazy) return run();
+  state.pending.push_back(std::move(run));
 }
 
 bool wgmma_fenced(bool set) {
@@ -473,7 +424,7 @@ void mbarrier_init(void *barrier, int count) {
   if (at % 8 != 0 || at + 8 > state.shared_bytes)
     fail("mbarrier 没有对齐到 8 字节，或越出共享内存");
   std::memcpy(barrier, &BARRIER_MARK, sizeof BARRIER_MARK);
-  state.transactions[at] = Transaction{count, count, 0, 0};
+  state.cta->transactions[at] = Transaction{count, count, 0, 0};
 }
 
 void mbarrier_arrive(void *barrier, int64_t expected_bytes) {
@@ -523,13 +474,16 @@ void count_conflicts(const void *const *rows, int count) {
   }
 }
 
+void count_box() { box_count++; }
 long conflicts() { return conflict_count; }
-void reset_conflicts() { conflict_count = 0; }
+long boxes() { return box_count; }
+void reset_counts() { conflict_count = box_count = 0; }
 
 }  // namespace cuda_host
 
 extern "C" {
 const char *dso_host_failure() { return cuda_host::last_failure(); }
 long dso_host_conflicts() { return cuda_host::conflicts(); }
-void dso_host_reset_conflicts() { cuda_host::reset_conflicts(); }
+long dso_host_boxes() { return cuda_host::boxes(); }
+void dso_host_reset_counts() { cuda_host::reset_counts(); }
 }
