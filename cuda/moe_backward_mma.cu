@@ -23,9 +23,9 @@ struct RowGemm : RowOperands<WIDE> {
   uint16_t *shared;
   Copy<DEPTH> lines;
   Copy<COLUMNS> across;
-  uint32_t a_at[COPIES], b_at[RIGHT];  // 各段在 k = 0 的位置，以 16 字节计
-  uint32_t steps[2];                   // WIDE：两段里 k 的间隔
-  int a_count, b_count, low_count;     // 前几段在范围之内；右边的前几段在 low，其余在 high
+  uint32_t a_at[COPIES],
+      b_at[RIGHT];  // 各段在 k = 0 的位置，以 16 字节计；WIDE 的右边是两段里 k 的间隔
+  int a_count, b_count, low_count;  // 前几段在范围之内；右边的前几段在 low，其余在 high
   Sums acc = {};
 
   __device__ __forceinline__ RowGemm(const BackwardParams &params, const dso_cuda_moe_tile &at,
@@ -37,7 +37,10 @@ struct RowGemm : RowOperands<WIDE> {
 
   __device__ __forceinline__ void locate() {
     a_count = b_count = low_count = 0;
-    for (int i = 0; i < 2; i++) steps[i] = static_cast<uint32_t>(this->right_stride(i) / CHUNK);
+    if (WIDE) {
+      b_at[0] = static_cast<uint32_t>(this->low_rs / CHUNK);
+      b_at[1] = static_cast<uint32_t>(this->high_rs / CHUNK);
+    }
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       int at = this->left_index(lines.line + i * lines.LINES);
@@ -68,12 +71,13 @@ struct RowGemm : RowOperands<WIDE> {
       for (int i = 0; i < COPIES; i++)
         lines.start(stage, i, chunks_after(left, a_at[i]), i < (inside ? a_count : 0));
     } else if (WIDE) {
-      const uint16_t *base = (second ? this->high : this->low) + first + across.at;
-      uint32_t rs = second ? steps[1] : steps[0];
+      const uint16_t *base = (second ? this->high : this->low) + first;
+      uint32_t rs = second ? b_at[1] : b_at[0];
       int k = k0 + across.line, left = b_count ? depth - k : 0;
 #pragma unroll
       for (int i = (part - 1) * COPIES; i < part * COPIES; i++)
-        across.start(stage + A_ELEMS, i, chunks_after(base, (k + i * across.LINES) * rs),
+        across.start(stage + A_ELEMS, i,
+                     chunks_after(base, (k + i * across.LINES) * rs + across.at / CHUNK),
                      i * across.LINES < left);
     } else {
 #pragma unroll
@@ -97,20 +101,29 @@ struct RowGemm : RowOperands<WIDE> {
   }
 
   __device__ __forceinline__ void store(const RowResults<E> &to) const {
-    int column = first + warp_column();
+    int lane = static_cast<int>(threadIdx.x) % WARP, end = warp_row() + TILE;
+    int column = first + warp_column(), c = column + lane % CHUNKS * 8;
     int64_t parts = ceil_of(hidden_columns(to.in), TILE);
-    for_results(acc, shared, active(to.tile.rows, to.columns), CHUNKS,
-                [&](int row, int chunk, const float *from) {
-                  int c = column + chunk * 8;
-                  float dot = to.finish(row, c, result(from, chunk * 8), to.fetch(row, c),
-                                        to.weight_of(row));
-                  if (to.step != HIDDEN_GRAD) return;
+    typename RowResults<E>::Kept kept;
+    float weight;
+    auto fetch = [&](int row) {  // 提前一行读：这时没有别的块盖住延迟
+      int inside = row < end ? row : to.tile.rows;
+      kept = to.fetch(inside, c), weight = to.weight_of(inside);
+    };
+    bool some = active(to.tile.rows, to.columns);
+    if (some) fetch(warp_row() + lane / CHUNKS);
+    for_results(acc, shared, some, CHUNKS, [&](int row, int chunk, const float *from) {
+      typename RowResults<E>::Kept now = kept;
+      float by = weight;
+      fetch(row + WARP / CHUNKS);
+      float dot = to.finish(row, c, result(from, chunk * 8), now, by);
+      if (to.step != HIDDEN_GRAD) return;
 #pragma unroll
-                  for (int other = CHUNKS / 2; other > 0; other /= 2)
-                    dot += __shfl_xor_sync(ALL_LANES, dot, other);
-                  if (chunk == 0 && row < to.tile.rows)
-                    to.p.partial[(to.tile.row + row) * parts + column / TILE] = dot;
-                });
+      for (int other = CHUNKS / 2; other > 0; other /= 2)
+        dot += __shfl_xor_sync(ALL_LANES, dot, other);
+      if (chunk == 0 && row < to.tile.rows)
+        to.p.partial[(to.tile.row + row) * parts + column / TILE] = dot;
+    });
   }
 };
 
