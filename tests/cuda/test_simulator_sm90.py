@@ -221,6 +221,7 @@ using namespace dso;
 constexpr int STAGES = 2;
 static void sync_cluster() { cluster_arrive(), cluster_wait(); }
 static void kernel(const CUtensorMap map, uint16_t *y, int steps, int bug) {
+  grid_wait();
   unsigned char *tile = dynamic_shared();
   auto *full = reinterpret_cast<uint64_t *>(tile + STAGES * 1024), *empty = full + STAGES;
   int t = threadIdx.x, rank = cluster_rank();
