@@ -57,7 +57,7 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
   bool real = lane / 4 < p.m;
   uint4 zero = make_uint4(0, 0, 0, 0);
   for (int64_t begin = 0; begin < p.k; begin += UNROLL * ROUND) {
-    Words<4> a[UNROLL][SETS] = {}, b[UNROLL][SETS] = {};
+    Words<4> a[UNROLL][SETS], b[UNROLL][SETS];
     uint4 in[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
@@ -65,8 +65,8 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
       bool inside = k < p.k;
 #pragma unroll
       for (int s = 0; s < SETS; s++) {
-        load_once(a[u][s], strips[s].top + k, inside);
-        load_once(b[u][s], strips[s].bottom + k, inside);
+        a[u][s] = inside ? load_once(strips[s].top + k) : Words<4>{};
+        b[u][s] = inside ? load_once(strips[s].bottom + k) : Words<4>{};
       }
       in[u] = inside && real ? *reinterpret_cast<const uint4 *>(x + k) : zero;
     }

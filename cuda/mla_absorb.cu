@@ -31,12 +31,11 @@ __device__ void accumulate(const Params &p, const uint16_t *w, const uint16_t *x
   __shared__ uint16_t line[ROWS][ROUND];
   int thread = static_cast<int>(threadIdx.x), group = thread / ACROSS;
   for (int64_t begin = 0; begin < p.k; begin += ROUND) {
-    Words<4> rows[DEPTH] = {};
+    Words<4> rows[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int64_t k = begin + group + d * GROUPS;
-      bool inside = w && k < p.k;
-      load_once(rows[d], inside ? w + k * p.w_ks : nullptr, inside);
+      rows[d] = w && k < p.k ? load_once(w + k * p.w_ks) : Words<4>{};
     }
     __syncthreads();  // 上一轮的都读过了
     for (int i = thread; i < p.m * ROUND; i += THREADS) {

@@ -99,6 +99,7 @@ bool narrow(const dso_cuda_moe_routing &r) {
 Path path_of(const dso_cuda_moe_experts_params &p) {
   if (p.dtype == DSO_F32) return GENERAL;
   if (p.w.transposed) return MMA;
+  if (hidden_columns(p) == 0) return MMA;  // 没有 h 的一步，算 o 的就不能提前读（moe_small.cu）
   int64_t slots = p.routing.tokens * p.routing.top_k, used = used_experts(p.routing);
   if (!p.saved && moe_direct_fits(p)) return DIRECT;
   bool few = p.routing.tokens <= MOE_SMALL_TOKENS ||

@@ -149,6 +149,15 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t x) {
 
 // 权重只读一遍：不在 L1 里留下，x 才留得住。
 
+// 在 grid_wait 之后读的。
+__device__ __forceinline__ Words<4> load_once(const void *from) {
+  Words<4> r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+               : "l"(from));
+  return r;
+}
+
 __device__ __forceinline__ void load_once(Words<4> &to, const void *from, bool valid) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"

@@ -192,6 +192,13 @@ void load_aligned(T &to, const From *from, bool valid) {
   std::memcpy(&to, from, sizeof to);
 }
 
+inline Words<4> load_once(const void *from) {
+  cuda_host::touch_global();
+  Words<4> r;
+  load_aligned(r, from, true);
+  return r;
+}
+
 template <int V>
 void load_once(Words<V> &to, const void *from, bool valid) {
   load_aligned(to, from, valid);
