@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -124,6 +125,19 @@ def experts(
         shared=tuple(common[:shared]),
         layout=way,
     )
+
+
+def kept_by(call: Callable[[], Tensor], *given: Tensor) -> tuple[Tensor, int]:
+    """(call 的结果，它给反向留下的字节，given 除外)。"""
+    known, sizes = {t.data_ptr() for t in given}, []
+
+    def pack(t):
+        sizes.append(0 if t.data_ptr() in known else t.nbytes)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()
+    return out, sum(sizes)
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype | str, what: str = "") -> None:

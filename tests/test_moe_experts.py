@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_opt import ops, reference
-from tests.moe_cases import Experts, Layout, check, choose, close, experts
+from tests.moe_cases import Experts, Layout, check, choose, close, experts, kept_by
 from tests.op_cases import FLOATS, assert_no_worse, flipped, randn, strided
 
 OPS = torch.ops.deepseek_opt
@@ -332,17 +333,10 @@ def test_what_is_kept_for_the_backward(dtype):
 
 def test_recompute_keeps_nothing():
     case = experts((64, 16, 32, 16), 4, dtype=torch.bfloat16).leaves()
+    given = (*case.tensors().values(), case.indices)
     for recompute, kept in ((False, 2 * 64 * 2 * 32 * 2), (True, 0)):
-        sizes = []
-        given = {t.data_ptr() for t in (*case.tensors().values(), case.indices)}
-
-        def pack(t, sizes=sizes, given=given):
-            sizes.append(0 if t.data_ptr() in given else t.nbytes)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            case.run(recompute=recompute)
-        assert sum(sizes) == kept
+        call = functools.partial(case.run, recompute=recompute)
+        assert kept_by(call, *given)[1] == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -15,6 +16,7 @@ from deepseek_opt.integrations.experts import ExpertsPatch
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.optimize import is_optimized
+from tests.moe_cases import kept_by
 from tests.moe_models import experts_in, make_ids, make_moe, output_of, transformers
 from tests.tolerances import tol
 
@@ -147,19 +149,13 @@ def test_recompute_experts(model):
     optimize(model, settings, strict=True)
     for recompute in (False, True):
         settings.moe.recompute_experts = recompute
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, id_):
-            out = output_of(model, make_ids())
-        sizes.append(sum(kept))
+        out, size = kept_by(functools.partial(output_of, model, make_ids()))
+        sizes.append(size)
         model.zero_grad()
         out.square().mean().backward()
         grads.append([p.grad.clone() for p in block_of(model).experts.parameters()])
     assert sizes[1] < sizes[0]
     torch.testing.assert_close(*grads, **tol(torch.float32))
-
-
-def id_(value):
-    return value
 
 
 def test_changing_the_config_afterwards_is_an_error(model):

@@ -8,7 +8,6 @@ import weakref
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deepseek_opt.cache_layer import cache_dtype

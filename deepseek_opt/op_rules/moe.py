@@ -37,7 +37,7 @@ def _grad_like(t, wanted, x):
 
 @fake("moe_experts_backward")
 def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
-    need_x, need_experts, need_shared = options[_OPTIONS : _OPTIONS + 3]
+    _, _, _, _, _, _, need_x, need_experts, need_shared, *_ = options
 
     def like(t, wanted):
         return _grad_like(t, wanted, x)
@@ -53,7 +53,7 @@ def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared,
 
 @fake("moe_experts_backward_into")
 def _(grad, x, indices, weights, gate_up, gate_up_bias, down, down_bias, shared, *options):
-    need_x, need_shared = options[_OPTIONS : _OPTIONS + 2]
+    _, _, _, _, _, _, need_x, need_shared, *_ = options
     return (
         _grad_like(x, need_x, x),
         weights.new_empty(weights.shape),
@@ -129,7 +129,7 @@ def _(x, indices, weights, *rest):
 @fake("moe_experts_list_backward")
 def _(grad, x, indices, weights, *rest):
     lists, options = rest[:7], rest[7:]
-    need_x, need_experts, need_shared = options[_LIST_OPTIONS : _LIST_OPTIONS + 3]
+    _, _, _, _, need_x, need_experts, need_shared, *_ = options
 
     def like(t, wanted):
         return t.new_empty(t.shape if wanted else (0,))

@@ -98,7 +98,8 @@ def moe_experts_list(
     各专家的中间宽可以不同。梯度直接写进各张量自己的梯度；没有分到词元的专家得 0（不是 None）。
 
     Args:
-        x, indices, weights, shared, activation, alpha, limit, recompute: 见 :func:`moe_experts`；E 是 gate 的个数。
+        x, indices, weights, shared, activation, alpha, limit, recompute: 见 :func:`moe_experts`；
+            E 是 gate 的个数。
         gate: E 个 [Iₑ, K]；up 为空而 gated 为 True 时是 E 个 [2Iₑ, K]，前一半是 gate，后一半是 up。
         up: E 个 [Iₑ, K]，或空。
         down: E 个 [N, Iₑ]。
