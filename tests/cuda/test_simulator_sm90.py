@@ -262,6 +262,53 @@ extern "C" int run(const void *x, uint16_t *y, int steps, int ctas, int bug) {
 }
 """
 
+# d = a bᵀ，两个操作数 [64, 64] 由普通的写（cp.async 或 stmatrix）放进共享内存。fence：0 没有，1 写的线程（屏障之前），
+# 2 读的线程（屏障之后），3 只有一半写的线程。
+PROXIES = """
+#include <launch.cuh>
+#include <ptx_sm90.cuh>
+#include "mma.cuh"
+#include "tile_sm90.cuh"
+using namespace dso;
+static void kernel(const uint16_t *a, const uint16_t *b, float *d, bool matrices, int fence) {
+  grid_wait();
+  unsigned char *tile = dynamic_shared();
+  int t = threadIdx.x, lane = t % 32, row = t / 32 * 16;
+  for (int side = 0; side < 2; side++) {
+    const uint16_t *from = side ? b : a;
+    unsigned char *to = tile + side * 64 * BOX_ROW;
+    for (int i = t; i < 64 * 8 && !matrices; i += 128)
+      cp_async_16(to + swizzled(i / 8, i % 8 * 8), from + i * 8, true);
+    for (int k = 0; k < 64 && matrices; k += 16) {
+      uint32_t pairs[4];
+      for (int i = 0; i < 4; i++)
+        pairs[i] = *reinterpret_cast<const uint32_t *>(
+            from + (row + lane / 4 + i % 2 * 8) * 64 + k + i / 2 * 8 + lane % 4 * 2);
+      stmatrix_x4(to + swizzled(row + lane % 16, k + lane / 16 * 8), pairs);
+    }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (fence == 1 || (fence == 3 && t < 64)) fence_proxy_async();
+  __syncthreads();
+  if (fence == 2) fence_proxy_async();
+  float sum[32];
+  wgmma_fence();
+  for (int k = 0; k < 4; k++)
+    wgmma<true, 0, 0>(sum, k_major(tile + k * 32), k_major(tile + 64 * BOX_ROW + k * 32), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_settle(sum);
+  for (int i = 0; i < 32; i++)
+    d[(row + lane / 4 + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+extern "C" int run(const void *a, const void *b, float *d, int matrices, int fence) {
+  return launch(kernel, dim3(1), dim3(128), 128 * BOX_ROW, nullptr,
+                static_cast<const uint16_t *>(a), static_cast<const uint16_t *>(b), d,
+                matrices != 0, fence);
+}
+"""
+
 # 3 组各 128 个线程：每线程 168 个寄存器，一组让出来，两组增加。
 REGISTERS = """
 #include <launch.cuh>
@@ -321,6 +368,22 @@ WRONG = {
     "N 连续的块距": (5, {"leading": 4096 // 16}),
     "漏等 wgmma": (4, {"wait": 0}),
 }
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize("matrices", [0, 1], ids=["cp.async", "stmatrix"])
+@pytest.mark.parametrize("fence", range(4), ids=["没有", "写的线程", "读的线程", "一半写的线程"])
+def test_plain_writes_need_a_proxy_fence(matrices, fence):
+    """普通的写给 wgmma 读之前，写的或读的线程要 fence_proxy_async。"""
+    a, b = randn(64, 64, dtype=torch.bfloat16), randn(64, 64, dtype=torch.bfloat16)
+    d, library = torch.zeros(64, 64), simulate(PROXIES)
+    code = library.run(*map(pointer, (a, b, d)), matrices, fence)
+    if fence in (1, 2):
+        assert code == 0
+        torch.testing.assert_close(d, a.float() @ b.float().T)
+    else:
+        assert code == FAILED
+        assert "fence_proxy_async" in library.dso_host_failure().decode()
 
 
 @pytest.mark.parametrize("way, fault", WRONG.values(), ids=WRONG)

@@ -35,9 +35,11 @@ inline void cp_async_16(void *to, const void *from, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
       (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
     fail("cp.async 的地址没有对齐到 16 字节");
-  shared_offset(to);
+  size_t at = shared_offset(to);
+  int thread = thread_linear();
   if (valid) touch_global();
   defer(COPY_QUEUE, [=] {
+    wrote(at, thread);
     if (valid)
       std::memcpy(to, from, 16);
     else

@@ -1,6 +1,6 @@
 // cuda/ptx_sm90.cuh 的主机替身。wgmma 的操作数按描述符的各位取，TMA 按张量描述与交错写；DSO_HOST_ASYNC=lazy 时
 // wgmma 在各 warp 自己等待时才读操作数、写累加器，TMA 在所有线程都停住时才写。
-// 查不出来的：普通的写之后漏了 fence_proxy_async（主机上的写没有经过别的通道）。
+// 普通的写（cp.async、stmatrix）之后漏了 fence_proxy_async，wgmma 读到时失败；普通的赋值看不见，查不出来。
 #pragma once
 
 #include <cuda.h>
@@ -57,7 +57,9 @@ inline void copy_box(const CUtensorMap &map, size_t to, const int (&at)[4]) {
     for (int c = 0; c < map.box[0]; c++) {
       int64_t x = at[0] + c;
       size_t address = to + static_cast<size_t>((row * map.box[0] + c) * 2);
-      unsigned char *target = shared + swizzle_address(address, map.swizzle);
+      size_t place = swizzle_address(address, map.swizzle);
+      if (place % 16 == 0) cuda_host::wrote_async(place);
+      unsigned char *target = shared + place;
       if (inside && x >= 0 && x < map.dims[0])
         std::memcpy(target, from + 2 * x, 2);
       else
@@ -109,7 +111,7 @@ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barri
   tma_load_box(to, map, barrier, {x, y, z}, mask);
 }
 
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { cuda_host::fence_proxy(); }
 
 inline void named_barrier_sync(int id, int threads) { cuda_host::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) {
@@ -142,6 +144,9 @@ void store_matrices(void **records, int) {
         cuda_host::fail("stmatrix 的行没有对齐到 16 字节");
     }
     cuda_host::count_conflicts(rows, 8);
+    for (int i = 0; i < 8; i++)
+      cuda_host::wrote(cuda_host::shared_offset(rows[i]),
+                       cuda_host::thread_linear() / cuda_host::LANES * cuda_host::LANES + 4 * i);
     for (int lane = 0; lane < cuda_host::LANES; lane++) {
       uint32_t pair = static_cast<MatrixStore *>(records[lane])->value[m];
       for (int e = 0; e < 2; e++) {
@@ -178,7 +183,7 @@ struct Descriptor {
   }
 
   // M（N）一维第 i 个、K 一维第 k 个元素。
-  uint16_t at(bool trans, size_t i, size_t k) const {
+  uint16_t at(bool trans, size_t i, size_t k, uint64_t fence) const {
     auto wide = static_cast<size_t>(width);
     size_t offset;
     if (width == 16)
@@ -190,6 +195,7 @@ struct Descriptor {
       offset = i / 8 * stride + i % 8 * wide + k * 2;
     size_t address = swizzle_address(start + offset, width);
     if (address + 2 > cuda_host::shared_size()) return 0x7fff;  // 越界：NaN
+    if (address % 16 == 0) cuda_host::read_async(address, fence);
     uint16_t bits;
     std::memcpy(&bits, cuda_host::shared_memory() + address, 2);
     return bits;
@@ -206,6 +212,7 @@ struct GroupProduct {
 
 struct WarpProduct {
   GroupProduct lanes[cuda_host::LANES];
+  uint64_t fence;  // 发出时这个 warp 的 fence.proxy.async
 };
 
 inline float decode_half(bool bf16, uint16_t bits) {
@@ -229,7 +236,8 @@ inline void multiply_group(const WarpProduct &warp) {
   for (size_t row = 0; row < 16 && !first.in_registers; row++)
     for (size_t k = 0; k < 16; k++)
       a[row][k] = decode_half(
-          first.bf16, left.at(first.trans_a, static_cast<size_t>(first.warp) * 16 + row, k));
+          first.bf16,
+          left.at(first.trans_a, static_cast<size_t>(first.warp) * 16 + row, k, warp.fence));
   for (int lane = 0; lane < cuda_host::LANES && first.in_registers; lane++)
     for (int part = 0; part < 4; part++)
       for (int e = 0; e < 2; e++)
@@ -237,7 +245,8 @@ inline void multiply_group(const WarpProduct &warp) {
             first.bf16, static_cast<uint16_t>(warp.lanes[lane].fragment[part] >> (16 * e)));
   for (size_t k = 0; k < 16; k++)
     for (int n = 0; n < first.columns; n++)
-      b[k][n] = decode_half(first.bf16, right.at(first.trans_b, static_cast<size_t>(n), k));
+      b[k][n] =
+          decode_half(first.bf16, right.at(first.trans_b, static_cast<size_t>(n), k, warp.fence));
   multiply_panels(a, b, d, first.columns);
   for (int lane = 0; lane < cuda_host::LANES; lane++)
     for (int i = 0; i < first.columns / 2; i++) {
@@ -254,6 +263,7 @@ inline void issue_group(void **records, int count) {
     if (warp.lanes[lane].a != warp.lanes[0].a || warp.lanes[lane].b != warp.lanes[0].b)
       cuda_host::fail("wgmma 的描述符在一个 warp 里不一致");
   }
+  warp.fence = cuda_host::fence_of_warp();
   if (!cuda_host::wgmma_fenced(false)) cuda_host::fail("wgmma 之前没有 wgmma_fence");
   cuda_host::defer(cuda_host::MMA_QUEUE, [warp] { multiply_group(warp); });
 }

@@ -139,6 +139,7 @@ void start_cta(Cta &cta, dim3 at, int warps) {
   for (Barrier &barrier : cta.barriers) barrier = Barrier{};
   cta.alive = state.count, cta.spare_registers = 0, cta.at = at;
   std::memset(cta.shared, 0xff, state.shared_bytes);
+  cta.proxy.reset(state.shared_bytes, state.count);
   for (int i = 0; i < state.count; i++) {
     Fiber &fiber = *cta.fibers[static_cast<size_t>(i)];
     fiber.cta = &cta, fiber.reported = fiber.remote = fiber.waited = false;
@@ -297,6 +298,22 @@ size_t shared_offset(const void *p) {
   auto at = reinterpret_cast<uintptr_t>(p), base = reinterpret_cast<uintptr_t>(state.cta->shared);
   if (at < base || at > base + state.shared_bytes) fail("地址不在动态共享内存里");
   return at - base;
+}
+
+int thread_linear() { return state.current->linear; }
+void wrote(size_t offset, int thread) { state.cta->proxy.write(offset, thread); }
+void wrote_async(size_t offset) { state.cta->proxy.write_async(offset); }
+void fence_proxy() { state.cta->proxy.fence(state.current->linear); }
+
+uint64_t fence_of_warp() {
+  const auto &all = state.cta->proxy.fenced;
+  auto first = all.begin() + state.current->linear / LANES * LANES;
+  return *std::min_element(first, all.end() - first < LANES ? all.end() : first + LANES);
+}
+
+void read_async(size_t offset, uint64_t fence) {
+  if (!state.cta->proxy.sees(offset, fence))
+    note_failure("wgmma 读到的是普通的写，中间没有 fence_proxy_async");
 }
 
 void wait_until(const std::function<bool()> &ready) {

@@ -64,6 +64,15 @@ int cluster_rank();
 void cluster_arrive();
 void cluster_wait();
 
+// 普通的通道写了（TMA 写了）这 16 字节；正在运行的线程的 fence.proxy.async；正在运行的 warp 里最早的一次；wgmma 读，
+// fence 是它发出时的后者：中间没有隔着就失败。
+void wrote(size_t offset, int thread);
+void wrote_async(size_t offset);
+void fence_proxy();
+uint64_t fence_of_warp();
+void read_async(size_t offset, uint64_t fence);
+int thread_linear();  // 正在运行的线程在块里的编号
+
 // 当前 warp 执行过 wgmma.fence 没有（之后的 wgmma.wait 把它清掉）；set 为真时记下。
 bool wgmma_fenced(bool set);
 

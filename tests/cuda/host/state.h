@@ -67,7 +67,33 @@ struct WarpState {
   bool fenced = false;
 };
 
+// 两个通道的先后：普通的写（看得见的：cp.async、stmatrix）要经过写的线程或读的 warp 的 fence.proxy.async，wgmma 才
+// 看得见。16 字节一格。
+struct Proxy {
+  struct Written {
+    uint64_t when = 0;  // 0：没有写过，或是 TMA 写的
+    int thread = 0;
+  };
+  std::vector<Written> written;
+  std::vector<uint64_t> fenced;  // 各线程最近一次
+  uint64_t clock = 0;
+
+  void reset(size_t bytes, int threads) {
+    written.assign(bytes / 16 + 1, Written{});
+    fenced.assign(static_cast<size_t>(threads), 0);
+    clock = 0;
+  }
+  void write(size_t offset, int thread) { written[offset / 16] = {++clock, thread}; }
+  void write_async(size_t offset) { written[offset / 16] = {}; }
+  void fence(int thread) { fenced[static_cast<size_t>(thread)] = ++clock; }
+  bool sees(size_t offset, uint64_t reader) const {
+    const Written &w = written[offset / 16];
+    return w.when <= reader || w.when < fenced[static_cast<size_t>(w.thread)];
+  }
+};
+
 struct Cta {
+  Proxy proxy;
   std::vector<std::unique_ptr<Fiber>> fibers;  // 反复使用，各有自己的栈
   std::vector<Meeting> warps, groups;
   std::vector<WarpState> warp_states;
