@@ -3,7 +3,7 @@
 #   scripts/gpu.sh [结果.json]
 # 用当前环境的 Python（PYTHON 可指定），不联网、不安装：需要带 CUDA 的 torch >= 2.10、nvcc、pytest；
 # 有 compute-sanitizer、triton、transformers 时用上。一步失败不影响其余各步，最后给出总结；
-# 编译失败则到此为止。GPU_SECONDS：总时限（秒）。
+# 编译失败则到此为止。GPU_SECONDS：总时限（秒）；GPU_WORKERS：几个 pytest 进程（要 pytest-xdist，默认一个）。
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
@@ -79,7 +79,9 @@ PY
 sanitizer=$(find_sanitizer)
 export DEEPSEEK_OPT_CUDA=1
 step "编译" 240 "$python" build_native.py || finish
-step "测试" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+workers=()
+[ -n "${GPU_WORKERS:-}" ] && workers=(-n "$GPU_WORKERS")
+step "测试" 120 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" -m gpu tests
 # 关掉 torch 的显存池：越过张量末尾的访问才看得出来。
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck
 # 只看本库的核（核的参数都是 dso_ 开头的结构体，名字里有它）。

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek_opt import _native
+from tests.cuda import device
 
 ISAS = _native.available_isas() if _native.load() else []
 if os.environ.get("DSO_HOST") == "1":
@@ -16,6 +17,13 @@ if os.environ.get("DSO_HOST") == "1":
 
     host_library.load()
     ISAS = ISAS[-1:]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown():
+    """几个进程一起跑时，设备出过错的进程就此退出（失败已经报出），余下的测试由新的进程接着跑。"""
+    if "PYTEST_XDIST_WORKER" in os.environ and device.is_broken():
+        os._exit(1)
 
 
 @pytest.fixture(params=ISAS)

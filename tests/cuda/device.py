@@ -15,4 +15,16 @@ marks = [
         not ON_GPU and os.environ.get("DSO_HOST") != "1", reason="没有 CUDA 设备，也不在主机模拟里"
     ),
 ]
+
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="要真的 GPU")
+
+
+def is_broken() -> bool:
+    """这个进程里的 CUDA 出过错（越界访问等）：之后的调用都会失败。"""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -53,6 +53,11 @@ def test_a_failure_does_not_hide_the_rest(script, fail, index):
         assert f"{name}：{'失败' if step == index else '通过'}" in summary
 
 
+def test_several_workers(script):
+    _, _, calls = script("^$", GPU_WORKERS="8")
+    assert "-n 8 -m gpu tests" in calls[1]
+
+
 def test_a_failed_build_ends_the_run(script):
     code, out, calls = script("build_native")
     assert code == 1 and len(calls) == 1 and "编译：失败" in out.split("总结")[1]
