@@ -159,7 +159,7 @@ def check(case: Experts) -> None:
     close(got, want, dtype, f"{case.layout} y")
     grad = torch.randn_like(got)
     theirs = exact.gradients(grad.double(), reference.moe_experts)
-    for recompute in (False, True):
+    for recompute in (False, True) if dtype == torch.float32 else (False,):
         ours = case.gradients(grad, recompute=recompute)
         for name, tensor in case.tensors().items():
             assert ours[name].dtype == tensor.dtype, name
