@@ -24,6 +24,7 @@ def test_is_broken(monkeypatch, initialized, error, broken):
         if error:
             raise error
 
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert device.is_broken() is broken
+    with monkeypatch.context() as patch:  # 测试结束之前还原：收尾时 conftest 也要看
+        patch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        assert device.is_broken() is broken
