@@ -9,6 +9,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
+LARGE = ON_GPU and os.environ.get("DSO_SMALL") != "1"  # compute-sanitizer 下慢几十倍：只用小的形状
 marks = [
     pytest.mark.gpu,
     pytest.mark.skipif(

@@ -9,15 +9,15 @@ import torch
 
 from deepseek_opt import _native, ops, reference
 from tests.cuda.cases import CACHE_SHAPES, DTYPES, NORM_SHAPES, ROPE_SHAPES, randn
-from tests.cuda.device import DEVICE, ON_GPU, marks, needs_gpu
+from tests.cuda.device import DEVICE, LARGE, ON_GPU, marks, needs_gpu
 from tests.op_cases import QUANTIZED, attention, bits, paged
 from tests.tolerances import tol
 
 pytestmark = marks
 EPS = 1e-6
 # 真卡上才跑的大形状：模拟太慢。
-BIG_NORMS = [(1000, 2048), (4096, 7168), (100_003, 512)] if ON_GPU else []
-BIG_ROPES = [(2, 1000, 16, 64)] if ON_GPU else []
+BIG_NORMS = [(1000, 2048), (4096, 7168), (100_003, 512)] if LARGE else []
+BIG_ROPES = [(2, 1000, 16, 64)] if LARGE else []
 # (B, T, S, H, (r, dr, dn, dv))：三种行数、三种秩、通用路径；真卡上另有模型的大小。
 DECODES = [
     (2, 1, 70, 4, (128, 32, 16, 16)),
@@ -26,7 +26,7 @@ DECODES = [
     (2, 2, 40, 3, (33, 6, 9, 5)),
 ]
 PREFILLS = [(2, 70, 90, 2, (64, 16, 32, 64)), (1, 130, 130, 2, (64, 64, 128, 128)), DECODES[-1]]
-if ON_GPU:
+if LARGE:
     DECODES += [(32, 1, 4096, 16, (512, 64, 128, 128)), (8, 4, 1000, 128, (512, 64, 128, 128))]
     PREFILLS += [(2, 1000, 1500, 16, (512, 64, 128, 128))]
 

@@ -68,6 +68,7 @@ def test_shared(shared, dtype):
     check(inner)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 300])
 def test_tile_boundaries(tokens):
     """一个专家得到全部词元；别的专家没有。"""
@@ -75,6 +76,7 @@ def test_tile_boundaries(tokens):
     check(experts((tokens, 32, 40, 48), 4, dtype=torch.bfloat16, indices=index))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("depth", [8, 24, 32, 40, 96, 128, 264])
 def test_depths(depth):
     """K 从不满一级到填满流水。"""
@@ -221,6 +223,7 @@ def test_few_tokens_quantized(tokens, form):
     check_quantized(case, torch.float16)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("tokens", [4, 6, 20])
 @pytest.mark.parametrize("form", [None, quantized.INT8, (4, 64, False), quantized.FP8_128], ids=str)
 def test_many_columns(form, tokens):
@@ -242,6 +245,7 @@ def test_large_zero_points():
     check_quantized(case.but(up=up, down=down), torch.bfloat16)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shared", [0, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5])
 def test_direct(tokens, shared):

@@ -53,6 +53,7 @@ def test_shared(shared, dtype):
     )
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 127, 128, 129, 300])
 def test_tile_boundaries(tokens):
     """一个专家得到全部词元：权重梯度的 k 从不满一级到填满流水；别的专家没有。"""
@@ -67,6 +68,7 @@ def test_depths(depth):
         check(experts((20, depth, depth, 16), 3, dtype=BF16, layout=way), recompute=True)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("transposed", [False, True])
 def test_deep(transposed):
     """各步都多于流水的级数，一块里两组都有行，一个专家有几块：Hopper 上两组错开、CTA 常驻。"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,20 +11,13 @@ import deepseek_opt as dso
 from deepseek_opt import ops, reference
 from deepseek_opt.cache_rows import move_rows, settle_rows
 from tests.cuda.cases import DTYPES, randn
+from tests.cuda.device import DEVICE, LARGE, ON_GPU, marks, needs_gpu
 from tests.op_cases import wide
 from tests.test_mtp_input import EPS, inputs
 from tests.test_mtp_verify import chain, check_sample, same, sampled
 from tests.tolerances import tol
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not ON_GPU and os.environ.get("DSO_HOST") != "1", reason="没有 CUDA 设备，也不在主机模拟里"
-    ),
-]
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="要真的 GPU")
+pytestmark = marks
 # (R, D, V)：一块、几块、不能宽访存、没有草稿；真卡上另有大词表。
 SHAPES = [(3, 4, 96), (2, 2, 5000), (1, 1, 4097), (4, 0, 31), (2, 3, 8192)]
 OPTIONS = [
@@ -35,7 +27,7 @@ OPTIONS = [
     {"top_k": 40, "top_p": 0.9, "min_p": 0.05},
     {"top_k": 4000, "top_p": 0.3},
 ]
-if ON_GPU:
+if LARGE:
     SHAPES += [(8, 4, 129280), (1, 0, 200_000), (64, 4, 32000)]
 
 
@@ -147,7 +139,7 @@ def test_sample_tokens(vocab, dtype):
 
 
 HEADS = [(1, 300, 64), (8, 1000, 128), (9, 77, 40), (40, 200, 96), (3, 50, 33)]
-if ON_GPU:
+if LARGE:
     HEADS += [(8, 129280, 7168), (64, 32000, 2048)]
 
 

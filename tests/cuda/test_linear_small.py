@@ -23,6 +23,7 @@ def inputs(m, n, k, dtype):
     return x.to(DEVICE), weight.to(DEVICE), randn(n, dtype=dtype).to(DEVICE)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_linear(m, n, k, dtype):
@@ -32,6 +33,7 @@ def test_linear(m, n, k, dtype):
         torch.testing.assert_close(ops.linear(x, weight, extra).double(), want, **tol(dtype))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_swiglu(m, n, k, dtype):
