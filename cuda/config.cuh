@@ -16,6 +16,9 @@ constexpr int DECODE_ROWS[] = {16, 32, 64}, DECODE_MOST_ROWS = 64;
 // 8 行起，行少时不必补齐。
 constexpr int DECODE_KEYS_SM90 = 64;
 constexpr int DECODE_STAGES_SM90 = 4;
+// 行多而只有两级时，一级放行到要用不过一千多个周期，盖不住显存的延迟（约一微秒）：提前几块（一对的倍数）读进 L2。
+// 行少时没有：受限于显存，预读进 L2 的有一成多在用到之前又被换出去（H100 上慢 13～22 %）。
+constexpr int DECODE_AHEAD_SM90 = 2;
 constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 // 两组 64 行合用一份键的 cluster：一块 72 KiB 算 2368 个周期，各读各的在 600 TFLOP/s 时要从 L2 读 5 TB/s，
 // 接近上限；TMA 一次写到两个 CTA，减半。r 小于一档的少见，不值得多编译几个核。

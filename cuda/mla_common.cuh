@@ -11,6 +11,17 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // 得分以 2 为底：exp2(x * score_scale - m)。
 __device__ inline float score_scale(const dso_mla_inputs &in) { return in.softmax_scale * LOG2_E; }
 
+// 在线 softmax 的基准不必是最大值：大出 2 的这么多次方才换，绝大多数块就不必缩放旧的结果。概率至多 256，结果只差舍入。
+constexpr float SOFTMAX_SLACK = 8.0f;
+
+// 一行的基准换成 next（这一块的最大值）：换了返回真，keep 是旧结果的缩放。
+__device__ inline bool rebase(float next, float *base, float *keep) {
+  *keep = 1.0f;
+  if (!(next > *base + SOFTMAX_SLACK)) return false;
+  *keep = fast_exp2(*base - next), *base = next;
+  return true;
+}
+
 // span 的键所在的行与槽位。词元数、槽位数都小于 2^31（绑定检查），只有乘上步长之后才需要 int64。
 struct Place {
   int q_begin, q_len, row, slot, kv_len;

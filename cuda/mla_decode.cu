@@ -41,14 +41,14 @@ int shared_bytes(const Plan &plan) {
   return bytes;
 }
 
-// TMA 一次拷贝 64 个连续的槽位：不分页，各维的步长是正数。
+// TMA 一次拷贝 64 个连续的槽位、潜变量整 64 列：不分页，各维的步长是正数。
 bool tma_ok(const dso_cuda_mla_decode_params *p, const Device &device) {
   const dso_mla_inputs &in = p->in;
   auto strides_ok = [&](int64_t bs, int64_t ts) {
     return (bs > 0 || in.b == 1) && (ts > 0 || in.s == 1);
   };
   return device.major == 9 && device.shared_limit >= SHARED_SM90 && in.latent_dtype == p->dtype &&
-         !in.pages && in.s > 0 && in.rank % 8 == 0 && in.rope_dim <= 64 &&
+         !in.pages && in.s > 0 && in.rank % 64 == 0 && in.rope_dim <= 64 &&
          strides_ok(in.latent_bs, in.latent_ts) &&
          (in.rope_dim == 0 || strides_ok(in.rope_bs, in.rope_ts));
 }

@@ -130,7 +130,8 @@ struct Few : Consumer<E, S> {
     for (int block = 0; block < piece.units; block++) {
       int first = piece.key_begin + block * S::KEYS;
       float s[ROWS / 2];
-      this->template score<0, S::BOXES + 1>(ring, s);
+      this->template score<S::BOXES + 1>(ring, s, 0, true);
+      wgmma_commit();
       wgmma_wait<0>();
       wgmma_settle(s);
       softmax(piece, first, s);  // 其中的屏障之后，没有 warp 还在读旋转的键

@@ -11,7 +11,8 @@ template <class S>
 __device__ void produce(const DecodeArgs &args, int cta, const CUtensorMap *latent,
                         const CUtensorMap *rope) {
   bool writer = threadIdx.x == S::CONSUMERS && (S::CTAS == 1 || cluster_rank() == 0);
-  Producer<S> producer{args.in, latent, rope, {}, {}};
+  int part = (static_cast<int>(threadIdx.x) - S::CONSUMERS) / WARP;
+  Producer<S> producer{args.in, latent, rope, part, {}, {}};
   each_piece(args, cta, writer, [&](const Piece &piece) { producer.run(piece); });
 }
 
@@ -43,24 +44,32 @@ __global__ __launch_bounds__(Shape<RANK, ROWS, CTAS>::THREADS, 1) void mla_decod
   grid_wait();
   if (thread >= S::CONSUMERS) {
     if constexpr (!S::FEW) registers_decrease<DECODE_PRODUCER_REGISTERS>();
-    if (thread < S::CONSUMERS + WARP) produce<S>(args, cta, &latent, &rope);
+    if (thread < S::CONSUMERS + S::PRODUCERS) produce<S>(args, cta, &latent, &rope);
   } else if constexpr (S::FEW) {
     consume<Few<E, S>>(args, cta);
   } else {
     registers_increase<DECODE_CONSUMER_REGISTERS>();
-    if (thread < GROUP)
-      consume<Many<E, S, 0>>(args, cta);
-    else
-      consume<Many<E, S, 1>>(args, cta);
+    consume<Many<E, S>>(args, cta);
   }
   if constexpr (CTAS > 1) sync_ctas<S>();
 }
 
 // ---- 主机侧 ----
 
-// 键的张量 [B, S, width]，一次 64 列、64 个槽位；界外（含不足 64 的列）填 0。
-cudaError_t cache_map(CUtensorMap *map, const DecodeArgs &args, const void *data, int64_t width,
-                      int64_t bs, int64_t ts) {
+// 潜变量 [B, S, r / 64, 64]，一次 chunk 个 64 列、64 个槽位：写成 chunk 个块；界外填 0。
+cudaError_t latent_map(CUtensorMap *map, const DecodeArgs &args, int chunk) {
+  const dso_mla_inputs &in = args.in;
+  return make_tensor_map(map, {in.latent,
+                               args.dtype,
+                               4,
+                               {BOX_COLUMNS, in.s, in.rank / BOX_COLUMNS, in.b},
+                               {1, in.latent_ts, BOX_COLUMNS, in.latent_bs},
+                               {BOX_COLUMNS, DECODE_KEYS_SM90, chunk, 1}});
+}
+
+// 旋转的键 [B, S, width]，一次 64 列、64 个槽位；界外（含不足 64 的列）填 0。
+cudaError_t rope_map(CUtensorMap *map, const DecodeArgs &args, const void *data, int64_t width,
+                     int64_t bs, int64_t ts) {
   return make_tensor_map(map, {data,
                                args.dtype,
                                3,
@@ -78,10 +87,10 @@ cudaError_t run(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
   }
   const dso_mla_inputs &in = args.in;
   CUtensorMap latent, rope;
-  cudaError_t error = cache_map(&latent, args, in.latent, in.rank, in.latent_bs, in.latent_ts);
-  rope = latent;
-  if (error == cudaSuccess && in.rope_dim > 0)
-    error = cache_map(&rope, args, in.rope, in.rope_dim, in.rope_bs, in.rope_ts);
+  cudaError_t error = latent_map(&latent, args, S::CHUNK);
+  if (error == cudaSuccess)  // 没有旋转部分时只从界外读
+    error = in.rope_dim > 0 ? rope_map(&rope, args, in.rope, in.rope_dim, in.rope_bs, in.rope_ts)
+                            : rope_map(&rope, args, in.latent, in.rank, in.latent_bs, in.latent_ts);
   if (error != cudaSuccess) return error;
   return launch_cluster(mla_decode_sm90_kernel<E, RANK, ROWS, CTAS>, CTAS,
                         dim3(static_cast<unsigned>(args.schedule.ctas * CTAS)), dim3(S::THREADS),

@@ -1,10 +1,10 @@
 // 吸收式解码（Hopper）：TMA 把键成块拷进环形的缓冲，wgmma 累加；工作的划分、部分结果与合并同别的路径。
 //
-// 一块 64 个键读进来一次，既当键又当值；一个 warp 是生产者，只发 TMA，其余是消费者（4 个 warp 一组）：
+// 一块 64 个键读进来一次，既当键又当值；3 个 warp 是生产者，只发 TMA，其余是消费者（4 个 warp 一组）：
 //   行少（8、16、32）：键放在 wgmma 的 M 一维，Sᵀ [64, ROWS] = 块 · Qᵀ，Oᵀ [r, ROWS] += 块的前 r 列ᵀ · Pᵀ，
 //     头再少也不必补到 64 行；一个消费者组。
 //   行多（64）：S [64, 64] = Q · 块ᵀ，两个消费者组各管隔一块的得分与 softmax，O [64, r] 各管一半的列；
-//     两块一起走，一组做 softmax 时另一组的矩阵乘正在算。
+//     两块一起走。
 // 缓冲里每 64 列一个块（tile_sm90.cuh）；最后一块先放旋转的键，得分算完之后原地换成 P。
 #pragma once
 
@@ -20,8 +20,8 @@ namespace dso::decode {
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
 constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
-// 具名屏障；GROUP、READY 一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）；TURN：得分的先后。
-constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4, TURN_BARRIER = 6;
+// 具名屏障；GROUP、READY 一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
+constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
 
 // 一个 CTA ROWS 行，CTAS 个一个 cluster，合用读进来的键。
 template <int RANK_, int ROWS_, int CTAS_>
@@ -29,20 +29,23 @@ struct Shape {
   static constexpr int RANK = RANK_, ROWS = ROWS_, CTAS = CTAS_;
   static constexpr bool FEW = ROWS <= 32;
   static constexpr int GROUPS = FEW ? 1 : 2;
-  // 两个消费者组时生产者也占一组（只有第一个 warp 干活），好把它的寄存器让出来。
-  static constexpr int CONSUMERS = GROUPS * GROUP, THREADS = CONSUMERS + (FEW ? WARP : GROUP);
+  // 生产者一个 warp 管一部分；两个消费者组时占一组，好把它的寄存器让出来。
+  static constexpr int CONSUMERS = GROUPS * GROUP, PRODUCERS = PARTS * WARP;
+  static constexpr int THREADS = CONSUMERS + (FEW ? PRODUCERS : GROUP);
   static constexpr int KEYS = DECODE_KEYS_SM90;
   static constexpr int BOXES = RANK / BOX_COLUMNS, HALF = BOXES / 2;
+  // 潜变量一次 TMA 几个 64 列：多了发得少，少了先到的先算。
+  static constexpr int CHUNK = HALF < 2 ? HALF : 2, CHUNKS = HALF / CHUNK;
   static constexpr int BOX = KEYS * BOX_ROW, QUERY_BOX = ROWS * BOX_ROW;
   static constexpr int STAGE = (BOXES + 1) * BOX, QUERIES = (BOXES + 1) * QUERY_BOX;
-  // 其余：至多 5 个 ROWS 的浮点数，与每级的 mbarrier：一块（64 列）一个等到达的，一部分一个等放行的。
-  static constexpr int FLOATS = 5 * ROWS * 4, BARRIERS = (BOXES + 1 + PARTS) * 8;
+  // 其余：4 个 ROWS 的浮点数，与每级的 mbarrier：一次 TMA 一个等到达的，一部分一个等放行的。
+  static constexpr int FULLS = 2 * CHUNKS + 1;
+  static constexpr int FLOATS = 4 * ROWS * 4, BARRIERS = (FULLS + PARTS) * 8;
   static constexpr int FIT = (SHARED_SM90 - QUERIES - FLOATS) / (STAGE + BARRIERS);
   static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
   static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
   static_assert(STAGES >= 2, "放不下两级");
-  // 只有两级时，一级放行到要用不过一千多个周期，盖不住显存的延迟（约一微秒）：提前两级读进 L2。
-  static constexpr bool PREFETCH = STAGES == 2;
+  static constexpr int AHEAD = FEW || STAGES > 2 ? 0 : DECODE_AHEAD_SM90;
 };
 
 // 环里的位置：第几级、这一级用过几轮（的奇偶）。
@@ -63,36 +66,38 @@ struct Shared {
     stages = dynamic_shared();
     queries = stages + S::STAGES * S::STAGE;
     floats = reinterpret_cast<float *>(queries + S::QUERIES);
-    barriers = reinterpret_cast<uint64_t *>(floats + 5 * S::ROWS);
+    barriers = reinterpret_cast<uint64_t *>(floats + 4 * S::ROWS);
   }
   __device__ unsigned char *stage(int i) const { return stages + i * S::STAGE; }
-  __device__ uint64_t *full(int stage, int box) const {
-    return barriers + stage * (S::BOXES + 1) + box;
+  __device__ uint64_t *full(int stage, int chunk) const {
+    return barriers + stage * S::FULLS + chunk;
   }
   __device__ uint64_t *empty(int stage, int part) const {
     return full(S::STAGES, 0) + stage * PARTS + part;
   }
 
-  // 一半潜变量由用它的组放行（行少时只有一组），最后一块由所有消费者放行；一个 warp 报到一次，各 CTA 的都算。
+  // 一半潜变量由拿它当值的组放行，最后一块由读 P 的组放行（行少时只有一组）；一个 warp 报到一次，各 CTA 的都算。
   __device__ void start() const {
     for (int i = 0; i < S::STAGES; i++) {
-      for (int box = 0; box <= S::BOXES; box++) mbarrier_init(full(i, box), 1);
+      for (int chunk = 0; chunk < S::FULLS; chunk++) mbarrier_init(full(i, chunk), 1);
       for (int part = 0; part < PARTS; part++)
-        mbarrier_init(empty(i, part), S::CTAS * (part == TAIL ? S::CONSUMERS : GROUP) / WARP);
+        mbarrier_init(empty(i, part), S::CTAS * GROUP / WARP);
     }
     mbarrier_init_fence();
   }
 };
 
-// ---- 生产者：整个 warp 找下一段，第一个线程发 TMA ----
+// ---- 生产者：几个 warp 各管一部分，整个 warp 找下一段，第一个线程发 TMA ----
 //
-// 有 cluster 时各 CTA 轮着发，一块写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的
-// mbarrier_expect 先到也不要紧：还差那一次到达，这一相不会提前结束。
+// 发一次 TMA 连同算坐标要上百个周期，一个 warp 发全部就来不及：潜变量的前一半、后一半、旋转的键各由一个 warp 发。
+// 有 cluster 时各 CTA 轮着发，一次写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的 mbarrier_expect
+// 先到也不要紧：还差那一次到达，这一相不会提前结束。
 
 template <class S>
 struct Producer {
   const dso_mla_inputs &in;
   const CUtensorMap *latent, *rope;
+  int part;  // 管哪一部分
   Shared<S> shared;
   Ring ring;
   bool started = false;
@@ -100,47 +105,62 @@ struct Producer {
   // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
   __device__ int tail() const { return in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS; }
 
-  // 从 slot 起的一块，各 CTA 分着。
+  __device__ static int rank() { return S::CTAS == 1 ? 0 : cluster_rank(); }
+
+  // 一级缓冲里我的这一部分，从 slot 起的一块。
+  __device__ void load(const Piece &piece, Ring at, int slot) const {
+    mbarrier_wait(shared.empty(at.stage, part), at.parity ^ 1);
+    const int first = part * S::CHUNKS, count = part == TAIL ? 1 : S::CHUNKS, row = piece.at.row;
+    for (int i = first; i < first + count; i++) {
+      uint64_t *full = shared.full(at.stage, i);
+      unsigned char *to = shared.stage(at.stage) + i * S::CHUNK * S::BOX;
+      mbarrier_expect(full, part == TAIL ? S::BOX : S::CHUNK * S::BOX);
+      if ((i + at.stage) % S::CTAS != rank()) continue;
+      if constexpr (S::CTAS > 1) {
+        constexpr unsigned ALL = (1u << S::CTAS) - 1;
+        if (part == TAIL)
+          tma_load_multicast(to, rope, full, ALL, tail(), slot, row);
+        else
+          tma_load_multicast(to, latent, full, ALL, 0, slot, i * S::CHUNK, row);
+      } else if (part == TAIL) {
+        tma_load(to, rope, full, tail(), slot, row);
+      } else {
+        tma_load(to, latent, full, 0, slot, i * S::CHUNK, row);
+      }
+    }
+  }
+
+  // 从 slot 起的一块读进 L2，各 CTA 分着。
   __device__ void prefetch(int slot, int row) const {
-    for (int i = S::CTAS == 1 ? 0 : cluster_rank(); i <= S::BOXES; i += S::CTAS)
-      tma_prefetch(i == S::BOXES ? rope : latent, i == S::BOXES ? tail() : i * BOX_COLUMNS, slot,
-                   row);
+    for (int i = rank(); i < 2 * S::CHUNKS; i += S::CTAS)
+      tma_prefetch(latent, 0, slot, i * S::CHUNK, row);
+    if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, row);
   }
 
-  __device__ void load_box(int i, const CUtensorMap *map, int column, int slot, int row) const {
-    uint64_t *full = shared.full(ring.stage, i);
-    unsigned char *to = shared.stage(ring.stage) + i * S::BOX;
-    mbarrier_expect(full, S::BOX);
-    if constexpr (S::CTAS == 1)
-      tma_load(to, map, full, column, slot, row);
-    else if ((i + ring.stage) % S::CTAS == cluster_rank())
-      tma_load_multicast(to, map, full, (1u << S::CTAS) - 1, column, slot, row);
-  }
-
-  __device__ void load_part(const Piece &piece, int slot, int part) {
-    int first = part * S::HALF, count = part == TAIL ? 1 : S::HALF;
-    mbarrier_wait(shared.empty(ring.stage, part), ring.parity ^ 1);
-    for (int i = first; i < first + count; i++)
-      load_box(i, part == TAIL ? rope : latent, part == TAIL ? tail() : i * BOX_COLUMNS, slot,
-               piece.at.row);
+  // 从第 block 块起的 count 块（一对，或一段最后的一块）：先读先放行的，第 i 块先放行的是第 i 组当值用的一半。
+  // 读前一半的在两块之间预读提前 AHEAD 块的：第二块还没有放行。
+  __device__ void load_blocks(const Piece &piece, int slot, int block, int count) const {
+    for (int i = 0; i < count; i++) {
+      const int which = part == 1 ? count - 1 - i : i;
+      load(piece, which ? ring.next(S::STAGES) : ring, slot + which * S::KEYS);
+      if (S::AHEAD == 0 || part != 0 || i > 0) continue;
+      for (int ahead = S::AHEAD; ahead < S::AHEAD + count && block + ahead < piece.units; ahead++)
+        prefetch(slot + ahead * S::KEYS, piece.at.row);
+    }
   }
 
   __device__ void run(const Piece &piece) {
     int slot = piece.at.slot + piece.key_begin;
     bool first = threadIdx.x % WARP == 0;
-    // 上一段还没有算完，这一段的头几块已经可以读了。
-    if (S::PREFETCH && first && started)
-      for (int block = 0; block < piece.units && block < S::STAGES; block++)
-        prefetch(slot + block * S::KEYS, piece.at.row);
-    started = true;
-    for (int block = 0; block < piece.units; block++, slot += S::KEYS) {
-      if (first) {
-        for (int part = 0; part < PARTS; part++) load_part(piece, slot, part);
-        if (S::PREFETCH && block + S::STAGES < piece.units)
-          prefetch(slot + S::STAGES * S::KEYS, piece.at.row);
-      }
-      ring = ring.next(S::STAGES);
+    if (first && part == 0 && started)  // 上一段还没有算完，这一段的头几块已经可以读了
+      for (int i = 0; i < S::AHEAD && i < piece.units; i++)
+        prefetch(slot + i * S::KEYS, piece.at.row);
+    for (int block = 0; block < piece.units; block += S::GROUPS, slot += S::GROUPS * S::KEYS) {
+      const int count = piece.units - block < S::GROUPS ? 1 : S::GROUPS;
+      if (first) load_blocks(piece, slot, block, count);
+      for (int i = 0; i < count; i++) ring = ring.next(S::STAGES);
     }
+    started = true;
     __syncwarp();
   }
 };
@@ -173,8 +193,9 @@ struct Consumer {
   }
 
   __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
+  // 等第 box 个 64 列到达：一次 TMA 的几个一起到。
   __device__ void wait(Ring at, int box) const {
-    mbarrier_wait(shared.full(at.stage, box), at.parity);
+    mbarrier_wait(shared.full(at.stage, box / S::CHUNK), at.parity);
   }
 
   // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。地址要几次除法：一个线程算一行，再广播。
@@ -205,23 +226,23 @@ struct Consumer {
     named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
   }
 
-  // 发出这一块的得分里 [BEGIN, END) 各 64 列的部分；行少时左边是键，行多时左边是查询。到了 64 列就算 64 列，
-  // 不等整块：缓冲只有两级，要等整块，刚放行的那一级来不及补上。
-  template <int BEGIN, int END, int R>
-  __device__ void score(Ring at, float (&s)[R]) {
-    uint64_t keys = uniform(k_major(tile(at))), queries = uniform(k_major(shared.queries));
+  // 发出这一块的得分里从 first 起 COUNT 个 64 列的部分，start 时从 0 起算；行少时左边是键，行多时左边是查询。
+  // 到了一份就算一份，不等整块：缓冲只有两级，要等整块，刚放行的那一级来不及补上。
+  template <int COUNT, int R>
+  __device__ void score(Ring at, float (&s)[R], int first, bool start) {
+    uint64_t keys = uniform(k_major(tile(at) + first * S::BOX));
+    uint64_t queries = uniform(k_major(shared.queries + first * S::QUERY_BOX));
 #pragma unroll
-    for (int box = BEGIN; box < END; box++) {
-      wait(at, box);
+    for (int box = 0; box < COUNT; box++) {
+      if (box % S::CHUNK == 0) wait(at, first + box);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < BOX_ROW; k += 32) {
         uint64_t key = advance(keys, box * S::BOX + k);
         uint64_t query = advance(queries, box * S::QUERY_BOX + k);
-        wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, box + k > 0);
+        wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, !start || box + k > 0);
       }
     }
-    wgmma_commit();
   }
 
   __device__ bool usable(const Piece &piece, int index) const {

@@ -152,7 +152,7 @@ struct Consumer {
   float o[DV / 2];
   float s[SCORES];
   uint32_t prob[KEYS / 16][4];
-  float m[2], l[2], keep[2];
+  float m[2], l[2], keep[2];  // m：基准
 
   __device__ explicit Consumer(const dso_cuda_mla_prefill_params &params)
       : p(params),
@@ -229,19 +229,23 @@ struct Consumer {
     return bits;
   }
 
-  // 得分就地换成概率；keep 是旧结果的缩放。
-  __device__ void softmax(int block) {
+  // 第 h 行的最大值。
+  __device__ float row_top(int h) const {
+    float x[KEYS / 8];
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; j++) x[j] = fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]);
+    return quad_max(max_of(x));
+  }
+
+  // 得分就地换成概率；keep 是旧结果的缩放，返回要不要缩放（整个 warp 一致）。
+  __device__ bool softmax(int block) {
     hide(block);
     float scale = score_scale(in);
+    bool moved = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float top = s[2 * h];
-#pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
-        top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-      top = fmaxf(m[h], quad_max(top) * scale);
-      float base = finite_max(top), sum = 0.0f;
-      keep[h] = fast_exp2(m[h] - base), m[h] = top;
+      moved |= rebase(row_top(h) * scale, &m[h], &keep[h]);
+      float base = finite_max(m[h]), sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
@@ -252,6 +256,7 @@ struct Consumer {
         }
       l[h] = l[h] * keep[h] + sum;
     }
+    return __any_sync(ALL_LANES, moved);
   }
 
   // 概率的片段就是 P · V 的左操作数片段。
@@ -304,11 +309,11 @@ struct Consumer {
       wgmma_wait<1>();
       wgmma_settle(s);
       release(shared.k_empty(now));
-      softmax(block);
+      bool moved = softmax(block);
       wgmma_wait<0>();
       wgmma_settle(o);
       release(shared.v_empty(now - 1));
-      rescale();
+      if (moved) rescale();
       pack();
     }
     int last = base + blocks - 1;

@@ -108,6 +108,16 @@ __device__ inline void copy_row_async(uint16_t *to, const uint16_t *from, int co
   }
 }
 
+// N 个（2 的幂）的最大值：两两比，链短。
+template <int N>
+__device__ inline float max_of(float (&x)[N]) {
+#pragma unroll
+  for (int half = 1; half < N; half *= 2)
+#pragma unroll
+    for (int i = 0; i < N; i += 2 * half) x[i] = fmaxf(x[i], x[i + half]);
+  return x[0];
+}
+
 // 一行的 4 个线程（同一 fragment_row）之间。
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));

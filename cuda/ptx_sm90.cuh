@@ -124,10 +124,26 @@ __device__ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint
       : "memory");
 }
 
+__device__ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier,
+                                          unsigned mask, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(mask)), "r"(x), "r"(y),
+      "r"(z), "r"(w)
+      : "memory");
+}
+
 // 只读进 L2，不等：之后的 tma_load 不必等显存。
 __device__ inline void tma_prefetch(const CUtensorMap *map, int x, int y, int z) {
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
                "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+__device__ inline void tma_prefetch(const CUtensorMap *map, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
 

@@ -121,7 +121,7 @@ class StepGraphs:
         mask = [0] * self.step.rows
         for row in live:
             mask[row] = 1
-        self.alive.copy_(torch.tensor(mask))
+        self.alive.copy_(torch.tensor(mask), non_blocking=True)
         return True
 
     def run(self, length: int, timed: bool = False) -> Found:

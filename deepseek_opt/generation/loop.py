@@ -97,11 +97,12 @@ class Loop:
         behind = drafter.pending if drafter.behind else 0
         length = self._draft_length(behind)
         caught_up = length > 0 and behind > 0
+        timed = caught_up and not self.plan.length.fixed  # 量补上的用时要多等设备一次
         self.plan.chooser.prepare(self.step, length, self.live)
         if self.graphs is not None:
-            found = self.graphs.run(length, timed=caught_up)
+            found = self.graphs.run(length, timed)
         else:
-            found = self.step.run(length, timed=caught_up)
+            found = self.step.run(length, timed)
         accepted, following, drafts = found.read()
         moved = [0] * self.step.rows
         for r in self.live:
@@ -112,7 +113,7 @@ class Loop:
         )
         before = self._commit(found, accepted, following, drafts)
         kept = sum(self.rows.counts[b] for b in self.rows.active) - sum(before)
-        if caught_up:
+        if timed:
             self.plan.length.record_catch_up(behind, found.drafting)
         seconds = time.perf_counter() - started
         steady = not caught_up and (self.graphs is None or found.replayed)

@@ -103,12 +103,18 @@ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
                      int w) {
   tma_load_box(to, map, barrier, {x, y, z, w});
 }
-inline void tma_prefetch(const CUtensorMap *map, int, int, int) {
-  if (map->rank != 3) cuda_host::fail("TMA 的坐标个数与张量描述的维数不同");
+inline void tma_prefetch_box(const CUtensorMap *map, int rank) {
+  if (map->rank != rank) cuda_host::fail("TMA 的坐标个数与张量描述的维数不同");
 }
+inline void tma_prefetch(const CUtensorMap *map, int, int, int) { tma_prefetch_box(map, 3); }
+inline void tma_prefetch(const CUtensorMap *map, int, int, int, int) { tma_prefetch_box(map, 4); }
 inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier, unsigned mask,
                                int x, int y, int z) {
   tma_load_box(to, map, barrier, {x, y, z}, mask);
+}
+inline void tma_load_multicast(void *to, const CUtensorMap *map, uint64_t *barrier, unsigned mask,
+                               int x, int y, int z, int w) {
+  tma_load_box(to, map, barrier, {x, y, z, w}, mask);
 }
 
 inline void fence_proxy_async() { cuda_host::fence_proxy(); }
