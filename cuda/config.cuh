@@ -29,11 +29,14 @@ constexpr int DECODE_TRACKS = 4;
 constexpr int GENERAL_ROWS = 8;
 constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
-// 合并：一个 warp 一行的 128 列，每线程 16 字节；一行的段数平均多于这么多时由几个 warp 分着加（H200 上一行分成 130 段、
-// 一个 warp 逐段加要 30 微秒，几乎全是等显存）。
+// 合并：16 个线程（每线程 16 字节）管一行里的 64 列，一次把 8 段的读都发出去；段多时一行由几组线程分着加（一行分成 130 段、
+// 逐段加时几乎全是等 L2）。行很多时改成一组一次 256 列、2 段，每组同样 8 次读，别的开销少。
+// 一次至多启动 384 块（每个 SM 两三块，都在运行），再多的轮着做；登记表一块看 256 项，一个线程一项。
 constexpr int COMBINE_THREADS = 256;
-constexpr int COMBINE_COLUMNS = 128;
-constexpr int COMBINE_SEGMENTS = 4;
+constexpr int COMBINE_LANES = 16;
+constexpr int COMBINE_BATCH = 8;
+constexpr int COMBINE_WIDE = 4;
+constexpr int COMBINE_CTAS = 384;
 
 // ---- 采样与 MTP ----
 
