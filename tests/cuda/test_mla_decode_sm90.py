@@ -110,6 +110,22 @@ def test_spans_of_different_sizes():
         check(attention(1, 12, 190, heads, LARGE, dtype=BF16).but(spans=spans))
 
 
+def test_equal_spans_are_not_split(monkeypatch):
+    """33 行各两块，各行的内容相同：分给两个 CTA 时多做一块就不拆开任何一行，分给四个时多做一块太多，拆开的几行差几位。"""
+    case, one = (attention(rows, 1, 128, 8, (128, 16, 8, 8), dtype=BF16) for rows in (33, 1))
+    same = case.but(
+        q=one.q.repeat(33, 1, 1, 1),
+        latent=one.latent.repeat(33, 1, 1),
+        rope=one.rope.repeat(33, 1, 1),
+    )
+    split = []
+    for sms in ("1", "2"):  # 一个 SM 两个 CTA
+        monkeypatch.setenv("DSO_HOST_SMS", sms)
+        got = check(same)
+        split.append(sum(not torch.equal(row, got[0]) for row in got))
+    assert split == [0, 2]
+
+
 @pytest.mark.parametrize("heads", [16, 64])
 def test_views(heads):
     """缓存是更大的缓冲区里的一段，行距、批距各异；q 的头与词元交换过。"""
