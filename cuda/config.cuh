@@ -9,7 +9,8 @@ namespace dso {
 // 一块键：32 个 36 KiB，两级流水加 16 行查询共 91 KiB，任何一档都放得下。
 constexpr int DECODE_KEYS = 32;
 // 一个 CTA 至少连续处理这么多块：再少则部分结果（16 行 x 512 x 4 字节）的写读超过省下的时间。
-constexpr int DECODE_MIN_UNITS = 2;
+// Hopper 的一块是 64 个键，读进来就要 72 KiB 除以一个 SM 每周期 64 字节：一块也值得分出去。
+constexpr int DECODE_MIN_UNITS = 2, DECODE_MIN_UNITS_SM90 = 1;
 // 各 span 的块数相同时，每个 CTA 多做不到 1 / 32 就能与 span 的边界对齐的，就多做：128 行 128 个头时几乎每组都要分成
 // 两段，写、读 35 MB 部分结果，约占 5 %。
 constexpr int DECODE_ALIGN_SHARE = 32;
