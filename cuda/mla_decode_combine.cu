@@ -134,8 +134,10 @@ struct Gathered {
 
 // parts 是 2 的 log_parts 次方。
 template <int V, int CHUNKS>
-__global__ __launch_bounds__(COMBINE_THREADS, CHUNKS == 1 ? 2 : 3) void mla_decode_combine(
-    DecodeArgs args, int blocks, int log_parts) {
+__global__ __launch_bounds__(COMBINE_THREADS,
+                             CHUNKS == 1 ? 2 : 3) void mla_decode_combine(DecodeArgs args,
+                                                                          int blocks,
+                                                                          int log_parts) {
   constexpr int COLUMNS = LANES * V * CHUNKS;
   __shared__ Entry list[COMBINE_THREADS];
   grid_release();
@@ -144,7 +146,7 @@ __global__ __launch_bounds__(COMBINE_THREADS, CHUNKS == 1 ? 2 : 3) void mla_deco
   const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows;
   const int across = (rank + COLUMNS - 1) / COLUMNS, each = GROUPS >> log_parts;
   int index = block * each + (group >> log_parts);
-  Task task = task_at(index, rows, across, COLUMNS);  // 除法多：在等的时候做
+  Task task = task_at(index, rows, across, COLUMNS);                   // 除法多：在等的时候做
   task = {afresh(task.entry), afresh(task.row), afresh(task.column)};  // 不移到 grid_wait 之后
   grid_wait();
   if (block >= blocks) {
@@ -160,7 +162,8 @@ __global__ __launch_bounds__(COMBINE_THREADS, CHUNKS == 1 ? 2 : 3) void mla_deco
     int64_t to = -1;  // 这一行的起点
     if (index < tasks) {
       const Entry &entry = list[task.entry];
-      if (task.row < entry.split.rows) to = static_cast<int64_t>(entry.split.first + task.row) * rank;
+      if (task.row < entry.split.rows)
+        to = static_cast<int64_t>(entry.split.first + task.row) * rank;
       merged = merge<V, CHUNKS>(args, entry, task.row, column, group & (parts - 1), parts);
     }
     if (log_parts == 0) {
@@ -195,12 +198,14 @@ cudaError_t dso::run_decode_combine(const DecodeArgs &args, const dso_cuda_mla_d
                                     cudaStream_t stream) {
   const Schedule &s = args.schedule;
   const int64_t rank = args.in.rank, ctas = args.in.n_spans > 0 ? s.ctas : 0;
-  bool wide = reinterpret_cast<uintptr_t>(args.part) % 16 == 0 && wide_ok(args.o, args.dtype, rank, 4);
+  bool wide =
+      reinterpret_cast<uintptr_t>(args.part) % 16 == 0 && wide_ok(args.o, args.dtype, rank, 4);
   int columns = LANES * (wide ? 4 : 1), log_parts = 0;
   // 至多几组分开算、平均一组分成几段：估得不准只影响快慢与相加的次序。
   int64_t groups = ceil_div(p.most_rows < 1 ? 1 : p.most_rows, s.rows) * args.in.n_spans;
   if (groups > ctas) groups = ctas;
-  int64_t tables = ctas ? ceil_div(ctas, COMBINE_THREADS) : 1, most = ceil_div(COMBINE_CTAS, tables);
+  int64_t tables = ctas ? ceil_div(ctas, COMBINE_THREADS) : 1,
+          most = ceil_div(COMBINE_CTAS, tables);
   int64_t tasks = groups * s.rows * ceil_div(rank, columns);
   bool many = wide && tasks > most * GROUPS;
   if (many) tasks = groups * s.rows * ceil_div(rank, columns * COMBINE_WIDE);

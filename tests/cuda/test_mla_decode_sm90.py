@@ -210,6 +210,13 @@ def test_cluster_spans_of_different_sizes(monkeypatch):
         check(case)
 
 
+def test_cluster_splits_many_rows(monkeypatch):
+    """几乎每个 span 都拆开，行很多：合并时一组线程一次几段列。"""
+    monkeypatch.setenv("DSO_HOST_SMS", "16")
+    end = [190, 150, 189, 130, 188, 170, 150]
+    check(attention(7, 1, 190, 128, LARGE, dtype=BF16, begin=[0, 40, 1, 0, 3, 0, 50], end=end))
+
+
 @pytest.mark.parametrize("sms", [2, 6])
 def test_cluster_has_the_same_bits_in_every_order(monkeypatch, sms):
     monkeypatch.setenv("DSO_HOST_SMS", str(sms))

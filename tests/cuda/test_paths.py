@@ -169,6 +169,20 @@ def test_one_row_on_many_ctas(monkeypatch, sms, rank):
     assert torch.equal(ops.mla_decode(*case.args()), got)
 
 
+@pytest.mark.parametrize(
+    "sms, shape",
+    [(400, (8, 1, 2200, 8, (160, 8, 8, 8))), (30, (24, 1, 80, 8, (513, 6, 9, 5)))],
+    ids=["登记表不止一块", "一组线程一行"],
+)
+def test_many_split_groups(monkeypatch, sms, shape):
+    """合并的任务一轮做不完；一行由几组线程、一组线程加。"""
+    monkeypatch.setenv("DSO_HOST_SMS", str(sms))
+    rows, slots = shape[0], shape[2]
+    end = [slots - 9 * i % 50 for i in range(rows)]
+    case = attention(*shape, begin=[5 * i % 30 for i in range(rows)], end=end)
+    close(ops.mla_decode(*case.args()), case.exact()[0], torch.float32)
+
+
 def test_device_spans_are_not_read():
     """spans 在设备上时不检查：这里的“设备”就是 CPU，只能核对空的查询范围也照常。"""
     case = attention(2, 3, 40, 4, (64, 16, 8, 8), dtype=torch.bfloat16)
