@@ -190,3 +190,15 @@ def test_device_spans_are_not_read():
     case = case.but(spans=spans)
     close(ops.mla_decode(*case.args()), case.exact()[0], torch.bfloat16)
     close(ops.mla_prefill(*case.args())[0], case.exact()[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [8, 256, 264, 1024, 1032, 2048, 2056, 8192, 8200])
+def test_norms(dim, dtype):
+    """一行留在寄存器里的几种深度与留不下的：与权重是 fp32 的（不留）逐位相同。"""
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((3, dim), (3, dim), (dim,)))
+    got = ops.rms_norm(x, weight, 1e-6), *ops.add_rms_norm(x, residual, weight, 1e-6)
+    weight = weight.float()
+    want = ops.rms_norm(x, weight, 1e-6), *ops.add_rms_norm(x, residual, weight, 1e-6)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
