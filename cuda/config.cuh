@@ -9,7 +9,11 @@ namespace dso {
 // 一块键：32 个 36 KiB，两级流水加 16 行查询共 91 KiB，任何一档都放得下。
 constexpr int DECODE_KEYS = 32;
 // 一个 CTA 至少连续处理这么多块：再少则部分结果（16 行 x 512 x 4 字节）的写读超过省下的时间。
-constexpr int DECODE_MIN_UNITS = 2;
+// Hopper 的一块是 64 个键，读进来就要 72 KiB 除以一个 SM 每周期 64 字节：一块也值得分出去。
+constexpr int DECODE_MIN_UNITS = 2, DECODE_MIN_UNITS_SM90 = 1;
+// 各 span 的块数相同时，每个 CTA 多做不到 1 / 32 就能与 span 的边界对齐的，就多做：128 行 128 个头时几乎每组都要分成
+// 两段，写、读 35 MB 部分结果，约占 5 %。
+constexpr int DECODE_ALIGN_SHARE = 32;
 // 一组查询（词元 x 头）的行数只取 16、32、64：少了浪费不大（受限于带宽），多了寄存器放不下 O。
 constexpr int DECODE_ROWS[] = {16, 32, 64}, DECODE_MOST_ROWS = 64;
 // Hopper 路径：wgmma 的一维固定是 64，键放在上面；一级 72 KiB（r = 512），至多两级，r 小时四级已经盖住延迟。
@@ -32,11 +36,14 @@ constexpr int DECODE_TRACKS = 4;
 constexpr int GENERAL_ROWS = 8;
 constexpr int GENERAL_KEYS = 32;
 constexpr int GENERAL_THREADS = 256;
-// 合并：一个 warp 一行的 128 列，每线程 16 字节；一行的段数平均多于这么多时由几个 warp 分着加（H200 上一行分成 130 段、
-// 一个 warp 逐段加要 30 微秒，几乎全是等显存）。
+// 合并：16 个线程（每线程 16 字节）管一行里的 64 列，一次把 8 段的读都发出去；段多时一行由几组线程分着加（一行分成 130 段、
+// 逐段加时几乎全是等 L2）。行很多时改成一组一次 256 列、2 段，每组同样 8 次读，别的开销少。
+// 一次至多启动 384 块（每个 SM 两三块，都在运行），再多的轮着做；登记表一块看 256 项，一个线程一项。
 constexpr int COMBINE_THREADS = 256;
-constexpr int COMBINE_COLUMNS = 128;
-constexpr int COMBINE_SEGMENTS = 4;
+constexpr int COMBINE_LANES = 16;
+constexpr int COMBINE_BATCH = 8;
+constexpr int COMBINE_WIDE = 4;
+constexpr int COMBINE_CTAS = 384;
 
 // ---- 采样与 MTP ----
 

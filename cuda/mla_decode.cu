@@ -106,7 +106,7 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   int bytes = shared_bytes(*plan);
   if (bytes > device.shared_limit) return cudaErrorInvalidValue;
   Schedule &s = plan->args.schedule;
-  s.minimum_units = DECODE_MIN_UNITS;
+  s.minimum_units = plan->run == run_decode_sm90 ? DECODE_MIN_UNITS_SM90 : DECODE_MIN_UNITS;
   // 单位数的上界只用主机知道的形状；实际的在核里数。
   int64_t groups = ceil_div(p->in.b * p->in.t * p->in.heads, s.rows) + p->in.n_spans;
   int64_t units = groups * ceil_div(p->in.s, s.keys);

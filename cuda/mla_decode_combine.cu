@@ -1,5 +1,6 @@
-// mla_decode 的合并：前 splits 块各管一个 CTA 名下分开算的一组查询，parts 个 warp 一行的 128 列，各加几段；其余的块（只在
-// y、z 为 0 时有）一个 warp 一个词元，没有键可看的写 0。
+// mla_decode 的合并。前 blocks 块做登记表（splits）里分开算的各组查询：先从表里挑出真有的，一个任务是一组里的一行、一段
+// 列，归 parts 组线程（各 COMBINE_LANES 个），第 p 组加第 p、p + parts……段，最后依次合起来；块不够时轮着做。
+// 其余的块（blockIdx.y 为 0 的）一个 warp 一个词元，没有键可看的写 0。
 #include "config.cuh"
 #include "mla_decode.cuh"
 #include "mma.cuh"
@@ -8,74 +9,187 @@ namespace {
 
 using namespace dso;
 
-constexpr int WARPS = COMBINE_THREADS / WARP;
+constexpr int WARPS = COMBINE_THREADS / WARP, LANES = COMBINE_LANES;
+constexpr int GROUPS = COMBINE_THREADS / LANES;
 
-// 从 part 起的一段列（至多 4 个，连续）；范围之外是 0。
-__device__ float4 load_columns(const float *part, int64_t left) {
-  if (left >= 4 && reinterpret_cast<uintptr_t>(part) % 16 == 0)
-    return *reinterpret_cast<const float4 *>(part);
-  return make_float4(left > 0 ? part[0] : 0.0f, left > 1 ? part[1] : 0.0f,
-                     left > 2 ? part[2] : 0.0f, left > 3 ? part[3] : 0.0f);
-}
+struct Entry {
+  Split split;
+  int cta;
+};
 
-// 一行：这个 warp 是这一行的 parts 个里的第 part 个；scratch 是这一行的 [parts, 32]。
-__device__ void combine_row(const DecodeArgs &args, int cta, int row, int part, int parts,
-                            float4 *scratch) {
-  const dso_mla_inputs &in = args.in;
-  const Schedule &s = args.schedule;
-  Split split = args.splits[cta];
-  bool mine = row < split.rows;
-  int lane = static_cast<int>(threadIdx.x) % WARP;
-  int count = mine ? (split.last - cta) / s.tracks + 1 : 0;
-  auto slot = [&](int i) {  // 第 i 段的这一行
-    return static_cast<int64_t>(2 * (cta + i * s.tracks) + (i == 0 ? 1 : 0)) * s.rows + row;
-  };
-  float top = -INFINITY, sum = 0.0f;
-  for (int i = lane; i < count; i += WARP) top = fmaxf(top, args.part_m[slot(i)]);
-  float base = finite_max(warp_max(top));
-  int64_t column = blockIdx.z * COMBINE_COLUMNS + lane * 4, left = in.rank - column;
-  float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int first = 0; first < count; first += WARP) {
-    int i = first + lane, here = count - first < WARP ? count - first : WARP;
-    float weight = i < count ? fast_exp2(args.part_m[slot(i)] - base) : 0.0f;
-    if (i < count) sum += weight * args.part_l[slot(i)];
-#pragma unroll 4
-    for (int j = part; j < here; j += parts) {
-      float w = __shfl_sync(ALL_LANES, weight, j);
-      float4 y = load_columns(args.part + slot(first + j) * in.rank + column, left);
-      x.x += w * y.x, x.y += w * y.y, x.z += w * y.z, x.w += w * y.w;
-    }
-  }
-  if (parts > 1) {
-    scratch[part * WARP + lane] = x;
-    __syncthreads();
-    if (part > 0) return;
-    for (int p = 1; p < parts; p++) {
-      float4 y = scratch[p * WARP + lane];
-      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-    }
-  }
-  sum = warp_sum(sum);
-  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  const float values[] = {x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse};
+// 这一块看的各项里有 rows 的，按 CTA 的次序放进 list；返回个数。
+__device__ int list_splits(const DecodeArgs &args, Entry *list) {
+  __shared__ int counts[WARPS];
+  int thread = static_cast<int>(threadIdx.x), lane = thread % WARP, warp = thread / WARP;
+  int cta = static_cast<int>(blockIdx.y) * COMBINE_THREADS + thread;
+  Split split{0, 0, 0};
+  if (cta < args.schedule.ctas) split = args.splits[cta];
+  unsigned hits = __ballot_sync(ALL_LANES, split.rows > 0);
+  if (lane == 0) counts[warp] = __popc(hits);
+  __syncthreads();
+  int before = 0, total = 0;
 #pragma unroll
-  for (int e = 0; e < 4; e++)
-    if (mine && e < left)
-      store_one(args.o, args.dtype, (split.first + row) * in.rank + column + e, values[e]);
+  for (int w = 0; w < WARPS; w++) {
+    if (w == warp) before = total;
+    total += counts[w];
+  }
+  if (split.rows > 0) list[before + __popc(hits & ((1u << lane) - 1))] = {split, cta};
+  __syncthreads();
+  return total;
 }
 
-__global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs args, int splits,
-                                                                      int parts) {
-  __shared__ float4 scratch[COMBINE_THREADS];
+// 几段合起来：最大值、指数之和、没有归一化的 CHUNKS 段列（各 V 个）。
+template <int V, int CHUNKS>
+struct Merged {
+  float top = -INFINITY, sum = 0.0f;
+  float x[CHUNKS][V] = {};
+};
+
+// 一个任务：第 entry 组的第 row 行，从 column 列起。
+struct Task {
+  int entry, row, column;
+};
+
+__device__ Task task_at(int index, int rows, int across, int columns) {
+  int at = index / across, entry = at / rows;
+  return {entry, at - entry * rows, (index - at * across) * columns};
+}
+
+// 一行里从 column 起的 CHUNKS 段列（相隔 LANES * V），加第 part、part + parts……段。一批的读都先发出去，不等最大值。
+template <int V, int CHUNKS>
+__device__ Merged<V, CHUNKS> merge(const DecodeArgs &args, const Entry &entry, int row, int column,
+                                   int part, int parts) {
+  constexpr int BATCH = COMBINE_BATCH / CHUNKS;
+  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows;
+  const int tracks = args.schedule.tracks, last = row < entry.split.rows ? entry.split.last : -1;
+  const float *columns = args.part + column;
+  Merged<V, CHUNKS> to;
+  for (int cta = entry.cta + part * tracks; cta <= last; cta += parts * BATCH * tracks) {
+    float m[BATCH], l[BATCH];
+    Words<V> y[BATCH][CHUNKS];
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      int owner = cta + j * parts * tracks;
+      bool ok = owner <= last;
+      int at = (2 * owner + (owner == entry.cta ? 1 : 0)) * rows + row;
+      m[j] = -INFINITY, l[j] = 0.0f;
+      load_if(m[j], args.part_m + at, ok);
+      load_if(l[j], args.part_l + at, ok);
+      const float *from = columns + static_cast<int64_t>(at) * rank;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        y[j][c] = {};
+        load_once(y[j][c], from + c * LANES * V, ok && column + c * LANES * V < rank);
+      }
+    }
+    float old = to.top;
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) to.top = fmaxf(to.top, m[j]);
+    float base = finite_max(to.top), keep = fast_exp2(old - base);
+    to.sum *= keep;
+#pragma unroll
+    for (int e = 0; e < CHUNKS * V; e++) to.x[e / V][e % V] *= keep;
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      float weight = fast_exp2(m[j] - base);
+      to.sum += weight * l[j];
+#pragma unroll
+      for (int e = 0; e < CHUNKS * V; e++)
+        to.x[e / V][e % V] += weight * __uint_as_float(y[j][e / V].v[e % V]);
+    }
+  }
+  return to;
+}
+
+__device__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+// 几组线程各加了几段：依次合起来。一个线程一次一列。
+template <int V>
+struct Gathered {
+  static constexpr int COLUMNS = LANES * V;
+  float x[GROUPS][COLUMNS], top[GROUPS], sum[GROUPS];
+  int64_t to[GROUPS];  // 结果从哪里写起；没有为 -1
+  int room[GROUPS];    // 还有几列
+
+  __device__ void put(const Merged<V, 1> &from, int group, int lane, int64_t at, int left) {
+#pragma unroll
+    for (int e = 0; e < V; e++) x[group][lane * V + e] = from.x[0][e];
+    if (lane == 0) top[group] = from.top, sum[group] = from.sum, to[group] = at, room[group] = left;
+  }
+
+  // 从第 first 组起的 parts 组里的第 column 列。
+  __device__ float get(int first, int parts, int column) const {
+    float most = -INFINITY;
+#pragma unroll 4
+    for (int g = first; g < first + parts; g++) most = fmaxf(most, top[g]);
+    float base = finite_max(most), total = 0.0f, value = 0.0f;
+#pragma unroll 4
+    for (int g = first; g < first + parts; g++) {
+      float weight = fast_exp2(top[g] - base);
+      total += weight * sum[g], value += weight * x[g][column];
+    }
+    return value * inverse_of(total);
+  }
+};
+
+// parts 是 2 的 log_parts 次方。
+template <int V, int CHUNKS>
+__global__ __launch_bounds__(COMBINE_THREADS,
+                             CHUNKS == 1 ? 2 : 3) void mla_decode_combine(DecodeArgs args,
+                                                                          int blocks,
+                                                                          int log_parts) {
+  constexpr int COLUMNS = LANES * V * CHUNKS;
+  __shared__ Entry list[COMBINE_THREADS];
   grid_release();
+  const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int group = thread / LANES, lane = thread % LANES, parts = 1 << log_parts;
+  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows;
+  const int across = (rank + COLUMNS - 1) / COLUMNS, each = GROUPS >> log_parts;
+  int index = block * each + (group >> log_parts);
+  Task task = task_at(index, rows, across, COLUMNS);                   // 除法多：在等的时候做
+  task = {afresh(task.entry), afresh(task.row), afresh(task.column)};  // 不移到 grid_wait 之后
   grid_wait();
-  int block = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / WARP;
-  if (block < splits)
-    combine_row(args, block, static_cast<int>(blockIdx.y) * (WARPS / parts) + warp / parts,
-                warp % parts, parts, scratch + warp / parts * parts * WARP);
-  else if (blockIdx.y + blockIdx.z == 0)
-    clear_unseen(args.in, static_cast<int64_t>(block - splits) * WARPS + warp, args.o, args.dtype,
-                 args.in.heads * args.in.rank);
+  if (block >= blocks) {
+    if (blockIdx.y == 0)
+      clear_unseen(args.in, static_cast<int64_t>(block - blocks) * WARPS + thread / WARP, args.o,
+                   args.dtype, args.in.heads * args.in.rank);
+    return;
+  }
+  const int tasks = list_splits(args, list) * rows * across;
+  for (int first = block * each; first < tasks; first += blocks * each) {
+    const int column = task.column + lane * V;
+    Merged<V, CHUNKS> merged;
+    int64_t to = -1;  // 这一行的起点
+    if (index < tasks) {
+      const Entry &entry = list[task.entry];
+      if (task.row < entry.split.rows)
+        to = static_cast<int64_t>(entry.split.first + task.row) * rank;
+      merged = merge<V, CHUNKS>(args, entry, task.row, column, group & (parts - 1), parts);
+    }
+    if (log_parts == 0) {
+      float inverse = inverse_of(merged.sum);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        Vec<V> x;
+#pragma unroll
+        for (int e = 0; e < V; e++) x.v[e] = merged.x[c][e] * inverse;
+        int at = column + c * LANES * V;
+        if (to >= 0 && at < rank) store<V>(args.o, args.dtype, to + at, x);
+      }
+    } else if constexpr (CHUNKS == 1) {
+      __shared__ Gathered<V> gathered;
+      gathered.put(merged, group, lane, to < 0 ? -1 : to + task.column, rank - task.column);
+      __syncthreads();
+      for (int i = thread; i < each * COLUMNS; i += COMBINE_THREADS) {
+        int g = i / COLUMNS << log_parts, at = i % COLUMNS;
+        if (gathered.to[g] >= 0 && at < gathered.room[g])
+          store_one(args.o, args.dtype, gathered.to[g] + at, gathered.get(g, parts, at));
+      }
+      __syncthreads();  // 都读过了才放下一轮的
+    }
+    index += blocks * each;
+    task = task_at(index, rows, across, COLUMNS);
+  }
 }
 
 }  // namespace
@@ -83,14 +197,28 @@ __global__ __launch_bounds__(COMBINE_THREADS) void mla_decode_combine(DecodeArgs
 cudaError_t dso::run_decode_combine(const DecodeArgs &args, const dso_cuda_mla_decode_params &p,
                                     cudaStream_t stream) {
   const Schedule &s = args.schedule;
-  int splits = args.in.n_spans > 0 ? s.ctas : 0;
-  int64_t tokens = p.covered ? 0 : ceil_div(args.in.b * args.in.t, WARPS);
-  // 一组查询平均分给几个 CTA：多的由几个 warp 分着加。只影响快慢与相加的次序。
+  const int64_t rank = args.in.rank, ctas = args.in.n_spans > 0 ? s.ctas : 0;
+  bool wide =
+      reinterpret_cast<uintptr_t>(args.part) % 16 == 0 && wide_ok(args.o, args.dtype, rank, 4);
+  int columns = LANES * (wide ? 4 : 1), log_parts = 0;
+  // 至多几组分开算、平均一组分成几段：估得不准只影响快慢与相加的次序。
   int64_t groups = ceil_div(p.most_rows < 1 ? 1 : p.most_rows, s.rows) * args.in.n_spans;
-  int parts = 1;
-  while (parts < WARPS && groups * parts * COMBINE_SEGMENTS < s.ctas) parts *= 2;
-  dim3 grid(static_cast<unsigned>(splits + tokens),
-            static_cast<unsigned>(ceil_div(s.rows, WARPS / parts)),
-            static_cast<unsigned>(ceil_div(args.in.rank, COMBINE_COLUMNS)));
-  return launch(mla_decode_combine, grid, dim3(COMBINE_THREADS), 0, stream, args, splits, parts);
+  if (groups > ctas) groups = ctas;
+  int64_t tables = ctas ? ceil_div(ctas, COMBINE_THREADS) : 1,
+          most = ceil_div(COMBINE_CTAS, tables);
+  int64_t tasks = groups * s.rows * ceil_div(rank, columns);
+  bool many = wide && tasks > most * GROUPS;
+  if (many) tasks = groups * s.rows * ceil_div(rank, columns * COMBINE_WIDE);
+  while (!many && 1 << log_parts < GROUPS && (groups * COMBINE_BATCH << log_parts) < ctas)
+    log_parts++;
+  int64_t blocks = ceil_div(tasks << log_parts, GROUPS);
+  if (blocks > most) blocks = most;
+  int64_t tokens = p.covered ? 0 : ceil_div(args.in.b * args.in.t, WARPS);
+  if (blocks + tokens == 0) return cudaSuccess;
+  auto kernel = many   ? mla_decode_combine<4, COMBINE_WIDE>
+                : wide ? mla_decode_combine<4, 1>
+                       : mla_decode_combine<1, 1>;
+  dim3 grid(static_cast<unsigned>(blocks + tokens), static_cast<unsigned>(tables));
+  return launch(kernel, grid, dim3(COMBINE_THREADS), 0, stream, args, static_cast<int>(blocks),
+                log_parts);
 }

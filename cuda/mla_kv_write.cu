@@ -3,6 +3,7 @@
 #include <assert.h>
 
 #include "mla_cache_row.cuh"
+#include "rms_norm.cuh"
 
 namespace {
 
@@ -11,6 +12,7 @@ using namespace dso;
 constexpr int MOST_WARPS = 16;    // 一次 16 个词元：解码一步很少更多，多了就再走一轮
 constexpr int LEAST_WARPS = 4;    // 词元少时旋转查询的块也不至于太小
 constexpr int MOST_PAIRS = WARP;  // 旋转查询时一个线程至多一对；更宽的另排一个核
+constexpr int KEPT = 2;           // 一个词元的潜变量留在寄存器里：一个线程 2 个 8，至多 512 个
 
 // 归一化之后的一行：各步的舍入同 rms_norm.cu。
 template <int V>
@@ -58,20 +60,39 @@ __device__ void write_rope(const dso_cuda_mla_kv_write_params &k, int64_t b, int
   }
 }
 
+// 写出 spans，前移 offsets。一行只有一块管，读完（屏障之后）就可以写。
+__device__ void advance(const dso_cuda_mla_kv_write_params &k, int64_t b, int64_t start) {
+  const dso_mla_cache_write_params &p = k.write;
+  __syncthreads();  // 各线程都读过了
+  if (threadIdx.x != 0 || threadIdx.y != 0) return;
+  if (k.spans) k.spans[b] = {b * p.t, (b + 1) * p.t, b * k.capacity, b * k.capacity + start + p.t};
+  if (k.advance) k.advance[b] = start + p.t;
+}
+
 // 就地旋转第 b 行的第 index 个（词元，头）；整个 warp 都读完才写。
-__device__ void rotate_query(const dso_rope_params &p, int64_t b, int64_t index) {
-  int64_t t = index / p.h, half = p.d / 2, i = threadIdx.x;
-  int64_t at = b * p.x_bs + t * p.x_ts + index % p.h * p.x_hs, angle = b * p.cs_bs + t * p.cs_ts;
-  float x = 0.0f, y = 0.0f;
+__device__ void rotate_query(const dso_rope_params &p, dso_dtype dtype, int64_t b, int index) {
+  int heads = static_cast<int>(p.h), t = index / heads, half = static_cast<int>(p.d) / 2;
+  int i = static_cast<int>(threadIdx.x);
+  int64_t at = b * p.x_bs + t * p.x_ts + (index - t * heads) * p.x_hs;
+  int64_t angle = b * p.cs_bs + t * p.cs_ts;
+  float x = 0.0f, y = 0.0f, c = 0.0f, s = 0.0f;
   if (i < half) {
-    x = load_one(p.x, p.dtype, at + (p.interleaved ? 2 * i : i));
-    y = load_one(p.x, p.dtype, at + (p.interleaved ? 2 * i + 1 : half + i));
+    x = load_one(p.x, dtype, at + (p.interleaved ? 2 * i : i));
+    y = load_one(p.x, dtype, at + (p.interleaved ? 2 * i + 1 : half + i));
+    c = p.cos[angle + i], s = p.sin[angle + i];
   }
   __syncwarp();
   if (i >= half) return;
-  float c = p.cos[angle + i], s = p.sin[angle + i];
-  store_one(p.y, p.dtype, at + i, x * c - y * s);
-  store_one(p.y, p.dtype, at + half + i, y * c + x * s);
+  store_one(p.y, dtype, at + i, x * c - y * s);
+  store_one(p.y, dtype, at + half + i, y * c + x * s);
+}
+
+// blockIdx.y 大于 0 的块旋转查询；返回是不是。
+__device__ bool rotates(const dso_cuda_mla_kv_write_params &k, dso_dtype dtype) {
+  if (blockIdx.y == 0) return false;
+  int index = static_cast<int>((blockIdx.y - 1) * blockDim.y + threadIdx.y);
+  if (index < k.queries.t * k.queries.h) rotate_query(k.queries, dtype, blockIdx.x, index);
+  return true;
 }
 
 template <int V>
@@ -79,24 +100,119 @@ __global__ void mla_kv_write_kernel(dso_cuda_mla_kv_write_params k) {
   grid_release();
   grid_wait();
   const dso_mla_cache_write_params &p = k.write;
-  if (blockIdx.y > 0) {
-    int64_t index = static_cast<int64_t>(blockIdx.y - 1) * blockDim.y + threadIdx.y;
-    if (index < k.queries.t * k.queries.h) rotate_query(k.queries, blockIdx.x, index);
-    return;
-  }
+  if (rotates(k, k.queries.dtype)) return;
   int64_t b = blockIdx.x, start = p.offsets[b];
-  __syncthreads();  // 各线程都读过了
-  if (threadIdx.x == 0 && threadIdx.y == 0) {
-    if (k.spans)
-      k.spans[b] = {b * p.t, (b + 1) * p.t, b * k.capacity, b * k.capacity + start + p.t};
-    if (k.advance) k.advance[b] = start + p.t;
-  }
+  advance(k, b, start);
   for (int64_t t = threadIdx.y; t < p.t; t += blockDim.y) {
     int64_t slot = start + t;
     assert(slot >= 0 && slot < k.capacity);
     write_latent<V>(p, b, slot, normed<V>(k, b, t));
     write_rope(k, b, t, slot);
   }
+}
+
+// ---- 16 位的、一行留得下的：同样的结果，一个词元要读的一次都发出去 ----
+
+template <dso_dtype D>
+struct Token {
+  Words<4> row[KEPT], weight[KEPT];
+  float x, y, c, s;  // 旋转的键里一个线程的一对
+
+  __device__ void read(const dso_cuda_mla_kv_write_params &k, int64_t b, int64_t t) {
+    const dso_mla_cache_write_params &p = k.write;
+    const int lane = static_cast<int>(threadIdx.x), rank = static_cast<int>(p.rank);
+    const int half = static_cast<int>(p.rope_dim) / 2;
+    const int64_t at = b * p.latent_bs + t * p.latent_ts;
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+      const int i = (n * WARP + lane) * 8;
+      row[n] = {}, weight[n] = {};
+      load_once(row[n], chunk(p.latent, at + i), i < rank);
+      load_once(weight[n], chunk(k.norm, i), i < rank);
+    }
+    x = y = c = s = 0.0f;
+    if (lane >= half) return;
+    const int64_t from = b * p.rope_bs + t * p.rope_ts, angle = b * k.cs_bs + t * k.cs_ts;
+    x = load_one(p.rope, D, from + (k.interleaved ? 2 * lane : lane));
+    y = load_one(p.rope, D, from + (k.interleaved ? 2 * lane + 1 : half + lane));
+    c = k.cos[angle + lane], s = k.sin[angle + lane];
+  }
+
+  // 归一化之后的一行；各步的舍入同 NormedRow。
+  __device__ void normalize(const dso_cuda_mla_kv_write_params &k, Vec<8> (&to)[KEPT]) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+      to[n] = unpack<D>(row[n]);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += to[n].v[j] * to[n].v[j];
+    }
+    float scale = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(k.write.rank) + k.eps);
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+      to[n] = scaled<8>(to[n], scale, D, unpack<D>(weight[n]));
+#pragma unroll
+      for (int j = 0; j < 8; j++) to[n].v[j] = round_to(D, to[n].v[j]);
+    }
+  }
+
+  __device__ void write(const dso_cuda_mla_kv_write_params &k, int64_t b, int64_t slot) const {
+    const dso_mla_cache_write_params &p = k.write;
+    const int lane = static_cast<int>(threadIdx.x), rank = static_cast<int>(p.rank);
+    const int half = static_cast<int>(p.rope_dim) / 2;
+    if (lane < half) {
+      int64_t to = b * p.rope_cache_bs + slot * p.rope_cache_ts;
+      store_one(p.rope_cache, p.rope_cache_dtype, to + lane, round_to(D, x * c - y * s));
+      store_one(p.rope_cache, p.rope_cache_dtype, to + half + lane, round_to(D, y * c + x * s));
+    }
+    Vec<8> latent[KEPT];
+    normalize(k, latent);
+    const bool codes = quantized(p.latent_cache_dtype);
+    float scale = 0.0f;
+    if (codes) {
+      float amax = 0.0f;
+#pragma unroll
+      for (int n = 0; n < KEPT; n++) amax = most_of(amax, latent[n]);
+      scale = start_codes(p, amax, p.scale_cache + b * p.scale_cache_bs + slot);
+    }
+    int64_t to = b * p.latent_cache_bs + slot * p.latent_cache_ts;
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+      const int i = (n * WARP + lane) * 8;
+      if (i >= rank) continue;
+      if (codes)
+        store_codes(p, to + i, latent[n], scale);
+      else
+        store<8>(p.latent_cache, p.latent_cache_dtype, to + i, latent[n]);
+    }
+  }
+};
+
+template <dso_dtype D>
+__global__ void mla_kv_write_kept(dso_cuda_mla_kv_write_params k) {
+  grid_release();
+  const dso_mla_cache_write_params &p = k.write;
+  if (blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y == 0)
+    prefetch_l2(k.norm, static_cast<uint32_t>(p.rank * 2));
+  grid_wait();
+  if (rotates(k, D)) return;
+  int64_t b = blockIdx.x, start = p.offsets[b], t = threadIdx.y;
+  Token<D> token;
+  if (t < p.t) token.read(k, b, t);
+  advance(k, b, start);
+  while (t < p.t) {
+    assert(start + t >= 0 && start + t < k.capacity);
+    token.write(k, b, start + t);
+    t += blockDim.y;
+    if (t < p.t) token.read(k, b, t);
+  }
+}
+
+bool keeps(const dso_cuda_mla_kv_write_params &k, bool turns) {
+  const dso_mla_cache_write_params &p = k.write;
+  return bytes_of(p.latent_dtype) == 2 && k.norm_dtype == p.latent_dtype &&
+         p.rope_dtype == p.latent_dtype && p.rank <= KEPT * WARP * 8 && p.rope_dim / 2 <= WARP &&
+         (!turns || k.queries.dtype == p.latent_dtype);
 }
 
 }  // namespace
@@ -113,7 +229,11 @@ cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStr
   }
   dim3 grid(static_cast<unsigned>(w.b), static_cast<unsigned>(1 + turned));
   dim3 block(WARP, static_cast<unsigned>(warps));
-  if (wide_latent(w) && wide_ok(p->norm, p->norm_dtype, w.rank))
-    return launch(mla_kv_write_kernel<8>, grid, block, 0, stream, *p);
+  bool wide = wide_latent(w) && wide_ok(p->norm, p->norm_dtype, w.rank);
+  if (wide && keeps(*p, turned > 0))
+    return launch(
+        w.latent_dtype == DSO_BF16 ? mla_kv_write_kept<DSO_BF16> : mla_kv_write_kept<DSO_F16>, grid,
+        block, 0, stream, *p);
+  if (wide) return launch(mla_kv_write_kernel<8>, grid, block, 0, stream, *p);
   return launch(mla_kv_write_kernel<1>, grid, block, 0, stream, *p);
 }

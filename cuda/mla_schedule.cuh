@@ -6,9 +6,10 @@
 //
 // 一个 CTA 分到连续的一段：其中完整的（span，组）直接写出结果；只占一部分的写部分结果，由合并核收尾。
 // 一段至多有两个不完整：开头的用部分结果槽 2c，结尾的用 2c + 1。划分只取决于形状与 CTA 数，结果逐位确定。
-// 各 span 的长度一个 CTA 只扫两遍（求总数、找起点），之后逐个往后走。
+// 各 span 的长度一个 CTA 只扫两遍（求总数、找起点），之后逐个往后走。各 span 一样长时，一段尽量与一组查询的边界对齐。
 #pragma once
 
+#include "config.cuh"
 #include "mla_common.cuh"
 
 namespace dso {
@@ -35,28 +36,53 @@ __device__ inline Load load_of(const dso_mla_inputs &in, const Schedule &s, int 
 
 // 一个 CTA 走到哪里：还没有做的单位 [begin, end)，begin 在第 index 个 span 里或之后，它之前有 before 个单位。
 struct Walk {
-  int64_t begin, end, each;  // each：这一路上每个 CTA 的单位数
-  int64_t index, before;
+  int64_t begin, end, before;
+  int index, each;  // each：这一路上每个 CTA 的单位数
 };
+
+// 各 span 都是 blocks 块时，一组查询的边界每 blocks 个单位一个：每个 CTA 至多多做 1 / DECODE_ALIGN_SHARE 就能与边界对齐
+// （整数组，或一组正好分成几段）的，给那么多，否则还是 each。
+__device__ inline int aligned_share(int each, int blocks) {
+  int share = each;
+  if (each > blocks) {
+    share = (each + blocks - 1) / blocks * blocks;
+  } else {
+    int pieces = blocks / each, piece = (blocks + pieces - 1) / pieces;
+    if (blocks % piece == 0) share = piece;
+  }
+  return share - each <= each / DECODE_ALIGN_SHARE ? share : each;
+}
 
 // 整个 warp 一起调用。
 __device__ inline Walk start_walk(const dso_mla_inputs &in, const Schedule &s, int cta) {
   int track = cta % s.tracks, ctas = s.ctas / s.tracks;
   int64_t total = 0;
+  int blocks = 0;  // 有单位的 span 的块数；mixed：不都一样
+  bool mixed = false;
 #pragma unroll 2
-  for (int64_t i = threadIdx.x % WARP; i < in.n_spans; i += WARP)
-    total += load_of(in, s, track, i).units();
+  for (int64_t i = threadIdx.x % WARP; i < in.n_spans; i += WARP) {
+    Load load = load_of(in, s, track, i);
+    if (load.units() == 0) continue;
+    total += load.units();
+    mixed |= blocks != 0 && blocks != load.blocks;
+    blocks = load.blocks;
+  }
 #pragma unroll
   for (int step = WARP / 2; step > 0; step /= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
-  int64_t each = (total + ctas - 1) / ctas;
+  int each = static_cast<int>((total + ctas - 1) / ctas);
   if (each < s.minimum_units) each = s.minimum_units;
-  int64_t begin = cta / s.tracks * each, end = begin + each < total ? begin + each : total;
-  Walk walk{begin, end, each, in.n_spans, total};
+  unsigned busy = __ballot_sync(ALL_LANES, blocks != 0);
+  int common = __shfl_sync(ALL_LANES, blocks, busy ? __ffs(static_cast<int>(busy)) - 1 : 0);
+  mixed |= blocks != 0 && blocks != common;
+  if (!__any_sync(ALL_LANES, mixed) && busy) each = aligned_share(each, common);
+  int64_t begin = static_cast<int64_t>(cta / s.tracks) * each;
+  int64_t end = begin + each < total ? begin + each : total;
+  Walk walk{begin, end, total, static_cast<int>(in.n_spans), each};
   if (begin >= end) return walk;
   Found found = find_span_by(
       in, [&](int64_t i) { return load_of(in, s, track, i).units(); },
       [&](int64_t, int64_t before, int64_t own) { return begin < before + own; });
-  walk.index = found.index, walk.before = found.before;
+  walk.index = static_cast<int>(found.index), walk.before = found.before;
   return walk;
 }
 

@@ -9,6 +9,7 @@ using namespace dso;
 constexpr int COLUMN_GROUP = 8;      // dweight：一个块 32 列，8 组线程分摊行
 constexpr int64_t MAX_CHUNKS = 128;  // dweight 的行块数上限：够占满卡，部分和又小
 constexpr int64_t MIN_CHUNK = 32;
+constexpr int MOST_KEPT = 4;  // 一行留在寄存器里的次数：短行 1024 列、长行 8192 列以内
 
 template <int V>
 __device__ Vec<V> load_input(const dso_rms_norm_params &p, int64_t row, int64_t i) {
@@ -41,6 +42,51 @@ __global__ void rms_norm_kernel(dso_rms_norm_params p) {
   for (int64_t i = first; i < p.dim; i += step) {
     Vec<V> x = load_input<V>(p, row, i), w = load<V>(p.weight, p.weight_dtype, i);
     store<V>(p.y, p.x.dtype, row * p.dim + i, scaled<V>(x, scale, p.x.dtype, w));
+  }
+}
+
+// 同上，x、残差、权重都是 16 位的 D，一个线程至多 KEPT 个 8：一行只读一遍，留在寄存器里，权重也先读，只等一次显存。
+template <dso_dtype D, int KEPT>
+__global__ __launch_bounds__(ROW_THREADS) void rms_norm_kept(dso_rms_norm_params p) {
+  grid_release();
+  if (blockIdx.x == 0 && threadIdx.x + threadIdx.y == 0)
+    prefetch_l2(p.weight, static_cast<uint32_t>(p.dim * 2));
+  grid_wait();
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= p.rows) return;  // 只在一个 warp 一行时发生：整个 warp 一起退出
+  const int dim = static_cast<int>(p.dim), first = static_cast<int>(threadIdx.x) * 8;
+  const int step = static_cast<int>(blockDim.x) * 8;
+  const bool residual = p.residual.data != nullptr;
+  const void *second = residual ? p.residual.data : p.x.data;  // 没有时不读
+  Words<4> raw[KEPT] = {}, other[KEPT] = {}, weight[KEPT] = {};
+#pragma unroll
+  for (int n = 0; n < KEPT; n++) {
+    int i = first + n * step;
+    load_once(raw[n], chunk(p.x.data, row * p.x.rs + i), i < dim);
+    load_once(other[n], chunk(second, row * p.residual.rs + i), residual && i < dim);
+    if (i < dim) weight[n] = *static_cast<const Words<4> *>(chunk(p.weight, i));  // 留在 L1 里
+  }
+  Vec<8> x[KEPT];
+  float sum[1] = {0};
+#pragma unroll
+  for (int n = 0; n < KEPT; n++) {
+    x[n] = unpack<D>(raw[n]);
+    if (residual) {
+      Vec<8> r = unpack<D>(other[n]);
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[n].v[j] = round_to(D, x[n].v[j] + r.v[j]);
+    }
+    int i = first + n * step;
+    if (p.total && i < dim) store<8>(p.total, D, row * dim + i, x[n]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[0] += x[n].v[j] * x[n].v[j];
+  }
+  row_sum(sum);
+  float scale = 1.0f / sqrtf(sum[0] / static_cast<float>(dim) + p.eps);
+#pragma unroll
+  for (int n = 0; n < KEPT; n++) {
+    int i = first + n * step;
+    if (i < dim) store<8>(p.y, D, row * dim + i, scaled<8>(x[n], scale, D, unpack<D>(weight[n])));
   }
 }
 
@@ -110,6 +156,23 @@ __global__ void reduce_chunks(dso_rms_norm_backward_params p, const float *parti
   store_one(p.dw, p.weight_dtype, column, sum);
 }
 
+using NormKernel = void (*)(dso_rms_norm_params);
+
+template <dso_dtype D>
+NormKernel pick_depth(int64_t dim, int64_t step) {
+  return dim <= step               ? rms_norm_kept<D, 1>
+         : dim <= MOST_KEPT * step ? rms_norm_kept<D, MOST_KEPT>
+                                   : nullptr;
+}
+
+// 一行留得下的核；没有返回空。step：一行的线程一次读几个。
+NormKernel pick_kept(const dso_rms_norm_params &p, int64_t step) {
+  if (p.weight_dtype != p.x.dtype) return nullptr;
+  return p.x.dtype == DSO_BF16  ? pick_depth<DSO_BF16>(p.dim, step)
+         : p.x.dtype == DSO_F16 ? pick_depth<DSO_F16>(p.dim, step)
+                                : nullptr;
+}
+
 int64_t chunk_rows(int64_t rows) {
   int64_t chunk = ceil_div(rows, MAX_CHUNKS);
   return chunk < MIN_CHUNK ? MIN_CHUNK : chunk;
@@ -123,6 +186,8 @@ cudaError_t dso_cuda_rms_norm(const dso_rms_norm_params *p, cudaStream_t stream)
   bool wide = aligned(p->x) && aligned(p->residual) &&
               aligned(p->weight, p->weight_dtype, p->dim) && aligned(p->y, p->x.dtype, p->dim) &&
               aligned(p->total, p->x.dtype, p->dim);
+  if (auto kernel = wide ? pick_kept(*p, block.x * 8) : nullptr)
+    return launch(kernel, grid, block, 0, stream, *p);
   if (wide) return launch(rms_norm_kernel<8>, grid, block, 0, stream, *p);
   return launch(rms_norm_kernel<1>, grid, block, 0, stream, *p);
 }

@@ -1,4 +1,4 @@
-// 逐行归一化的核共用（rms_norm、mtp_input）：一行分给几个线程、怎样归约。
+// 逐行归一化的核共用（rms_norm、mtp_input、mla_kv_write）：一行分给几个线程、怎样归约。
 #pragma once
 
 #include "vec.cuh"
@@ -22,8 +22,27 @@ __device__ void row_sum(float (&sum)[N]) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
     sum[n] = 0;
-    for (int w = 0; w < static_cast<int>(blockDim.x) / WARP; w++) sum[n] += partial[n][w];
+#pragma unroll
+    for (int w = 0; w < ROW_THREADS / WARP; w++) sum[n] += partial[n][w];
   }
+}
+
+// 行短的核几乎全是等显存：x、残差、权重的读要一起发出，所以读（load_once）与换成 fp32 分开；类型在编译时定，中间就没有
+// 分支。只做 16 位的。
+template <dso_dtype D>
+__device__ Vec<8> unpack(const Words<4> &raw) {
+  Vec<8> x;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    unsigned short bits = static_cast<unsigned short>(raw.v[j / 2] >> 16 * (j % 2));
+    x.v[j] = D == DSO_BF16 ? bf16_bits(bits) : half_bits(bits);
+  }
+  return x;
+}
+
+// 第 i 个起的 8 个 16 位元素的地址。
+__device__ inline const void *chunk(const void *data, int64_t i) {
+  return static_cast<const unsigned short *>(data) + i;
 }
 
 // 归一化之后的 V 个：先舍入到 x 的类型，再乘权重。

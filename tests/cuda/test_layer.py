@@ -25,9 +25,9 @@ def separate(args):
     q = ops.linear(low, q_weight).unflatten(-1, (HEADS, -1))
     rope = 2 * cos.shape[-1]
     ops.rope_(q[..., -rope:], cos, sin, pairs)
-    joint = ops.linear(hidden, kv_a)
-    latent = ops.rms_norm(joint[..., :RANK], kv_norm, kv_eps)
-    keys = ops.rope(joint[..., None, RANK:], cos, sin, pairs).squeeze(2)
+    joint, rank = ops.linear(hidden, kv_a), len(kv_norm)
+    latent = ops.rms_norm(joint[..., :rank], kv_norm, kv_eps)
+    keys = ops.rope(joint[..., None, rank:], cos, sin, pairs).squeeze(2)
     ops.mla_cache_write(*cache, latent, keys, offsets)
     batch, steps = hidden.shape[:2]
     ends = [int(end) + steps for end in offsets]
@@ -42,6 +42,22 @@ def separate(args):
 @pytest.mark.parametrize("steps, q_rank", [(1, 24), (1, None), (5, 24)])
 def test_same_bits_as_separate_ops(dtype, cache, steps, q_rank):
     args = arguments(3, steps, 48, q_rank, RANK, ROPE, dtype, cache=cache)
+    mine, apart = fresh(args), fresh(args)
+    got, want = ops.mla_layer_decode(*mine), separate(apart)
+    assert torch.equal(got, want)
+    for ours, theirs in zip(mine[17:20], apart[17:20], strict=True):
+        assert ours is None or torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize("cache", [None, *QUANTIZED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank, rope, pairs", [(264, 32, True), (512, 64, False), (520, 16, True)])
+def test_same_bits_for_wide_latents(monkeypatch, rank, rope, pairs, dtype, cache):
+    """潜变量留在寄存器里（一个线程 2 个 8，不满的）与留不下的；词元多于一块的 warp。"""
+    for module in ("tests.test_mla_layer_decode", __name__):
+        monkeypatch.setattr(f"{module}.SLOTS", 40)
+    args = list(arguments(1, 18, 48, 24, rank, rope, dtype, cache=cache))
+    args[16] = pairs
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
     assert torch.equal(got, want)

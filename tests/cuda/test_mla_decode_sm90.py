@@ -110,6 +110,22 @@ def test_spans_of_different_sizes():
         check(attention(1, 12, 190, heads, LARGE, dtype=BF16).but(spans=spans))
 
 
+def test_equal_spans_are_not_split(monkeypatch):
+    """33 行各两块，各行的内容相同：分给两个 CTA 时多做一块就不拆开任何一行，分给四个时多做一块太多，拆开的几行差几位。"""
+    case, one = (attention(rows, 1, 128, 8, (128, 16, 8, 8), dtype=BF16) for rows in (33, 1))
+    same = case.but(
+        q=one.q.repeat(33, 1, 1, 1),
+        latent=one.latent.repeat(33, 1, 1),
+        rope=one.rope.repeat(33, 1, 1),
+    )
+    split = []
+    for sms in ("1", "2"):  # 一个 SM 两个 CTA
+        monkeypatch.setenv("DSO_HOST_SMS", sms)
+        got = check(same)
+        split.append(sum(not torch.equal(row, got[0]) for row in got))
+    assert split == [0, 2]
+
+
 @pytest.mark.parametrize("heads", [16, 64])
 def test_views(heads):
     """缓存是更大的缓冲区里的一段，行距、批距各异；q 的头与词元交换过。"""
@@ -192,6 +208,13 @@ def test_cluster_spans_of_different_sizes(monkeypatch):
     for sms in ("2", "7", "12"):
         monkeypatch.setenv("DSO_HOST_SMS", sms)
         check(case)
+
+
+def test_cluster_splits_many_rows(monkeypatch):
+    """几乎每个 span 都拆开，行很多：合并时一组线程一次几段列。"""
+    monkeypatch.setenv("DSO_HOST_SMS", "16")
+    end = [190, 150, 189, 130, 188, 170, 150]
+    check(attention(7, 1, 190, 128, LARGE, dtype=BF16, begin=[0, 40, 1, 0, 3, 0, 50], end=end))
 
 
 @pytest.mark.parametrize("sms", [2, 6])

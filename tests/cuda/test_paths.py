@@ -169,6 +169,20 @@ def test_one_row_on_many_ctas(monkeypatch, sms, rank):
     assert torch.equal(ops.mla_decode(*case.args()), got)
 
 
+@pytest.mark.parametrize(
+    "sms, shape",
+    [(400, (8, 1, 2200, 8, (160, 8, 8, 8))), (30, (24, 1, 80, 8, (513, 6, 9, 5)))],
+    ids=["登记表不止一块", "一组线程一行"],
+)
+def test_many_split_groups(monkeypatch, sms, shape):
+    """合并的任务一轮做不完；一行由几组线程、一组线程加。"""
+    monkeypatch.setenv("DSO_HOST_SMS", str(sms))
+    rows, slots = shape[0], shape[2]
+    end = [slots - 9 * i % 50 for i in range(rows)]
+    case = attention(*shape, begin=[5 * i % 30 for i in range(rows)], end=end)
+    close(ops.mla_decode(*case.args()), case.exact()[0], torch.float32)
+
+
 def test_device_spans_are_not_read():
     """spans 在设备上时不检查：这里的“设备”就是 CPU，只能核对空的查询范围也照常。"""
     case = attention(2, 3, 40, 4, (64, 16, 8, 8), dtype=torch.bfloat16)
@@ -176,3 +190,15 @@ def test_device_spans_are_not_read():
     case = case.but(spans=spans)
     close(ops.mla_decode(*case.args()), case.exact()[0], torch.bfloat16)
     close(ops.mla_prefill(*case.args())[0], case.exact()[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [8, 256, 264, 1024, 1032, 2048, 2056, 8192, 8200])
+def test_norms(dim, dtype):
+    """一行留在寄存器里的几种深度与留不下的：与权重是 fp32 的（不留）逐位相同。"""
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((3, dim), (3, dim), (dim,)))
+    got = ops.rms_norm(x, weight, 1e-6), *ops.add_rms_norm(x, residual, weight, 1e-6)
+    weight = weight.float()
+    want = ops.rms_norm(x, weight, 1e-6), *ops.add_rms_norm(x, residual, weight, 1e-6)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
