@@ -23,7 +23,7 @@ bool mma_ok(const dso_cuda_mla_decode_params *p) {
   int64_t each = 16 / bytes_of(in.latent_dtype);
   return in.rank <= 512 && in.rank % each == 0 && in.rope_dim % 8 == 0 && in.nope_dim % 8 == 0 &&
          chunks_ok(in.latent, in.latent_dtype, in.latent_bs, in.latent_ts) &&
-         chunks_ok(in.rope, in.rope_dtype, in.rope_bs, in.rope_ts) &&
+         (in.rope_dim == 0 || chunks_ok(in.rope, in.rope_dtype, in.rope_bs, in.rope_ts)) &&
          chunks_ok(in.q, in.q_dtype, in.q_bs, in.q_ts) && in.q_hs % 8 == 0 &&
          reinterpret_cast<uintptr_t>(p->q_abs) % 16 == 0;
 }
