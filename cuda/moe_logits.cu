@@ -36,9 +36,10 @@ __global__ __launch_bounds__(THREADS) void moe_logits_mma(dso_moe_route_params p
   int64_t begin = part * steps * STEP,
           end = begin + steps * STEP < p.k ? begin + steps * STEP : p.k;
   const auto *weight = static_cast<const uint16_t *>(p.weight.data);
-  if (thread < EXPERTS && first + thread < p.experts)  // 等前一个核时，权重先取进 L2
-    prefetch_l2(weight + (first + thread) * p.weight.rs + begin,
-                static_cast<uint32_t>(end - begin) * 2);
+  // 等前一个核时，权重先取进 L2；这条指令逐个线程执行，所以各 warp 分着做。
+  int64_t ahead = first + warp * (EXPERTS / WARPS) + lane;
+  if (lane < EXPERTS / WARPS && ahead < p.experts)
+    prefetch_l2(weight + ahead * p.weight.rs + begin, static_cast<uint32_t>(end - begin) * 2);
   grid_release();
   grid_wait();
   // 下一个核要累加，不必另排一次清零。
