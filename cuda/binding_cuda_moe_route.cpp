@@ -34,11 +34,18 @@ Routing moe_route(const Tensor &x, const std::optional<Tensor> &weight,
       op, r, x, weight, logit_bias, choice_bias,
       {top_k, score, normalize, softmax_after, n_group, topk_group, group_score, scaling, eps});
   const Launch launch(x);
-  if (weight && r.p.tokens <= MOE_LOGITS_TOKENS)
-    check(op, dso_cuda_moe_logits(&r.p, launch.stream()));
+  const int64_t parts = dso_cuda_moe_logits_parts(&r.p);
+  Tensor sums;
+  float *at = nullptr;
+  if (parts > 1) {
+    sums = scratch_of(r.x, static_cast<size_t>(parts * r.p.tokens * r.p.experts) * sizeof(float));
+    at = static_cast<float *>(sums.mutable_data_ptr());
+  }
+  if (parts > 0)
+    check(op, dso_cuda_moe_logits(&r.p, at, launch.stream()));
   else if (weight)
     logits_into(r);
-  check(op, dso_cuda_moe_route(&r.p, launch.stream()));
+  check(op, dso_cuda_moe_route(&r.p, at, launch.stream()));
   return {r.logits, r.weights, r.indices, r.counts};
 }
 

@@ -99,8 +99,11 @@ constexpr long long EXPAND_BYTES = 64LL << 20;
 
 // 路由：一个 warp 一个词元，一块 8 个。
 constexpr int MOE_ROUTE_WARPS = 8;
-// 词元不多于这么多时 logits 用自己的核（受限于读权重），再多交给 cuBLAS。
-constexpr int MOE_LOGITS_TOKENS = 32;
+// 词元不多于这么多时 logits 用自己的核（受限于读权重），再多交给 cuBLAS；16 位的同一种类型用 mma，可以更多。
+constexpr int MOE_LOGITS_TOKENS = 32, MOE_LOGITS_MMA_TOKENS = 64;
+// 用 mma 的一块 32 个专家、至多 16 份里的一份 K、8 个 warp：256 个专家、K = 7168 时 14 份共 112 块，一块读 32 KiB 权重与（64 个
+// 词元时）64 KiB 的 x，每个 SM 每周期 24 到 30 字节约 3500 个周期；部分和共 0.9 MB。份数再多，合并时读的超过省下的。
+constexpr int MOE_LOGITS_WARPS = 8, MOE_LOGITS_PARTS = 16;
 
 // 排序：一个 CTA 一段 4096 个 slot（8 个 warp 各 512 个）；解码时只有一段，一个核做完。
 constexpr int MOE_SORT_SLOTS = 4096;

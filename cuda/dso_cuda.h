@@ -283,14 +283,18 @@ cudaError_t dso_cuda_moe_experts_backward(const dso_cuda_moe_experts_backward_pa
 cudaError_t dso_cuda_moe_table(const dso_expert *from, int64_t count, dso_expert *to,
                                cudaStream_t stream);
 
-/* 由 logits 到权重、下标、计数：p 与 CPU 的相同；has_weight 时 p->logits 已是 x Wᵀ（还没有加偏置），否则由 x
- * 转来。p->x、p->weight 在 has_weight 时不读。 */
-cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, cudaStream_t stream);
+/* 由 logits 到权重、下标、计数：p 与 CPU 的相同；has_weight 时 logits 是 x Wᵀ（还没有加偏置）：dso_cuda_moe_logits_parts
+ * 不大于 1 时在 p->logits 里，否则是 parts 里各份之和（由这个核写进 p->logits）；没有 weight 时由 x 转来。has_weight 时
+ * 不读 p->x、p->weight。 */
+cudaError_t dso_cuda_moe_route(const dso_moe_route_params *p, const float *parts,
+                               cudaStream_t stream);
 cudaError_t dso_cuda_moe_route_backward(const dso_moe_route_backward_params *p,
                                         cudaStream_t stream);
-/* 词元不多于 MOE_LOGITS_TOKENS 个时的 logits = x Wᵀ，fp32 累加，任意类型；也把 counts 清零，dso_cuda_moe_route 接着
- * 累加。 */
-cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, cudaStream_t stream);
+/* 词元少时 logits = x Wᵀ 的部分和分几份；0：没有 weight，或词元多，由矩阵乘写进 p->logits。 */
+int64_t dso_cuda_moe_logits_parts(const dso_moe_route_params *p);
+/* 份数大于 0 时的 x Wᵀ，fp32 累加，任意类型：一份时写进 p->logits，否则写进 parts [份数][tokens][experts]。也把 counts 清零，
+ * dso_cuda_moe_route 接着累加。 */
+cudaError_t dso_cuda_moe_logits(const dso_moe_route_params *p, float *parts, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

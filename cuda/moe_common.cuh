@@ -10,19 +10,6 @@ namespace dso {
 
 __host__ __device__ inline int min_of(int a, int b) { return a < b ? a : b; }
 
-// 递增的 at [count + 1] 里最后一个 at[i] <= value（且 i < count）：value 所属的一段，跳过空的。
-__device__ inline int last_not_above(const int *at, int count, int value) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    int middle = low + (high - low) / 2;
-    if (at[middle] <= value)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 __device__ __forceinline__ const void *after(const void *p, int64_t bytes) {
   return p ? static_cast<const char *>(p) + bytes : nullptr;
 }

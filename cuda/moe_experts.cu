@@ -2,6 +2,8 @@
 //
 // 三步：h（收集在读入时，gate、up 一次算完，激活在写出时）、o、按词元求和。没有原子操作：一个词元的
 // 各个 o 由一个线程按 j 的次序相加。
+#include <type_traits>
+
 #include "config.cuh"
 #include "moe_experts.cuh"
 
@@ -9,28 +11,71 @@ namespace {
 
 using namespace dso;
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 
-// y[t] 的 V 列：Σ_j weights[t, j] o[行]，再加共享专家的。
-template <int V>
+// y[t] 的 V 列：Σ_j weights[t, j] o[行]，再加共享专家的。依赖的读只有两次：先是 BATCH 个行号与权重，再是这些行。
+// 启动时排序已经结束：前一个核（算 o 的）的各块都已启动或退出，而它们启动时，更早的核都已过了各自的 grid_wait；所以行号、权重
+// 在 grid_wait 之前读。HALF：o 是 16 位的，按字读来再换成 fp32，读才能一起发出。blockIdx.y 是词元。
+template <int V, bool HALF>
 __global__ __launch_bounds__(THREADS) void moe_combine_kernel(dso_cuda_moe_experts_params p) {
+  constexpr int BATCH = 8;
+  using Piece = std::conditional_t<HALF, Half16<V>, Vec<V>>;
   grid_release();
-  grid_wait();
   const dso_cuda_moe_routing &r = p.routing;
-  int64_t chunks = p.n / V, flat = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (flat >= r.tokens * chunks) return;
-  int64_t token = flat / chunks, column = flat % chunks * V;
-  Vec<V> sum = {};
-  auto add = [&](int64_t row, float weight) {
-    Vec<V> o = load<V>(p.o, p.dtype, row * p.n + column);
+  int top_k = static_cast<int>(r.top_k);
+  int row[BATCH];
+  float weight[BATCH];
+  auto fetch = [&](int64_t token, int first) {
+    const int32_t *rows = r.row + token * top_k + first;
+    const float *weights = p.weights ? p.weights + token * top_k + first : nullptr;
 #pragma unroll
-    for (int i = 0; i < V; i++) sum.v[i] += weight * o.v[i];
+    for (int i = 0; i < BATCH; i++) {
+      bool real = first + i < top_k;
+      row[i] = real ? rows[i] : -1;
+      weight[i] = real && weights ? weights[i] : 1.0f;
+    }
   };
-#pragma unroll 4
-  for (int64_t slot = token * r.top_k; slot < (token + 1) * r.top_k; slot++)
-    if (r.row[slot] >= 0) add(r.row[slot], p.weights ? p.weights[slot] : 1.0f);
-  if (r.shared) add(r.tokens * r.top_k + token, p.w.shared_scale ? p.w.shared_scale[token] : 1.0f);
-  store<V>(p.y, p.x.dtype, token * p.n + column, sum);
+  auto read = [&](int64_t at) {
+    if constexpr (HALF)
+      return *reinterpret_cast<const Half16<V> *>(static_cast<const uint16_t *>(p.o) + at);
+    else
+      return load<V>(p.o, p.dtype, at);
+  };
+  int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * V;
+  if (column < p.n) fetch(blockIdx.y, 0);
+  grid_wait();
+  if (column >= p.n) return;
+  bool bf16 = p.dtype == DSO_BF16;
+  for (int64_t token = blockIdx.y; token < r.tokens; token += gridDim.y) {
+    Vec<V> sum = {};
+    auto add = [&](const Piece &o, float scale) {
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        if constexpr (HALF)
+          sum.v[i] += scale * (bf16 ? bf16_bits(o.v[i]) : half_bits(o.v[i]));
+        else
+          sum.v[i] += scale * o.v[i];
+      }
+    };
+    if (token > blockIdx.y) fetch(token, 0);
+    Piece shared = {};
+    float shared_scale = 1.0f;
+    if (r.shared) {
+      shared = read((r.tokens * top_k + token) * p.n + column);
+      if (p.w.shared_scale) shared_scale = p.w.shared_scale[token];
+    }
+    for (int first = 0; first < top_k; first += BATCH) {
+      if (first > 0) fetch(token, first);
+      Piece o[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) o[i] = row[i] >= 0 ? read(row[i] * p.n + column) : Piece{};
+#pragma unroll
+      for (int i = 0; i < BATCH; i++)
+        if (row[i] >= 0) add(o[i], weight[i]);
+    }
+    if (r.shared) add(shared, shared_scale);
+    store<V>(p.y, p.x.dtype, token * p.n + column, sum);
+  }
 }
 
 // 一行 k 个权重（或转置的）能按 16 字节读。量化的行不转置：int8、fp8 一行 k 字节，int4 一行是 16 的倍数。
@@ -58,12 +103,16 @@ __global__ void moe_table_kernel(Table table, int count, dso_expert *to) {
 }  // namespace
 
 cudaError_t dso::moe_combine(const dso_cuda_moe_experts_params &p, cudaStream_t stream) {
+  constexpr int64_t MOST = 65535;  // grid.y 的上限：更多的词元轮着做
   bool wide = wide_ok(p.o, p.dtype, p.n) && wide_ok(p.y, p.x.dtype, p.n);
-  int64_t count = p.routing.tokens * p.n / (wide ? 8 : 1);
-  dim3 grid(static_cast<unsigned>(ceil_div(count, THREADS)));
-  if (grid.x == 0) return cudaSuccess;
-  if (wide) return launch(moe_combine_kernel<8>, grid, dim3(THREADS), 0, stream, p);
-  return launch(moe_combine_kernel<1>, grid, dim3(THREADS), 0, stream, p);
+  int64_t tokens = p.routing.tokens < MOST ? p.routing.tokens : MOST;
+  dim3 grid(static_cast<unsigned>(ceil_div(p.n, THREADS * (wide ? 8 : 1))),
+            static_cast<unsigned>(tokens));
+  if (grid.x == 0 || grid.y == 0) return cudaSuccess;
+  auto kernel = !wide                ? moe_combine_kernel<1, false>
+                : p.dtype == DSO_F32 ? moe_combine_kernel<8, false>
+                                     : moe_combine_kernel<8, true>;
+  return launch(kernel, grid, dim3(THREADS), 0, stream, p);
 }
 
 int dso_cuda_moe_fits(const dso_cuda_moe_experts_params *p, const dso_expert *expert, int64_t count,

@@ -108,6 +108,7 @@ def test_many_slots():
     for tokens, count in ((700, 7), (3000, 200)) if ON_GPU else ((700, 7),):
         check(experts((tokens, 8, 8, 8), count, 6, dtype=torch.bfloat16))
         check(experts((tokens, 3, 5, 7), count, 6))
+    check(experts((70, 8, 8, 8), 300, 8, dtype=torch.bfloat16))  # 专家多于一块的线程
 
 
 # ---- 量化的权重 ----
@@ -319,10 +320,46 @@ def test_counts_start_from_zero(tokens):
         del counts  # 下一次多半分到同一块
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("count, depth", [(5, 8), (40, 248), (77, 1288)])
+def test_route_few_tokens(count, depth, dtype):
+    """logits 由 mma 分几份算、由 moe_route 的核相加：专家、K 都不是块的倍数；一个词元的结果与别的词元无关。"""
+    x = torch.randn(64, depth, device=DEVICE).to(dtype)
+    weight = (torch.randn(count, depth, device=DEVICE) / depth**0.5).to(dtype)
+    bias = torch.randn(count, device=DEVICE)
+    exact = x.double() @ weight.double().T + bias.double()
+    want = ops.moe_route(x, weight, bias, bias, top_k=3)
+    torch.testing.assert_close(want[0].double(), exact, rtol=1e-5, atol=1e-5)
+    for tokens in (1, 8, 9, 17, 33):
+        got = ops.moe_route(x[:tokens], weight, bias, bias, top_k=3)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert torch.equal(a, b[:tokens])
+        assert torch.equal(got[3], torch.bincount(got[2].flatten(), minlength=count))
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize(
+    "count, groups, chosen, top_k",
+    [(24, 6, 4, 8), (256, 8, 4, 8), (300, 20, 7, 32), (512, 32, 3, 9), (520, 8, 3, 5),
+     (80, 40, 30, 6), (200, 1, 1, 40)],
+)  # fmt: skip
+@pytest.mark.parametrize("score", ops.SCORES)
+def test_route_choice(tokens, count, groups, chosen, top_k, score):
+    """在寄存器里选的（每线程 8、16 个），专家、组、top_k 太多、在共享内存里选的；许多平局。"""
+    logits = torch.randint(-3, 4, (tokens, count), device=DEVICE).float()
+    options = (top_k, score, True, False, groups, chosen, "top2", 2.5, 1e-20)
+    got = torch.ops.deepseek_opt.moe_route(logits, None, None, None, *options)
+    want = reference.moe_route(logits.double(), None, None, None, *options)
+    assert torch.equal(got[2], want[2]) and torch.equal(got[3], want[3])
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-6)
+
+
 @needs_gpu
 def test_route_on_the_device():
     """logits 由自己的核、由 cuBLAS（16 位输入、fp32 输出）、由 fp32 的矩阵乘得到。"""
-    for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (300, torch.float32)):
+    cases = [(1, torch.bfloat16), (64, torch.bfloat16), (300, torch.bfloat16), (300, torch.float32)]
+    for tokens, dtype in cases:
         x = torch.randn(tokens, 512, device=DEVICE).to(dtype)
         weight = torch.randn(64, 512, device=DEVICE).to(dtype) / 20
         options = (6, "sigmoid", True, False, 8, 3, "top2", 2.5, 1e-20)

@@ -28,9 +28,13 @@ def _no_bank_conflicts():
     assert library.dso_host_conflicts() == 0
 
 
-@pytest.mark.parametrize("tokens", [3, 50])
-def test_route(monkeypatch, tokens):
-    x, weight, bias = torch.randn(tokens, 33), torch.randn(24, 33), torch.randn(24)
+@pytest.mark.parametrize(
+    "tokens, width, dtype", [(3, 33, torch.float32), (50, 33, torch.float32), (50, 520, BF16)]
+)
+def test_route(monkeypatch, tokens, width, dtype):
+    """宽 520 的 bf16 由 mma 分成几份算。"""
+    x, weight = torch.randn(tokens, width).to(dtype), torch.randn(24, width).to(dtype)
+    bias = torch.randn(24)
     options = {"top_k": 5, "n_group": 6, "topk_group": 3}
     same_in_every_order(monkeypatch, lambda: ops.moe_route(x, weight, bias, bias, **options))
 

@@ -115,6 +115,18 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return record.result;
 }
 
+inline int __reduce_max_sync(unsigned, int value) {
+  struct Most {
+    int value, result;
+  } record{value, value};
+  cuda_host::collective("reduce_max", &record, 1, [](void **records, int count) {
+    int most = static_cast<Most *>(records[0])->value;
+    for (int i = 1; i < count; i++) most = std::max(most, static_cast<Most *>(records[i])->value);
+    for (int i = 0; i < count; i++) static_cast<Most *>(records[i])->result = most;
+  });
+  return record.result;
+}
+
 // 与本线程的值相同的线程。
 inline unsigned __match_any_sync(unsigned, int value) {
   struct Match {
@@ -145,6 +157,7 @@ T atomicAdd(T *p, T value) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 inline float __uint_as_float(unsigned bits) {
   float value;
