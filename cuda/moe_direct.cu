@@ -9,13 +9,17 @@ namespace {
 using namespace dso;
 using namespace dso::small;
 
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
+// 一块几个 warp：一个 SM 上两块；只有一个词元时一般只够每个 SM 一块，12 个（16 位的）寄存器也只放得下一块，提前启动时
+// 各块不会挤在先空出来的几个 SM 上。
+constexpr int MANY_WARPS = 8, ALONE_WARPS = 12;
 
-// 一个 SM 上只有一两块，多发几步的读：8 个 warp 各 2 到 8 KiB，寄存器放得下的。
+// x 在寄存器里交换，见 Stream；INT4_32 一次只用半段，INT4_128 的寄存器不够，照旧直接读。
 template <Kind K>
-constexpr int AHEAD = K == INT4_128  ? 4
-                      : K == FP8_128 ? 6
-                                     : 8;
+constexpr bool ONE = K != INT4_32 && K != INT4_128;
+
+// 一个 SM 上只有一两块，多发几步的读：8 个 warp 各 2 到 8 KiB，寄存器放得下的；一个线程一段 x 时一圈至多 256 个 k。
+template <Kind K>
+constexpr int AHEAD = K == PLAIN || K == INT4_32 ? 8 : 4;
 
 // 第 lane 个专家：编号（没有为 -1）、系数、到第几步为止。
 struct Chosen {
@@ -31,10 +35,10 @@ __device__ __forceinline__ Chosen chosen(const dso_cuda_moe_experts_params &p, i
   if (lane < top_k + (r.shared ? 1 : 0)) {
     bool routed = lane < top_k;
     int row = routed ? token * top_k + lane : static_cast<int>(r.tokens) * top_k + token;
+    c.weight = routed ? p.weights[row] : p.w.shared_scale ? p.w.shared_scale[token] : 1.0f;
     dso_cuda_moe_tile at = tile_at(r, row);
     if (at.rows > 0) {
       c.expert = at.expert;
-      c.weight = routed ? p.weights[row] : p.w.shared_scale ? p.w.shared_scale[token] : 1.0f;
       int depth = static_cast<int>(expert_at(p.w, r.experts, c.expert).inner);
       c.steps = (depth + STEP_K - 1) / STEP_K;
     }
@@ -48,8 +52,9 @@ __device__ __forceinline__ Chosen chosen(const dso_cuda_moe_experts_params &p, i
   return c;
 }
 
-template <class E, Kind K>
-__global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_experts_params p) {
+template <class E, Kind K, int WARPS>
+__global__ __launch_bounds__(WARPS *WARP, WARPS == ALONE_WARPS ? 1 : 2) void moe_direct_kernel(
+    dso_cuda_moe_experts_params p) {
   using S = Step<K>;
   __shared__ float sums[WARPS][16];
   const dso_cuda_moe_routing &r = p.routing;
@@ -75,7 +80,8 @@ __global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_exp
 #pragma unroll
     for (int side = 0; side < 2; side++)
       rows[0].put(side, source_of<K>(expert.down, expert.down_quant), column[side]);
-    Stream<E, K, 1, 1, AHEAD<K>> stream(rows, begin, end - begin, static_cast<int>(expert.inner));
+    int depth = static_cast<int>(expert.inner);
+    Stream<E, K, 1, 1, AHEAD<K>, ONE<K>> stream(rows, begin, end - begin, depth);
     grid_wait();  // 在此之前只读下标、系数、权重
     int row = j < top_k ? token * top_k + j : static_cast<int>(r.tokens) * top_k + token;
     const uint16_t *x[1] = {static_cast<const uint16_t *>(p.h) + hidden_at(p, row)};
@@ -105,7 +111,14 @@ __global__ __launch_bounds__(THREADS, 2) void moe_direct_kernel(dso_cuda_moe_exp
 cudaError_t dso::moe_direct(const dso_cuda_moe_experts_params &p, Kind kind, cudaStream_t stream) {
   dim3 grid(static_cast<unsigned>(ceil_div(p.n, 16)), static_cast<unsigned>(p.routing.tokens));
   return with_types(p.dtype, kind, [&](auto element, auto k) {
-    return launch(moe_direct_kernel<decltype(element), k()>, grid, dim3(THREADS), 0, stream, p);
+    using E = decltype(element);
+    if constexpr (k() == PLAIN) {
+      if (grid.y == 1)
+        return launch(moe_direct_kernel<E, k(), ALONE_WARPS>, grid, dim3(ALONE_WARPS * WARP), 0,
+                      stream, p);
+    }
+    return launch(moe_direct_kernel<E, k(), MANY_WARPS>, grid, dim3(MANY_WARPS * WARP), 0, stream,
+                  p);
   });
 }
 

@@ -13,12 +13,9 @@ using namespace dso::small;
 
 constexpr int LOG_WARPS = 2, WARPS = 1 << LOG_WARPS, THREADS = WARPS * WARP;
 
-// 几步的读在途（连同尺度、零点），占 32 到 48 个寄存器：每个 SM 上 40 到 128 KiB。SETS 份 16 行一起读时减半。
+// 几步的读在途（连同尺度、零点），占 32 到 48 个寄存器：每个 SM 上 80 到 128 KiB。SETS 份 16 行一起读时减半。
 template <Kind K, int SETS>
-constexpr int AHEAD = SETS == 2 ? (Step<K>::words == 4 ? 2 : 4)
-                                : (K == INT4_32   ? 8
-                                   : K == INT4_64 ? 6
-                                                  : 4);
+constexpr int AHEAD = SETS == 2 && Step<K>::words == 4 ? 2 : 4;
 
 struct Work {
   const dso_cuda_moe_experts_params &p;
@@ -46,6 +43,15 @@ struct Shared {
   float sums[COUNT];
   dso_cuda_moe_tile tile;
 };
+
+// int4、一块至多 8 行（X_ROWS）时 x 的来处。
+constexpr int LOG_ROWS = 3, X_ROWS = 1 << LOG_ROWS;
+
+struct Input {
+  const uint16_t *row[X_ROWS];
+  int depth;
+};
+struct Nothing {};
 
 // 部分和在共享内存里的位置：一份 16 行、一份 8 个词元；value：上 0、1，下 2、3；片段里的第 g 列、第 c 个线程。
 // g 在最低：写、读都没有库冲突。
@@ -114,7 +120,7 @@ __device__ __forceinline__ void finish(const float (&acc)[SETS][NT][4], Work &wo
   }
 }
 
-template <class E, Kind K, int NT, int SETS, int COUNT>
+template <class E, Kind K, int NT, int SETS, bool ONE, int COUNT>
 __device__ __forceinline__ void compute(Work &work, const Source (&source)[2], int depth,
                                         Shared<COUNT> &kept) {
   using S = Step<K>;
@@ -133,7 +139,7 @@ __device__ __forceinline__ void compute(Work &work, const Source (&source)[2], i
   int each = (steps + (S::per_group << work.split) - 1) / S::per_group >> work.split;
   int begin = min_of(steps, share * each * S::per_group);
   int mine = first < work.columns ? min_of(steps - begin, each * S::per_group) : 0;
-  Stream<E, K, NT, SETS, AHEAD<K, SETS>> stream(rows, begin, mine, depth);
+  Stream<E, K, NT, SETS, AHEAD<K, SETS>, ONE> stream(rows, begin, mine, depth);
   grid_wait();
   const uint16_t *x[NT];
 #pragma unroll
@@ -142,21 +148,111 @@ __device__ __forceinline__ void compute(Work &work, const Source (&source)[2], i
   finish<E, K, NT, SETS>(stream.acc, work, kept);
 }
 
+// int4、一块 8 行时一圈几步（QUAD 的倍数）：每个 SM 上 5、6 块，在途的共 50 到 80 KiB。一圈的读到齐了才用，等的是一次显存，
+// 所以块多比圈长好。
+template <Kind K>
+constexpr int LAP = K == INT4_32 ? 8 : 4;
+
+// 分 K 的一路几步：QUAD 的倍数。
+template <Kind K>
+__device__ __forceinline__ int share_steps(int depth, int split) {
+  int steps = (depth + Step<K>::k - 1) / Step<K>::k;
+  return (steps + (QUAD << split) - 1) >> (LOG_QUAD + split) << LOG_QUAD;
+}
+
+// 动态共享内存里的一段 x [路][行]：行按实有的留（2 的幂），少时一段就长；行满、四路时一段正好一圈。行距多 32 字节：一次
+// 读的 8 个线程（两行）不在同一个库。
+template <Kind K>
+struct Piece {
+  static constexpr int PAD = 16, LAP_K = Step<K>::k * LAP<K>, MOST = LOG_ROWS + LOG_WARPS;
+  static constexpr size_t bytes = ((LAP_K + PAD) << MOST) * sizeof(uint16_t);
+  int rows, laps;  // 每路几行、几圈
+
+  __device__ __forceinline__ Piece(int tokens, int split) {
+    int log_rows = (tokens > 1) + (tokens > 2) + (tokens > 4);
+    rows = 1 << log_rows, laps = 1 << (MOST - log_rows - split);
+  }
+  __device__ __forceinline__ uint16_t *at(int share, int row) const {
+    return reinterpret_cast<uint16_t *>(dynamic_shared()) +
+           (share * rows + row) * (laps * LAP_K + PAD);
+  }
+};
+
+// 各路从自己的第 from 步起的一段 x；越过一行的填 0。
+template <Kind K>
+__device__ __forceinline__ void stage(const Input &input, int tokens, int split, int from) {
+  Piece<K> piece(tokens, split);
+  int depth = input.depth, each = share_steps<K>(depth, split);
+  int chunks = min_of(piece.laps * Piece<K>::LAP_K, (each - from) * Step<K>::k) / 8;
+#pragma unroll 1
+  for (int row = 0; row < tokens; row++) {
+    const uint16_t *base = input.row[row];
+#pragma unroll 1
+    for (int share = 0; share < 1 << split; share++)
+#pragma unroll 2
+      for (int i = static_cast<int>(threadIdx.x); i < chunks; i += THREADS) {
+        int k = (share * each + from) * Step<K>::k + i * 8;
+        cp_async_16(piece.at(share, row) + i * 8, base + (k < depth ? k : 0), k < depth);
+      }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// int4、至多 8 个词元：x 一段一段地搬进共享内存，几个 warp 合用，见 CodeStream。各段之间要的都在共享内存里，循环里不占
+// 寄存器。
+template <class E, Kind K, int COUNT>
+__device__ __forceinline__ void compute_codes(Work &work, const Source (&source)[2], int depth,
+                                              Shared<COUNT> &kept, Input &input) {
+  using S = Step<K>;
+  int thread = static_cast<int>(threadIdx.x), lane = thread % WARP, warp = thread / WARP;
+  int g = lane / 4, first = work.first + (warp >> work.split << work.wide<1>());
+  // 只有一个 warp 等词元的下标，别的先读权重
+  if (warp == WARPS - 1 && lane < X_ROWS) input.row[lane] = work.input(lane);
+  if (thread == 0) input.depth = depth;
+  Rows rows;
+#pragma unroll
+  for (int side = 0; side < 2; side++) {  // 越界的算了不写
+    int n = first + (work.paired ? 0 : side * 8) + g;
+    rows.put(side, source[side], min_of(n, work.columns - 1));
+  }
+  int steps = (depth + S::k - 1) / S::k, share = warp & ((1 << work.split) - 1);
+  int each = share_steps<K>(depth, work.split), begin = min_of(steps, share * each);
+  int mine = first < work.columns ? min_of(steps - begin, each) : 0;
+  CodeStream<E, K, LAP<K>> stream(rows, source[0].wide() && source[1].wide(), begin, mine);
+  const uint16_t *x = Piece<K>(work.tile.rows, work.split).at(share, g < work.tile.rows ? g : 0) +
+                      lane_offset<K>(lane % 4);
+  grid_wait();
+  for (int from = 0;;) {
+    __syncthreads();  // 上一段都用过了
+    stage<K>(input, kept.tile.rows, work.split, from);
+    __syncthreads();
+    int laps = Piece<K>(kept.tile.rows, work.split).laps;
+    stream.run(x, laps);
+    from += laps * LAP<K>;
+    if (from >= share_steps<K>(input.depth, work.split)) break;
+  }
+  finish<E, K, 1, 1>(stream.acc, work, kept);
+}
+
 // MOST：一块至多多少份（8 个）词元。一个 warp 管几份 16 行：int4 的权重少，词元多时读 x 就显得多，两份共用。
 template <Kind K, int MOST>
 constexpr int SETS_OF = Step<K>::int4 && MOST > 1 ? 2 : 1;
 
 // 一个 SM 上至少几块：再多寄存器就要溢出。
-template <Kind K, int MOST>
-constexpr int RESIDENT = MOST == 1       ? 5
+template <Kind K, int MOST, bool ONE>
+constexpr int RESIDENT = MOST == 1       ? (K == INT4_64 || ONE ? 6 : 5)
                          : Step<K>::int4 ? 2
                                          : 3;
 
-template <class E, Kind K, int MOST>
-__global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel(
+// ONE：每块只有一个词元（不排序时）；一个词元时 768 块，一个 SM 6 块才不必分两波，所以只有 16 位的用它。
+template <class E, Kind K, int MOST, bool ONE>
+__global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST, ONE>)) void moe_small_kernel(
     dso_cuda_moe_experts_params p, bool hidden, int split, Part part) {
   constexpr int SETS = SETS_OF<K, MOST>;
+  constexpr bool CODES = Step<K>::int4 && MOST == 1;
   __shared__ Shared<WARPS * SETS * MOST * 4 * WARP> kept;
+  __shared__ std::conditional_t<CODES, Input, Nothing> input;
   // h 之前的核写块、下标、x；o 之前是 h：块、下标、权重都已在，先读
   if (hidden) grid_wait();
   grid_release();
@@ -180,15 +276,17 @@ __global__ __launch_bounds__(THREADS, (RESIDENT<K, MOST>)) void moe_small_kernel
     return;
   }
   if (threadIdx.x == 0) kept.tile = at;
-  if constexpr (MOST == 1) {
-    compute<E, K, 1, SETS>(work, source, depth, kept);
+  if constexpr (CODES) {
+    compute_codes<E, K>(work, source, depth, kept, input);
+  } else if constexpr (MOST == 1) {
+    compute<E, K, 1, SETS, ONE>(work, source, depth, kept);
   } else {
     if (at.rows <= 8)
-      compute<E, K, 1, SETS>(work, source, depth, kept);
+      compute<E, K, 1, SETS, ONE>(work, source, depth, kept);
     else if (at.rows <= 16)
-      compute<E, K, 2, SETS>(work, source, depth, kept);
+      compute<E, K, 2, SETS, false>(work, source, depth, kept);
     else
-      compute<E, K, 4, SETS>(work, source, depth, kept);
+      compute<E, K, 4, SETS, false>(work, source, depth, kept);
   }
 }
 
@@ -208,7 +306,7 @@ int split_of(int64_t groups, int64_t bytes) {
   return split;
 }
 
-template <class E, Kind K, int MOST>
+template <class E, Kind K, int MOST, bool ONE>
 cudaError_t run(const Call &c) {
   using S = Step<K>;
   const dso_cuda_moe_routing &r = c.p.routing;
@@ -222,8 +320,9 @@ cudaError_t run(const Call &c) {
   dim3 grid(static_cast<unsigned>(ceil_div(columns, wide << (LOG_WARPS - split))),
             static_cast<unsigned>(tiles));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  return launch(moe_small_kernel<E, K, MOST>, grid, dim3(THREADS), 0, c.stream, c.p, c.hidden,
-                split, c.part);
+  size_t bytes = S::int4 && MOST == 1 ? Piece<K>::bytes : 0;
+  return launch(moe_small_kernel<E, K, MOST, ONE>, grid, dim3(THREADS), bytes, c.stream, c.p,
+                c.hidden, split, c.part);
 }
 
 cudaError_t choose(const Call &c, Kind kind) {
@@ -231,7 +330,8 @@ cudaError_t choose(const Call &c, Kind kind) {
   if (r.tile_rows == 0 && !c.hidden) return moe_direct(c.p, kind, c.stream);
   return with_types(c.p.dtype, kind, [&](auto element, auto k) {
     using E = decltype(element);
-    return r.tile_rows <= 8 ? run<E, k(), 1>(c) : run<E, k(), 4>(c);
+    if (r.tile_rows == 0) return run<E, k(), 1, k() == PLAIN>(c);
+    return r.tile_rows <= 8 ? run<E, k(), 1, false>(c) : run<E, k(), 4, false>(c);
   });
 }
 

@@ -33,6 +33,12 @@ struct Source {
   const float *scale;
   const uint8_t *zero;
   int64_t row_bytes, groups;
+
+  // 一行里从 4 的倍数起的四组尺度、零点可以一次读。
+  __device__ __forceinline__ bool wide() const {
+    return groups % 4 == 0 && reinterpret_cast<uintptr_t>(scale) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(zero) % 4 == 0;
+  }
 };
 
 template <Kind K>
@@ -55,11 +61,17 @@ struct Rows {
 };
 
 // 一个 warp 沿 K 的累加：SETS 份 16 行权重，NT 份 8 个词元。总有 AHEAD 步的读在途：用掉一步，随即读后面的一步。
-template <class E, Kind K, int NT, int SETS, int AHEAD>
+//
+// L1 按次序返回：读 x 命中了，也要排在前面还没到的权重之后，每一步都等一次显存。ONE（只有一个词元）：x 一圈读一次，与权重
+// 一起在途，一个线程 8 个 k，用时在 warp 里交换。
+template <class E, Kind K, int NT, int SETS, int AHEAD, bool ONE = false>
 struct Stream {
   using S = Step<K>;
   using M = Multiply<E, K, NT, SETS>;
   static_assert(AHEAD % S::per_group == 0, "一圈是整数个组");
+  static constexpr int CHUNK = 8, STEP_CHUNKS = S::k / CHUNK;
+  static_assert(!ONE || (NT == 1 && S::x_words == 4 && AHEAD * STEP_CHUNKS <= WARP),
+                "一次正好用一段，一圈每个线程至多一段");
 
   Rows rows[SETS];        // 这一圈第一步，本线程的那一段
   const uint16_t *x[NT];  // 同样，第 8 t + lane / 4 个词元
@@ -70,6 +82,8 @@ struct Stream {
   Words<S::words> w[AHEAD][SETS][2];
   Group group[AHEAD][SETS];
   float acc[SETS][NT][4] = {};
+  int left;  // ONE：这一圈里本线程的一段距一行的末尾几个 k
+  Words<4> held;
 
   // 从第 begin 步（per_group 的倍数）起 steps 步，共 depth 个 k；开始读权重。
   __device__ __forceinline__ Stream(const Rows (&from)[SETS], int begin, int steps, int depth) {
@@ -78,6 +92,7 @@ struct Stream {
     partial = steps > 0 && (begin + steps) * S::k > depth;
     count = steps - (partial ? 1 : 0), rest = depth - first - count * S::k;
     zeros = S::int4 && from[0].zero[0];
+    left = depth - begin * S::k - lane() * CHUNK;
 #pragma unroll
     for (int s = 0; s < SETS; s++)
 #pragma unroll
@@ -93,13 +108,32 @@ struct Stream {
   // tokens [t]：第 8 t + lane / 4 个词元的一行；没有的给哪一行都可以，那一列不用。
   __device__ __forceinline__ void run(const uint16_t *const (&tokens)[NT]) {
 #pragma unroll
-    for (int t = 0; t < NT; t++) x[t] = tokens[t] + first;
+    for (int t = 0; t < NT; t++)
+      x[t] = tokens[t] + (ONE ? first - lane_offset<K>(lane() % 4) + lane() * CHUNK : first);
+    if (ONE) hold(0);
     int done = 0;
     for (; lap(done); done += AHEAD) advance();
     if (partial) last_step(count - done);
   }
 
  private:
+  __device__ static __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % WARP; }
+
+  // 从这一圈的第 from 个 k 起的一圈 x；越过一行的是 0。
+  __device__ __forceinline__ void hold(int from) {
+    held = {};
+    load_once(held, x[0] + from, from < left);
+  }
+
+  // 这一圈第 step 步里，本线程从第 at 个 k 起的一段。
+  __device__ __forceinline__ Words<S::x_words> exchanged(int step, int at) const {
+    int from = step * STEP_CHUNKS + (lane_offset<K>(lane() % 4) + at) / CHUNK;
+    Words<S::x_words> r;
+#pragma unroll
+    for (int i = 0; i < S::x_words; i++) r.v[i] = __shfl_sync(ALL_LANES, held.v[i], from);
+    return r;
+  }
+
   // 第 at 步（从这一圈的第一步数）读进第 u 格。
   __device__ __forceinline__ void fetch(int u, int at, bool valid) {
 #pragma unroll
@@ -122,8 +156,10 @@ struct Stream {
     for (int u = 0; u < AHEAD; u++) {
       if (done + u >= count) return false;
       M::step(acc, w[u], group[u], [&](int t, int at) {
+        if constexpr (ONE) return exchanged(u, at);
         return *reinterpret_cast<const Words<S::x_words> *>(x[t] + u * S::k + at);
       });
+      if (ONE && u == AHEAD - 1) hold(AHEAD * S::k);
       fetch(u, AHEAD + u, done + AHEAD + u < count);
     }
     return true;
@@ -140,6 +176,7 @@ struct Stream {
       }
 #pragma unroll
     for (int t = 0; t < NT; t++) x[t] += AHEAD * S::k;
+    left -= AHEAD * S::k;
   }
 
   // 不满的一步（从这一圈的第一步数是第 at 步）：越过的 k 的 x 是 0；16 位与一个码一字节的权重也只有 depth 个，
@@ -156,10 +193,116 @@ struct Stream {
         fetch_group(last[s], s, side, at / S::per_group, true);
       }
     M::step(acc, tail, last, [&](int t, int from) {
+      if constexpr (ONE) return exchanged(at, from);
       Words<S::x_words> in = {};
       if (from < rest) in = *reinterpret_cast<const Words<S::x_words> *>(x[t] + at * S::k + from);
       return in;
     });
+  }
+};
+
+// int4、至多 8 个词元时一个 warp 的累加：x 已搬进共享内存，尺度、零点四组一起读。
+//
+// 直接读的 x 每一步都等一次显存，见 Stream。L1 一周期查一行：尺度每一步都读，16 行就查 16 次，与权重本身一样多。
+constexpr int LOG_QUAD = 2, QUAD = 1 << LOG_QUAD;
+
+template <class E, Kind K, int AHEAD>
+struct CodeStream {
+  using S = Step<K>;
+  static constexpr int QUADS = AHEAD / QUAD;
+  static_assert(S::int4 && AHEAD % QUAD == 0, "一圈是整数个四组");
+
+  Rows rows;         // 这一圈第一步，本线程的那一段
+  int left;          // 从这一圈起还有几步
+  bool wide, zeros;  // 四组的尺度、零点可以一次读；有零点
+  Words<S::words> w[AHEAD][1][2];
+  Words<QUAD> scale[QUADS][2];
+  uint32_t zero[QUADS][2];
+  float acc[1][1][4] = {};
+
+  // 从第 begin 步（QUAD 的倍数）起 steps 步；开始读权重。
+  __device__ __forceinline__ CodeStream(const Rows &from, bool wide, int begin, int steps)
+      : left(steps), wide(wide), zeros(from.zero[0]) {
+    int c = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      rows.weight[side] = from.weight[side] + begin * S::row_bytes + c * 4 * S::words;
+      rows.scale[side] = from.scale[side] + begin;
+      rows.zero[side] = zeros ? from.zero[side] + begin : nullptr;
+#pragma unroll
+      for (int q = 0; q < QUADS; q++) zero[q][side] = 0x08080808u;
+    }
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      if (u % QUAD == 0) fetch_quad(u / QUAD, u);
+      fetch(u, u);
+    }
+  }
+
+  // 再走 laps 圈，每圈 AHEAD 步。x：共享内存里第 lane / 4 个词元，本线程的第一个 k；越过一行的是 0。
+  __device__ __forceinline__ void run(const uint16_t *x, int laps) {
+    for (; laps > 0 && left > 0; laps--) {
+      lap(x);
+      left -= AHEAD, x += AHEAD * S::k;
+#pragma unroll
+      for (int side = 0; side < 2; side++) {
+        rows.weight[side] += AHEAD * S::row_bytes, rows.scale[side] += AHEAD;
+        if (zeros) rows.zero[side] += AHEAD;
+      }
+    }
+  }
+
+ private:
+  // 第 at 步（从这一圈的第一步数）读进第 u 格。
+  __device__ __forceinline__ void fetch(int u, int at) {
+#pragma unroll
+    for (int side = 0; side < 2; side++)
+      load_once(w[u][0][side], rows.weight[side] + at * S::row_bytes, at < left);
+  }
+
+  // 从第 at 步起的四组读进第 q 格。
+  __device__ __forceinline__ void fetch_quad(int q, int at) {
+    if (at >= left) return;
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const float *from = rows.scale[side] + at;
+      if (wide) {
+        scale[q][side] = *reinterpret_cast<const Words<QUAD> *>(from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < QUAD; i++)
+          if (at + i < left) scale[q][side].v[i] = __float_as_uint(from[i]);
+      }
+      if (zeros) zero[q][side] = zero_quad(rows.zero[side] + at, left - at);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t zero_quad(const uint8_t *from, int count) const {
+    if (wide) return *reinterpret_cast<const uint32_t *>(from);
+    uint32_t all = 0;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++)
+      if (i < count) all |= static_cast<uint32_t>(from[i]) << (8 * i);
+    return all;
+  }
+
+  // 每一步都判断：见 Stream::lap。
+  __device__ __forceinline__ void lap(const uint16_t *x) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      if (u >= left) return;
+      Group group[1];
+#pragma unroll
+      for (int side = 0; side < 2; side++) {
+        group[0].scale[side] = __uint_as_float(scale[u / QUAD][side].v[u % QUAD]);
+        group[0].zero[side] = zero[u / QUAD][side] >> (8 * (u % QUAD));
+      }
+      Multiply<E, K, 1, 1>::step(acc, w[u], group, [&](int, int at) {
+        return *reinterpret_cast<const Words<S::x_words> *>(x + u * S::k + at);
+      });
+      fetch(u, AHEAD + u);
+      if (u % QUAD == QUAD - 1) fetch_quad(u / QUAD, AHEAD + u / QUAD * QUAD);
+    }
   }
 };
 

@@ -239,6 +239,22 @@ def test_many_columns(form, tokens):
     check_quantized(quantized.with_bias(case), torch.bfloat16)
 
 
+@pytest.mark.parametrize("form", [None, *quantized.FORMATS, *quantized.FP8_FORMATS], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_few_long_rows(rows, form):
+    """K 长：一个 warp 走好几圈；int4 的 x 分几段搬进共享内存。组数是、不是 4 的倍数；最后一步不满。"""
+    index = torch.zeros(rows, 1, dtype=torch.int64)
+    if rows == 3:  # 一块 3 行，而不走一个词元一块的路径
+        index = torch.tensor([[0], [1], [0], [1], [1], [0]])
+    for k, inner in ((2048, 16), (2192, 16), (48, 1040), (48, 2048)):
+        sizes = (len(index), k, inner, 8)
+        if form is None:
+            check(experts(sizes, 2, 1, dtype=torch.bfloat16, indices=index))
+        else:
+            case = quantized.make(sizes, form, count=2, dtype=torch.bfloat16, indices=index)
+            check_quantized(case, torch.bfloat16)
+
+
 def test_large_zero_points():
     """零点可以是任意的 8 位数：减法仍精确。"""
     case = quantized.make((5, 64, 96, 40), (4, 32, False), dtype=torch.bfloat16)
