@@ -27,8 +27,8 @@ constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 // 两组 64 行合用一份键的 cluster：一块 72 KiB 算 2368 个周期，各读各的在 600 TFLOP/s 时要从 L2 读 5 TB/s，
 // 接近上限；TMA 一次写到两个 CTA，减半。r 小于一档的少见，不值得多编译几个核。
 constexpr int DECODE_CLUSTER_SM90 = 2, DECODE_CLUSTER_RANK = 256;
-// 64 行时每个调度器上两个消费者 warp、一个生产者 warp，共 512 个寄存器。
-constexpr int DECODE_PRODUCER_REGISTERS = 40, DECODE_CONSUMER_REGISTERS = 232;
+// 64 行时每个调度器上两个消费者 warp、一个生产者 warp：启动时一个线程 168 个寄存器，合计不能超过它的三倍。
+constexpr int DECODE_PRODUCER_REGISTERS = 56, DECODE_CONSUMER_REGISTERS = 224;
 constexpr int SHARED_SM90 = 227 << 10;
 // 一个 span 有几组查询时，几路 CTA 同时读同一段键（后读的在 L2 里）；2 的幂，4 路已把显存的读降到四分之一。
 constexpr int DECODE_TRACKS = 4;

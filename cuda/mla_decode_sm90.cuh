@@ -111,6 +111,7 @@ struct Producer {
   __device__ void load(const Piece &piece, Ring at, int slot) const {
     mbarrier_wait(shared.empty(at.stage, part), at.parity ^ 1);
     const int first = part * S::CHUNKS, count = part == TAIL ? 1 : S::CHUNKS, row = piece.at.row;
+#pragma unroll 1
     for (int i = first; i < first + count; i++) {
       uint64_t *full = shared.full(at.stage, i);
       unsigned char *to = shared.stage(at.stage) + i * S::CHUNK * S::BOX;
@@ -130,22 +131,28 @@ struct Producer {
     }
   }
 
-  // 从 slot 起的一块读进 L2，各 CTA 分着。
-  __device__ void prefetch(int slot, int row) const {
-    for (int i = rank(); i < 2 * S::CHUNKS; i += S::CTAS)
-      tma_prefetch(latent, 0, slot, i * S::CHUNK, row);
-    if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, row);
+  // 一段里从第 block 块起的 count 块（到末尾为止）读进 L2，各 CTA 分着。
+  __device__ void prefetch(const Piece &piece, int block, int count) const {
+    if constexpr (S::AHEAD > 0) {
+      int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
+#pragma unroll 1
+      for (; count > 0 && block < piece.units; block++, count--, slot += S::KEYS) {
+#pragma unroll 1
+        for (int i = rank(); i < 2 * S::CHUNKS; i += S::CTAS)
+          tma_prefetch(latent, 0, slot, i * S::CHUNK, piece.at.row);
+        if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, piece.at.row);
+      }
+    }
   }
 
   // 从第 block 块起的 count 块（一对，或一段最后的一块）：先读先放行的，第 i 块先放行的是第 i 组当值用的一半。
   // 读前一半的在两块之间预读提前 AHEAD 块的：第二块还没有放行。
   __device__ void load_blocks(const Piece &piece, int slot, int block, int count) const {
+#pragma unroll 1
     for (int i = 0; i < count; i++) {
       const int which = part == 1 ? count - 1 - i : i;
       load(piece, which ? ring.next(S::STAGES) : ring, slot + which * S::KEYS);
-      if (S::AHEAD == 0 || part != 0 || i > 0) continue;
-      for (int ahead = S::AHEAD; ahead < S::AHEAD + count && block + ahead < piece.units; ahead++)
-        prefetch(slot + ahead * S::KEYS, piece.at.row);
+      if (part == 0 && i == 0) prefetch(piece, block + S::AHEAD, count);
     }
   }
 
@@ -153,8 +160,8 @@ struct Producer {
     int slot = piece.at.slot + piece.key_begin;
     bool first = threadIdx.x % WARP == 0;
     if (first && part == 0 && started)  // 上一段还没有算完，这一段的头几块已经可以读了
-      for (int i = 0; i < S::AHEAD && i < piece.units; i++)
-        prefetch(slot + i * S::KEYS, piece.at.row);
+      prefetch(piece, 0, S::AHEAD);
+#pragma unroll 1
     for (int block = 0; block < piece.units; block += S::GROUPS, slot += S::GROUPS * S::KEYS) {
       const int count = piece.units - block < S::GROUPS ? 1 : S::GROUPS;
       if (first) load_blocks(piece, slot, block, count);
