@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ TARGETS: dict[Path, bool | str] = {
 BALANCE_BEGIN, BALANCE_END = "<!-- balance:begin -->", "<!-- balance:end -->"
 RETROFIT_BEGIN, RETROFIT_END = "<!-- retrofit:begin -->", "<!-- retrofit:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+GPU_FILES = (RESULTS / "gpu-h100.json", RESULTS / "gpu-h200.json")  # 新的在前
 _BALANCE = ("max_over_mean", "entropy")
 _BALANCE_NAMES = {
     "none": "不均衡",
@@ -224,9 +225,19 @@ def retrofit(path: Path = RESULTS / "mtp-retrofit.json") -> str:
     return "\n".join([RETROFIT_BEGIN, NOTICE, "", *lines, "", RETROFIT_END])
 
 
-def gpu(path: Path = RESULTS / "gpu-h200.json") -> str:
-    """GPU 上的各项：读数、占屋顶线、要求、对各对照的倍数。"""
-    document = json.loads(path.read_text(encoding="utf-8"))
+def gpu(paths: Sequence[Path] = GPU_FILES) -> str:
+    """GPU 上的各项，一张卡一个表；后面的表只列前面没有的项。"""
+    lines, seen = [], set()
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in document["rows"] if row["key"] not in seen]
+        seen |= {row["key"] for row in rows}
+        lines += [*gpu_table(document, rows), ""]
+    return "\n".join([GPU_BEGIN, NOTICE, "", *lines, GPU_END])
+
+
+def gpu_table(document: dict, rows: list[dict]) -> list[str]:
+    """一张卡的：读数、占屋顶线、要求、对各对照的倍数。"""
     roofline = document["roofline"]
     lines = [
         f"{document['date'][:10]}；{document['device']}，驱动 {document['smi']['driver_version']}，"
@@ -237,7 +248,7 @@ def gpu(path: Path = RESULTS / "gpu-h200.json") -> str:
         "| 项 | 微秒 | 读数 | 占屋顶线 | 要求 | 达到 | 对照（倍数） |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in document["rows"]:
+    for row in rows:
         value, target, share = (row.get(key) for key in ("value", "target", "roofline"))
         reading = f"{_number(value, row['unit'])}" if value is not None else "—"
         peers = (
@@ -253,7 +264,7 @@ def gpu(path: Path = RESULTS / "gpu-h200.json") -> str:
             "、".join(peers) or "—",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([GPU_BEGIN, NOTICE, "", *lines, "", GPU_END])
+    return lines
 
 
 def replaced(text: str, begin: str, end: str, make: Callable[[], str]) -> str:
