@@ -122,9 +122,10 @@ void prepare(const char *op, Experts &m, const dso_act &act, bool backward);
 inline int64_t place_saved(const Experts &m, int64_t top_k, dso_moe_saved *saved) {
   const int64_t tokens = m.x.size(0), times = m.in.gated ? 2 : 1;
   int64_t widest = 0, shared = 0;
-  for (size_t e = 0; e < m.list.size(); e++)
-    (static_cast<int64_t>(e) < m.routed ? widest : shared) =
-        std::max(static_cast<int64_t>(e) < m.routed ? widest : shared, m.list[e].inner);
+  for (size_t e = 0; e < m.list.size(); e++) {
+    int64_t &width = static_cast<int64_t>(e) < m.routed ? widest : shared;
+    width = std::max(width, m.list[e].inner);
+  }
   saved->rs = (widest + 7) / 8 * 8, saved->routed = m.routed;
   saved->shared_at = times * tokens * top_k * saved->rs;
   return saved->shared_at + times * tokens * shared;

@@ -33,6 +33,19 @@ bool prefill_sm90_fits(const dso_mla_inputs &in, const Device &device);
 cudaError_t run_prefill_sm90(const dso_cuda_mla_prefill_params *p, int tiles, int sms,
                              cudaStream_t stream);
 
+// 反向的 dkv、dq 两个核的网格。
+struct BackwardLaunch {
+  dim3 dkv, dq;
+  cudaStream_t stream;
+  int *bytes;  // 不为空时只算至少要多少共享内存，不启动（只有 run_backward_mma）
+  int shared_limit;
+};
+cudaError_t run_backward_mma(const dso_cuda_mla_prefill_backward_params &p,
+                             const BackwardLaunch &to);
+cudaError_t run_backward_general(const dso_cuda_mla_prefill_backward_params &p,
+                                 const BackwardLaunch &to);
+int backward_general_bytes(const dso_mla_inputs &in);
+
 // Hopper 的反向（mla_prefill_backward_{dkv,dq}_sm90.cu）：形状、设备的要求同前向。
 cudaError_t run_backward_dkv_sm90(const dso_cuda_mla_prefill_backward_params &p,
                                   cudaStream_t stream);
