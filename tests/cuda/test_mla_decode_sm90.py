@@ -68,7 +68,8 @@ def test_lengths(heads, slots):
 
 
 @pytest.mark.parametrize(
-    "dims", [NO_ROPE, (512, 32, 8, 8), (256, 64, 8, 8), (128, 0, 8, 8), (320, 16, 8, 8), (96, 16, 8, 8)]
+    "dims",
+    [NO_ROPE, (512, 32, 8, 8), (256, 64, 8, 8), (128, 0, 8, 8), (320, 16, 8, 8), (96, 16, 8, 8)],
 )
 @pytest.mark.parametrize("heads", [6, 40])
 def test_dims(heads, dims):
