@@ -12,8 +12,8 @@ constexpr int DECODE_KEYS = 32;
 // Hopper 的一块是 64 个键，读进来就要 72 KiB 除以一个 SM 每周期 64 字节：一块也值得分出去。
 constexpr int DECODE_MIN_UNITS = 2, DECODE_MIN_UNITS_SM90 = 1;
 // 各 span 的块数相同时，每个 CTA 多做不到 1 / 32 就能与 span 的边界对齐的，就多做：128 行 128 个头时几乎每组都要分成
-// 两段，写、读 35 MB 部分结果，约占 5 %。
-constexpr int DECODE_ALIGN_SHARE = 32;
+// 两段，写、读 35 MB 部分结果。省下的约 20 微秒与长短无关，多做的一个单位 2～3 微秒：多得多了就不值得。
+constexpr int DECODE_ALIGN_SHARE = 32, DECODE_ALIGN_UNITS = 8;
 // 一组查询（词元 x 头）的行数只取 16、32、64：少了浪费不大（受限于带宽），多了寄存器放不下 O。
 constexpr int DECODE_ROWS[] = {16, 32, 64}, DECODE_MOST_ROWS = 64;
 // Hopper 路径：wgmma 的一维固定是 64，键放在上面；一级 72 KiB（r = 512），至多两级，r 小时四级已经盖住延迟。

@@ -40,8 +40,8 @@ struct Walk {
   int index, each;  // each：这一路上每个 CTA 的单位数
 };
 
-// 各 span 都是 blocks 块时，一组查询的边界每 blocks 个单位一个：每个 CTA 至多多做 1 / DECODE_ALIGN_SHARE 就能与边界对齐
-// （整数组，或一组正好分成几段）的，给那么多，否则还是 each。
+// 各 span 都是 blocks 块时，一组查询的边界每 blocks 个单位一个：每个 CTA 多做得不多（config.cuh）就能与边界对齐（整数组，
+// 或一组正好分成几段）的，给那么多，否则还是 each。
 __device__ inline int aligned_share(int each, int blocks) {
   int share = each;
   if (each > blocks) {
@@ -50,7 +50,8 @@ __device__ inline int aligned_share(int each, int blocks) {
     int pieces = blocks / each, piece = (blocks + pieces - 1) / pieces;
     if (blocks % piece == 0) share = piece;
   }
-  return share - each <= each / DECODE_ALIGN_SHARE ? share : each;
+  int extra = share - each;
+  return extra <= each / DECODE_ALIGN_SHARE && extra <= DECODE_ALIGN_UNITS ? share : each;
 }
 
 // 整个 warp 一起调用。

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_opt import MOEConfig, MoEFeedForward, update_expert_bias
 from deepseek_opt.errors import InputError
 from deepseek_opt.load import LoadCounter
+from tests.processes import leave
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,8 +190,7 @@ def _worker(rank, folder):
         update_expert_bias(wrapped, 0.5)  # 都没有统计：各进程一起报错，不会有谁在等
     except InputError:
         torch.save((local, bias(layer)), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # 一起结束：先走的会让另一个的 gloo 线程在退出时中止
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_counts_are_summed_over_processes(tmp_path):

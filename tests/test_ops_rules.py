@@ -17,6 +17,7 @@ from deepseek_opt import ops
 from tests.moe_cases import Layout, experts
 from tests.moe_list_cases import Lists
 from tests.op_cases import FLOATS, QUANTIZED, attention, paged, randn
+from tests.processes import leave
 
 OPS = torch.ops.deepseek_opt
 OPCHECKS = (
@@ -364,8 +365,7 @@ def replica(rank: int, world: int, port: int, folder: str) -> None:
     model(torch.randn(2, 3, 8, generator=generator)).backward()
     grads = [p.grad for p in model.module.weights]
     torch.save(grads, os.path.join(folder, f"{rank}.pt"))
-    dist.barrier()  # 一起结束：先走的会让另一个的 gloo 线程在退出时中止
-    dist.destroy_process_group()
+    leave()
 
 
 def test_ddp_averages_gradients(tmp_path):
