@@ -108,15 +108,19 @@ STABLE_TORCH_LIBRARY(deepseek_opt, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse=False) -> Tensor");
-  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved) -> ()");
+  m.def(
+      "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse=False, bool "
+      "keep_pairs=False) -> Tensor");
+  m.def(
+      "rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved, bool keep_pairs=False) -> ()");
   m.def(
       "mla_layer_decode(Tensor hidden, Tensor? q_a_weight, Tensor? q_a_bias, Tensor? "
       "q_norm_weight, float q_eps, Tensor q_weight, Tensor? q_bias,"
       " Tensor kv_a_weight, Tensor? kv_a_bias, Tensor kv_norm_weight, float kv_eps, Tensor "
       "kv_b_weight, Tensor o_weight, Tensor? o_bias, Tensor cos, Tensor sin, bool interleaved,"
       " Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, Tensor(d!) "
-      "offsets, Tensor? spans, Tensor? kv_mask, float softmax_scale, int num_heads) -> Tensor");
+      "offsets, Tensor? spans, Tensor? kv_mask, float softmax_scale, int num_heads, bool "
+      "keep_pairs=False) -> Tensor");
   m.def(
       "mla_cache_write(Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor(c!)? scale_cache, "
       "Tensor latent,"

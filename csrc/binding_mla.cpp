@@ -7,24 +7,26 @@ namespace dso {
 namespace {
 
 void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
-            bool interleaved, bool inverse) {
+            const Turn &turn) {
   const Angles angles = angles_of(cos, sin);
-  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
+  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, turn);
   if (p.b * p.t * p.h * p.d > 0) execute(dso_rope, &p);
 }
 
-Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse) {
+Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse,
+            bool keep_pairs) {
   expect_shape("rope", "x", x, {-1, -1, -1, -1});
   Tensor rows = row_major(x),
          y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  rotate("rope", rows, y, cos, sin, interleaved, inverse);
+  rotate("rope", rows, y, cos, sin, {interleaved, inverse, keep_pairs});
   return y;
 }
 
-void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved) {
+void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved,
+                   bool keep_pairs) {
   expect_shape("rope_", "x", x, {-1, -1, -1, -1});
   expect(x.size(3) <= 1 || x.stride(3) == 1, "rope_：x 的最后一维步长应为 1。");
-  rotate("rope_", x, x, cos, sin, interleaved, false);
+  rotate("rope_", x, x, cos, sin, {interleaved, false, keep_pairs});
 }
 
 // q_a、kv_a 投影、两个归一化与键的旋转：返回 (q 的潜变量，潜变量，旋转键)。
@@ -52,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> mla_qkv_a(const char *op, const LayerArgs &a,
   }
   p.kv_bias = use_bias(a.kv_a_bias, kb);
   p.q_eps = static_cast<float>(a.q_eps), p.kv_eps = static_cast<float>(a.kv_eps),
-  p.interleaved = a.interleaved;
+  p.interleaved = a.turn.interleaved, p.keep_pairs = a.turn.keep_pairs;
   Angles angles = angles_of(a.cos, a.sin);
   p.cos = angles.c, p.sin = angles.s;
   p.cs_rs = a.cos.size(0) * d.t == 1 ? 0 : d.rope_dim / 2;
@@ -106,11 +108,26 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                         const Tensor &cos, const Tensor &sin, bool interleaved, Tensor latent_cache,
                         Tensor rope_cache, std::optional<Tensor> scale_cache, Tensor offsets,
                         const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
-                        double softmax_scale, int64_t heads) {
+                        double softmax_scale, int64_t heads, bool keep_pairs) {
   const char *op = "mla_layer_decode";
-  const LayerArgs a{hidden,   q_a,    q_a_bias,  q_norm,  q_eps,      q_weight,
-                    q_bias,   kv_a,   kv_a_bias, kv_norm, kv_eps,     kv_b,
-                    o_weight, o_bias, cos,       sin,     interleaved};
+  const LayerArgs a{hidden,
+                    q_a,
+                    q_a_bias,
+                    q_norm,
+                    q_eps,
+                    q_weight,
+                    q_bias,
+                    kv_a,
+                    kv_a_bias,
+                    kv_norm,
+                    kv_eps,
+                    kv_b,
+                    o_weight,
+                    o_bias,
+                    cos,
+                    sin,
+                    {interleaved, false, keep_pairs}};
+  check_turn(op, a.turn);
   const LayerDims d = layer_dims(op, a, heads);
   auto [low, latent, rope_keys] = mla_qkv_a(op, a, d);
   const int64_t b = d.b, t = d.t, dr = d.rope_dim;
@@ -127,7 +144,7 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   else
     use_whole_rows(m, starts);
   Tensor turned = torch::stable::narrow(q, 3, d.head_dim - dr, dr);
-  if (dr > 0) rotate(op, turned, turned, cos, sin, interleaved, false);
+  if (dr > 0) rotate(op, turned, turned, cos, sin, a.turn);
   mla_cache_write(latent_cache, rope_cache, scale_cache, latent, rope_keys, offsets);
   Tensor out = torch::stable::new_empty(q, {b, t, heads * d.v_dim});
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};

@@ -28,10 +28,20 @@ inline Angles angles_of(const Tensor &cos, const Tensor &sin) {
   return a;
 }
 
+// 怎样旋转，见 csrc/rope.c。
+struct Turn {
+  bool interleaved, inverse, keep_pairs;
+};
+
+inline void check_turn(const char *op, const Turn &turn) {
+  expect(turn.interleaved || !turn.keep_pairs, op,
+         "：keep_pairs=True 时 interleaved 也应为 True，实际是 False。");
+}
+
 // y 可以就是 x；x 的最后一维步长为 1。
 inline dso_rope_params rope_params(const char *op, const Tensor &x, Tensor &y, const Tensor &cos,
-                                   const Tensor &sin, const Angles &a, bool interleaved,
-                                   bool inverse) {
+                                   const Tensor &sin, const Angles &a, const Turn &turn) {
+  check_turn(op, turn);
   const int64_t b = x.size(0), t = x.size(1), h = x.size(2), d = x.size(3);
   expect(d % 2 == 0, op, "：x 的最后一维应为偶数，实际是 ", d, "。");
   expect_shape(op, "cos", cos, {-1, t, d / 2});
@@ -46,7 +56,7 @@ inline dso_rope_params rope_params(const char *op, const Tensor &x, Tensor &y, c
   p.cs_bs = cos.size(0) == 1 ? 0 : t * (d / 2), p.cs_ts = d / 2;
   p.y = y.mutable_data_ptr();
   p.y_bs = y.stride(0), p.y_ts = y.stride(1), p.y_hs = y.stride(2);
-  p.interleaved = interleaved, p.inverse = inverse;
+  p.interleaved = turn.interleaved, p.inverse = turn.inverse, p.keep_pairs = turn.keep_pairs;
   return p;
 }
 
@@ -283,7 +293,7 @@ struct LayerArgs {
   const Tensor &kv_b, &o_weight;
   const std::optional<Tensor> &o_bias;
   const Tensor &cos, &sin;
-  bool interleaved;
+  Turn turn;
 };
 
 struct LayerDims {

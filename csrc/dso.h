@@ -136,7 +136,7 @@ typedef struct {
   int64_t cs_bs, cs_ts;
   void *y; /* 可以就是 x（原地） */
   int64_t y_bs, y_ts, y_hs;
-  int interleaved, inverse;
+  int interleaved, inverse, keep_pairs; /* keep_pairs 只与 interleaved 一起 */
 } dso_rope_params;
 
 /* 解码用的融合投影（行数少）：q_latent = norm(x q_aᵀ + b)，latent = norm(x kv_aᵀ 的前 r 列)，
@@ -149,8 +149,8 @@ typedef struct {
   dso_dtype norm_dtype;
   float q_eps, kv_eps;
   const float *cos, *sin;
-  int64_t cs_rs; /* 行距；0 表示各行共用 */
-  int interleaved;
+  int64_t cs_rs;                  /* 行距；0 表示各行共用 */
+  int interleaved, keep_pairs;    /* 同 dso_rope_params */
   void *q_latent, *latent, *rope; /* 连续，与 x 同 dtype */
 } dso_mla_qkv_a_params;
 

@@ -84,7 +84,7 @@ static void finish_row(const dso_ctx *ctx, int64_t row) {
   norm_row(ctx, latent, p->rank, p->kv_norm, p->kv_eps, dso_at_mut(p->latent, dtype, row * p->rank),
            buffer);
   const float *cos = p->cos + row * p->cs_rs, *sin = p->sin + row * p->cs_rs;
-  dso_rotate(rope, buffer, cos, sin, p->rope_dim / 2, p->interleaved);
+  dso_rotate(rope, buffer, cos, sin, p->rope_dim / 2, p->interleaved, p->keep_pairs, 1.0f);
   ctx->isa->from_f32(dso_at_mut(p->rope, dtype, row * p->rope_dim), dtype, buffer, p->rope_dim);
 }
 

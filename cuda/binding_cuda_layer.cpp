@@ -37,11 +37,26 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                         const Tensor &cos, const Tensor &sin, bool interleaved, Tensor latent_cache,
                         Tensor rope_cache, std::optional<Tensor> scale_cache, Tensor offsets,
                         const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
-                        double softmax_scale, int64_t heads) {
+                        double softmax_scale, int64_t heads, bool keep_pairs) {
   const char *op = "mla_layer_decode";
-  const LayerArgs a{hidden,   q_a,    q_a_bias,  q_norm,  q_eps,      q_weight,
-                    q_bias,   kv_a,   kv_a_bias, kv_norm, kv_eps,     kv_b,
-                    o_weight, o_bias, cos,       sin,     interleaved};
+  const LayerArgs a{hidden,
+                    q_a,
+                    q_a_bias,
+                    q_norm,
+                    q_eps,
+                    q_weight,
+                    q_bias,
+                    kv_a,
+                    kv_a_bias,
+                    kv_norm,
+                    kv_eps,
+                    kv_b,
+                    o_weight,
+                    o_bias,
+                    cos,
+                    sin,
+                    {interleaved, false, keep_pairs}};
+  check_turn(op, a.turn);
   const LayerDims d = layer_dims(op, a, heads);
   expect_devices(op, a);
   const NoGrad off;
@@ -69,10 +84,10 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   p.norm = norm.const_data_ptr(), p.norm_dtype = float_dtype(op, "kv_norm_weight", norm);
   p.eps = static_cast<float>(kv_eps);
   p.cos = angles.c, p.sin = angles.s, p.cs_ts = d.rope_dim / 2;
-  p.cs_bs = cos.size(0) == 1 ? 0 : d.t * p.cs_ts, p.interleaved = interleaved;
+  p.cs_bs = cos.size(0) == 1 ? 0 : d.t * p.cs_ts;
+  p.interleaved = interleaved, p.keep_pairs = keep_pairs;
   Tensor turned = torch::stable::narrow(q, 3, d.head_dim - d.rope_dim, d.rope_dim);
-  if (d.rope_dim > 0)
-    p.queries = rope_params(op, turned, turned, cos, sin, angles, interleaved, false);
+  if (d.rope_dim > 0) p.queries = rope_params(op, turned, turned, cos, sin, angles, a.turn);
   if (!spans) p.spans = static_cast<dso_span *>(m.spans.mutable_data_ptr());
   if (!on_host(offsets)) p.advance = static_cast<int64_t *>(offsets.mutable_data_ptr());
   check(op, dso_cuda_mla_kv_write(&p, Launch(hidden).stream()));

@@ -5,18 +5,20 @@
 namespace dso {
 namespace {
 
-Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse) {
+Tensor rope(const Tensor &x, const Tensor &cos, const Tensor &sin, bool interleaved, bool inverse,
+            bool keep_pairs) {
   expect_shape("rope", "x", x, {-1, -1, -1, -1});
   Tensor rows = row_major(x),
          y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  rotate("rope", rows, y, cos, sin, angles_of(cos, sin), interleaved, inverse);
+  rotate("rope", rows, y, cos, sin, angles_of(cos, sin), {interleaved, inverse, keep_pairs});
   return y;
 }
 
-void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved) {
+void rope_in_place(Tensor x, const Tensor &cos, const Tensor &sin, bool interleaved,
+                   bool keep_pairs) {
   expect_shape("rope_", "x", x, {-1, -1, -1, -1});
   expect(x.size(3) <= 1 || x.stride(3) == 1, "rope_：x 的最后一维步长应为 1。");
-  rotate("rope_", x, x, cos, sin, angles_of(cos, sin), interleaved, false);
+  rotate("rope_", x, x, cos, sin, angles_of(cos, sin), {interleaved, false, keep_pairs});
 }
 
 void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tensor> scale_cache,

@@ -76,10 +76,10 @@ inline Tensor device_offsets(const char *op, const Tensor &offsets, int64_t t,
 }
 
 inline void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos, const Tensor &sin,
-                   const Angles &angles, bool interleaved, bool inverse) {
+                   const Angles &angles, const Turn &turn) {
   expect_device(op, "cos", cos, x);
   expect_device(op, "sin", sin, x);
-  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, interleaved, inverse);
+  dso_rope_params p = rope_params(op, x, y, cos, sin, angles, turn);
   check(op, dso_cuda_rope(&p, Launch(x).stream()));
 }
 

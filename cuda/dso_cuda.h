@@ -38,7 +38,7 @@ typedef struct {
   float eps;
   const float *cos, *sin; /* [1 或 B, T, dr/2]，批步长 0 表示共用 */
   int64_t cs_bs, cs_ts;
-  int interleaved;
+  int interleaved, keep_pairs; /* 同 dso_rope_params */
   dso_span *spans;
   int64_t *advance;
   dso_rope_params queries;

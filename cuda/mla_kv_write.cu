@@ -44,6 +44,11 @@ __device__ NormedRow<V> normed(const dso_cuda_mla_kv_write_params &k, int64_t b,
   return {row, k.norm, k.norm_dtype, scale};
 }
 
+// 第 i 对的第 which 个数的位置：pairs 为成对排列，否则前后两半。
+__device__ int64_t pair_at(int pairs, int64_t half, int64_t i, int which) {
+  return pairs ? 2 * i + which : i + which * half;
+}
+
 // 旋转一个词元的键；一个线程一对。
 __device__ void write_rope(const dso_cuda_mla_kv_write_params &k, int64_t b, int64_t t,
                            int64_t slot) {
@@ -51,11 +56,12 @@ __device__ void write_rope(const dso_cuda_mla_kv_write_params &k, int64_t b, int
   int64_t half = p.rope_dim / 2, from = b * p.rope_bs + t * p.rope_ts;
   int64_t to = b * p.rope_cache_bs + slot * p.rope_cache_ts, angle = b * k.cs_bs + t * k.cs_ts;
   for (int64_t i = threadIdx.x; i < half; i += WARP) {
-    float x = load_one(p.rope, p.rope_dtype, from + (k.interleaved ? 2 * i : i));
-    float y = load_one(p.rope, p.rope_dtype, from + (k.interleaved ? 2 * i + 1 : half + i));
+    float x = load_one(p.rope, p.rope_dtype, from + pair_at(k.interleaved, half, i, 0));
+    float y = load_one(p.rope, p.rope_dtype, from + pair_at(k.interleaved, half, i, 1));
     float c = k.cos[angle + i], s = k.sin[angle + i];
-    store_one(p.rope_cache, p.rope_cache_dtype, to + i, round_to(p.rope_dtype, x * c - y * s));
-    store_one(p.rope_cache, p.rope_cache_dtype, to + half + i,
+    store_one(p.rope_cache, p.rope_cache_dtype, to + pair_at(k.keep_pairs, half, i, 0),
+              round_to(p.rope_dtype, x * c - y * s));
+    store_one(p.rope_cache, p.rope_cache_dtype, to + pair_at(k.keep_pairs, half, i, 1),
               round_to(p.rope_dtype, y * c + x * s));
   }
 }
@@ -77,14 +83,14 @@ __device__ void rotate_query(const dso_rope_params &p, dso_dtype dtype, int64_t 
   int64_t angle = b * p.cs_bs + t * p.cs_ts;
   float x = 0.0f, y = 0.0f, c = 0.0f, s = 0.0f;
   if (i < half) {
-    x = load_one(p.x, dtype, at + (p.interleaved ? 2 * i : i));
-    y = load_one(p.x, dtype, at + (p.interleaved ? 2 * i + 1 : half + i));
+    x = load_one(p.x, dtype, at + pair_at(p.interleaved, half, i, 0));
+    y = load_one(p.x, dtype, at + pair_at(p.interleaved, half, i, 1));
     c = p.cos[angle + i], s = p.sin[angle + i];
   }
   __syncwarp();
   if (i >= half) return;
-  store_one(p.y, dtype, at + i, x * c - y * s);
-  store_one(p.y, dtype, at + half + i, y * c + x * s);
+  store_one(p.y, dtype, at + pair_at(p.keep_pairs, half, i, 0), x * c - y * s);
+  store_one(p.y, dtype, at + pair_at(p.keep_pairs, half, i, 1), y * c + x * s);
 }
 
 // blockIdx.y 大于 0 的块旋转查询；返回是不是。
@@ -133,8 +139,8 @@ struct Token {
     x = y = c = s = 0.0f;
     if (lane >= half) return;
     const int64_t from = b * p.rope_bs + t * p.rope_ts, angle = b * k.cs_bs + t * k.cs_ts;
-    x = load_one(p.rope, D, from + (k.interleaved ? 2 * lane : lane));
-    y = load_one(p.rope, D, from + (k.interleaved ? 2 * lane + 1 : half + lane));
+    x = load_one(p.rope, D, from + pair_at(k.interleaved, half, lane, 0));
+    y = load_one(p.rope, D, from + pair_at(k.interleaved, half, lane, 1));
     c = k.cos[angle + lane], s = k.sin[angle + lane];
   }
 
@@ -162,8 +168,10 @@ struct Token {
     const int half = static_cast<int>(p.rope_dim) / 2;
     if (lane < half) {
       int64_t to = b * p.rope_cache_bs + slot * p.rope_cache_ts;
-      store_one(p.rope_cache, p.rope_cache_dtype, to + lane, round_to(D, x * c - y * s));
-      store_one(p.rope_cache, p.rope_cache_dtype, to + half + lane, round_to(D, y * c + x * s));
+      store_one(p.rope_cache, p.rope_cache_dtype, to + pair_at(k.keep_pairs, half, lane, 0),
+                round_to(D, x * c - y * s));
+      store_one(p.rope_cache, p.rope_cache_dtype, to + pair_at(k.keep_pairs, half, lane, 1),
+                round_to(D, y * c + x * s));
     }
     Vec<8> latent[KEPT];
     normalize(k, latent);

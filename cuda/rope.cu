@@ -25,7 +25,8 @@ __global__ void rope_kernel(dso_rope_params p) {
   Vec<V> c = load<V>(p.cos, DSO_F32, b * p.cs_bs + t * p.cs_ts + i);
   Vec<V> s = load<V>(p.sin, DSO_F32, b * p.cs_bs + t * p.cs_ts + i);
   Vec<V> first, second;
-  bool pairs_in = p.interleaved && !p.inverse, pairs_out = p.interleaved && p.inverse;
+  bool pairs_in = p.inverse ? p.keep_pairs : p.interleaved,
+       pairs_out = p.inverse ? p.interleaved : p.keep_pairs;
   if (pairs_in) {
     Vec<2 * V> x = load<2 * V>(p.x, p.dtype, from + 2 * i);
 #pragma unroll

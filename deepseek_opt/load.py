@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +18,24 @@ def in_backward() -> bool:
     激活检查点在反向里重算前向，重算的那一遍不应再计数。torch.utils.checkpoint 自己也用这个编号区分。
     """
     return torch._C._current_graph_task_id() != -1
+
+
+_local = threading.local()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """块内（本线程）的前向不计数：核对一个写法用的几个词元不是用户的。"""
+    before = _is_paused()
+    _local.paused = True
+    try:
+        yield
+    finally:
+        _local.paused = before
+
+
+def _is_paused() -> bool:
+    return getattr(_local, "paused", False)
 
 
 class LoadCounter:
@@ -63,7 +83,7 @@ class LoadCounter:
         counts : [E] 整数。dropped : 这次因超出容量被丢弃的（词元，专家）对数，标量，可以没有。
         training : 是否训练中的前向（计入待用的）；None 时看是否记录梯度。
         """
-        if in_backward():
+        if in_backward() or _is_paused():
             return
         if counts.shape != (self.num_experts,) or counts.is_floating_point():
             raise InputError.expected("counts", f"形状 [{self.num_experts}] 的整数张量", counts)
@@ -77,7 +97,7 @@ class LoadCounter:
 
     def add_indices(self, indices: Tensor, *, training: bool | None = None) -> None:
         """由专家下标（任意形状的整数，大于等于 E 的是哨兵）计数并加上。"""
-        if in_backward():
+        if in_backward() or _is_paused():
             return
         flat = indices.reshape(-1).clamp(max=self.num_experts)
         # 不用 bincount：它在 CUDA 上要同步设备才知道输出的长度

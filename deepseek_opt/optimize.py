@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from deepseek_opt.errors import ConfigError, DeepSeekOptError, InputError, UnsupportedError
-from deepseek_opt.integrations import apply, apply_moe, apply_mtp, bridge, quantized
+from deepseek_opt.integrations import apply, apply_generate, apply_moe, apply_mtp, bridge, quantized
 from deepseek_opt.integrations.patch import Patch
 from deepseek_opt.integrations.quantized import NOTHING_KNOWN, Known
 from deepseek_opt.integrations.runtime import Runtime
@@ -278,6 +278,7 @@ def apply_profile(
         apply.patch_bases(model, runtime)
         if mtp is not None:
             report.entries += apply_mtp.replace_generate(model, runtime, lacking)
+        apply_generate.record_generate(model, runtime)
         if strict:
             _require_met(report)
         quantized.require_reused(known, model)

@@ -72,6 +72,7 @@ def test_against_fp64(dtype, cache):
     check(arguments(2, 3, 33, 7, 20, 6, dtype, cache=cache))
     check(arguments(1, 5, 17, 5, 2, 0, dtype, shared=True, bias=True, cache=cache))
     check(arguments(4, 1, 17, 5, 12, 2, dtype, shared=True, cache=cache))
+    check((*arguments(2, 3, 33, 7, 20, 6, dtype, cache=cache), True))  # 旋转之后仍成对
 
 
 @given(
@@ -80,12 +81,21 @@ def test_against_fp64(dtype, cache):
     q_rank=st.sampled_from([0, 1, 13]),
     rank=st.integers(1, 40),
     rope_dim=st.sampled_from([0, 2, 10]),
-    half=st.booleans(),
+    layout=st.sampled_from([(False, False), (True, False), (True, True)]),
 )
-def test_random_shapes(batch, steps, q_rank, rank, rope_dim, half):
+def test_random_shapes(batch, steps, q_rank, rank, rope_dim, layout):
     args = arguments(batch, steps, 23, q_rank, rank, rope_dim, torch.float32)
-    args = (*args[:16], not half, *args[17:])
-    check(args)
+    check((*args[:16], layout[0], *args[17:], layout[1]))
+
+
+def test_both_layouts_of_turned_keys_see_the_same():
+    """查询与键同样排列，内积不变：只有缓存里旋转键的排列不同。"""
+    args = arguments(2, 1, 33, 7, 20, 6, torch.float32)
+    args[18].zero_()
+    halves, pairs = fresh(args), fresh(args)
+    got = ops.mla_layer_decode(*halves), ops.mla_layer_decode(*pairs, True)
+    torch.testing.assert_close(*got)
+    assert torch.equal(halves[18], torch.cat((pairs[18][..., 0::2], pairs[18][..., 1::2]), -1))
 
 
 def test_writes_only_the_new_slots():

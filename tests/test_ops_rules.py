@@ -122,6 +122,7 @@ CASES = {
     "add_rms_norm": lambda: (leaf(3, 8), *norm_inputs()),
     "rope": rope_inputs,
     "rope 逆": lambda: (*rope_inputs(), True),
+    "rope 成对": lambda: (*rope_inputs()[:3], True, False, True),
     "rope_": lambda: (randn(2, 3, 4, 6), *rope_inputs()[1:]),
     "mla_layer_decode": lambda: layer_inputs(True),
     "mla_layer_decode 无 q": lambda: layer_inputs(False),

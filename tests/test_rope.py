@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,44 +17,65 @@ def angles(batch, steps, half, scale=1.0):
     return angle.cos() * scale, angle.sin() * scale
 
 
+# (interleaved, keep_pairs)
+LAYOUTS = pytest.mark.parametrize("layout", [(False, False), (True, False), (True, True)])
+
+
+def turn(op, x, cos, sin, layout, inverse=False):
+    return op(x, cos, sin, layout[0], inverse, layout[1])
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("interleaved", [False, True])
+@LAYOUTS
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_against_fp64(dtype, interleaved, inverse, shared):
+def test_against_fp64(dtype, layout, inverse, shared):
     for half in (1, 3, 8, 33):
         x = randn(3, 5, 2, 2 * half, dtype=dtype)
         cos, sin = angles(1 if shared else 3, 5, half, 1.3)
-        got = ops.rope(x, cos, sin, interleaved, inverse)
-        want = reference.rope(x.double(), cos.double(), sin.double(), interleaved, inverse)
+        got = turn(ops.rope, x, cos, sin, layout, inverse)
+        want = turn(reference.rope, x.double(), cos.double(), sin.double(), layout, inverse)
         torch.testing.assert_close(got.double(), want, **tol(dtype))
 
 
+def test_pairs_are_complex_numbers():
+    """成对进、成对出就是复数乘法（transformers 的 DeepSeek-V2）；不成对出的只是排列不同。"""
+    x, (cos, sin) = randn(2, 3, 4, 10), angles(2, 3, 5)
+    want = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin).unsqueeze(2)
+    got = ops.rope(x, cos, sin, True, keep_pairs=True)
+    torch.testing.assert_close(got, torch.view_as_real(want).flatten(-2))
+    halves = torch.cat((got[..., 0::2], got[..., 1::2]), -1)
+    assert torch.equal(ops.rope(x, cos, sin, True), halves)
+    for op in (ops.rope, ops.rope_):
+        with pytest.raises(ValueError, match="keep_pairs=True 时 interleaved 也应为 True"):
+            op(x, cos, sin, False, keep_pairs=True)
+
+
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_inverse_is_transpose(interleaved):
+@LAYOUTS
+def test_inverse_is_transpose(layout):
     x, y = randn(2, 3, 4, 10), randn(2, 3, 4, 10)
     cos, sin = angles(2, 3, 5)
-    torch.testing.assert_close(
-        ops.rope(ops.rope(x, cos, sin, interleaved), cos, sin, interleaved, True), x
-    )
-    left = (ops.rope(x, cos, sin, interleaved) * y).sum()
-    torch.testing.assert_close(left, (x * ops.rope(y, cos, sin, interleaved, True)).sum())
+    turned = turn(ops.rope, x, cos, sin, layout)
+    torch.testing.assert_close(turn(ops.rope, turned, cos, sin, layout, True), x)
+    right = (x * turn(ops.rope, y, cos, sin, layout, True)).sum()
+    torch.testing.assert_close((turned * y).sum(), right)
 
 
-@pytest.mark.parametrize("interleaved, inverse", list(itertools.product([False, True], repeat=2)))
-def test_gradient(interleaved, inverse):
+@LAYOUTS
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradient(layout, inverse):
     x, (cos, sin) = randn(2, 3, 2, 6), angles(1, 3, 3)
     ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     grad = randn(2, 3, 2, 6)
-    ops.rope(ours, cos, sin, interleaved, inverse).backward(grad)
+    turn(ops.rope, ours, cos, sin, layout, inverse).backward(grad)
     wide = (cos.double(), sin.double())
-    reference.rope(exact, *wide, interleaved, inverse).backward(grad.double())
+    turn(reference.rope, exact, *wide, layout, inverse).backward(grad.double())
     torch.testing.assert_close(ours.grad.double(), exact.grad, **tol(torch.float32))
 
     def function(value):
-        return ops.rope(value, cos, sin, interleaved, inverse)
+        return turn(ops.rope, value, cos, sin, layout, inverse)
 
     leaf = randn(1, 3, 1, 6).requires_grad_()
     assert torch.autograd.gradcheck(function, (leaf,), eps=1e-2, atol=1e-3, rtol=1e-3)
@@ -85,14 +104,14 @@ def test_views_and_empty():
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_in_place_on_a_slice(dtype, interleaved):
+@LAYOUTS
+def test_in_place_on_a_slice(dtype, layout):
     """只旋转最后几维，其余不动。"""
     q, (cos, sin) = randn(2, 5, 3, 14, dtype=dtype), angles(2, 5, 4)
     before = q.clone()
-    ops.rope_(q[..., 6:], cos, sin, interleaved)
+    ops.rope_(q[..., 6:], cos, sin, *layout)
     torch.testing.assert_close(q[..., :6], before[..., :6], rtol=0, atol=0)
-    want = ops.rope(before[..., 6:], cos, sin, interleaved)
+    want = turn(ops.rope, before[..., 6:], cos, sin, layout)
     torch.testing.assert_close(q[..., 6:], want, rtol=0, atol=0)
 
 
@@ -104,9 +123,15 @@ def test_nan_touches_only_its_pair():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.integers(1, 40), st.booleans())
-def test_any_shape(batch, steps, heads, half, interleaved):
+@given(
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
+)
+def test_any_shape(batch, steps, heads, half, layout):
     x, (cos, sin) = randn(batch, steps, heads, 2 * half), angles(batch, steps, half)
-    want = reference.rope(x.double(), cos.double(), sin.double(), interleaved)
-    got = ops.rope(x, cos, sin, interleaved).double()
+    want = turn(reference.rope, x.double(), cos.double(), sin.double(), layout)
+    got = turn(ops.rope, x, cos, sin, layout).double()
     torch.testing.assert_close(got, want, **tol(torch.float32))

@@ -34,7 +34,13 @@ class MLAConfig(ConfigBase):
     """
 
     live_fields: ClassVar[frozenset[str]] = frozenset(
-        {"cache_dtype", "max_cache_length", "memory_budget_bytes", "prefill_chunk_size"}
+        {
+            "cache_dtype",
+            "max_cache_length",
+            "memory_budget_bytes",
+            "prefill_chunk_size",
+            "cuda_graphs",
+        }
     )
     frozen_reason: ClassVar[str] = "它由模型权重的形状决定；要换结构请构造新的 MLAAttention"
 
@@ -58,6 +64,9 @@ class MLAConfig(ConfigBase):
     max_cache_length: Tokens | None = Field(None, description="缓存上限，每行 token 数")
     memory_budget_bytes: ByteSize | None = Field(None, description="缓存与工作区的内存预算，字节")
     prefill_chunk_size: Tokens | None = Field(None, description="预填充分块大小，token 数")
+    cuda_graphs: bool | None = Field(
+        None, description="CUDA 上生成时是否把解码的一步录成 CUDA graph；缺省能录就录"
+    )
 
     @property
     def compression_ratio(self) -> float | None:

@@ -46,8 +46,8 @@ class Greedy:
         if self.scores.reads_tokens:
             self.rows.place(drafts)
 
-    def prepare(self, step: Any, length: int, live: Sequence[int]) -> None:
-        """step 就要起草 length 个并核对；批里的 live 各行还在前进。"""
+    def prepare(self, step: Any, length: int, live: Sequence[int], ahead: int = 0) -> None:
+        """step 就要起草 length 个并核对；批里的 live 各行还在前进，前面有 ahead 个词元还没有读回。"""
 
     def settle(self) -> None:
         """这一步的结果读回来了。"""
@@ -116,14 +116,14 @@ class Sampled:
         """同 :class:`Greedy`；随机数在一步之前取好。"""
         return not self.scores.reads_tokens
 
-    def prepare(self, step: Any, length: int, live: Sequence[int]) -> None:
+    def prepare(self, step: Any, length: int, live: Sequence[int], ahead: int = 0) -> None:
         """取好这一步的随机数，放在 step.noise 里固定的地址上（录好的 CUDA graph 从那里读）。"""
         shape = (step.rows, length + 1, step.vocabulary)
         block = step.noise.get(shape)
         if block is None:
             block = step.noise[shape] = torch.ones(shape, device=self.rows.device)
         block[to_device(torch.tensor(live), block.device)] = self._for_rows(
-            length + 1, step.vocabulary
+            length + 1, step.vocabulary, ahead
         )
         self._block = block
 
@@ -149,10 +149,10 @@ class Sampled:
         if 0 <= used < len(self._states):
             self.generator.set_state(self._states[used])
 
-    def _for_rows(self, steps: int, vocabulary: int) -> Tensor:
-        """还在前进的各行从第 counts 个词元起 steps 个位置的随机数 [R, steps, V]。"""
+    def _for_rows(self, steps: int, vocabulary: int, ahead: int) -> Tensor:
+        """还在前进的各行从第 counts + ahead 个词元起 steps 个位置的随机数 [R, steps, V]。"""
         active, device = self.rows.active, self.rows.device
-        begins = [self.rows.counts[b] for b in active]
+        begins = [self.rows.counts[b] + ahead for b in active]
         while self._first + len(self._noise) < max(begins) + steps:
             noise = torch.empty(len(self.rows.counts), vocabulary, device=device)
             noise.exponential_(1, generator=self.generator).clamp_min_(_TINY)  # 0 会得 0 / 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,11 @@ class Drafter:
         """落下的只有一段时的那一段。"""
         return self._windows[0] if len(self._windows) == 1 else None
 
+    @property
+    def newest(self) -> Window:
+        """刚刚记下的一段。"""
+        return self._windows[-1]
+
     def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """记下已确定的：tokens[r, i] 是 hidden[r, i] 之后的词元，各行前 counts[r] 个有效；之后要 :meth:`settle`。"""
         if self._windows:
@@ -111,14 +117,30 @@ class Drafter:
         self.known = end
         return torch.stack(drafts, 1) if drafts else window.tokens.new_empty(len(end), 0)
 
+    @contextmanager
+    def recording(self, entry: Window | None) -> Iterator[None]:
+        """块内的计算只是录下来：落下的换成 entry（不起草时为 None，不换），之后主机上的恢复原样。"""
+        before = (list(self._windows), list(self.known), self.pending, self._wide)
+        if entry is not None:
+            known = self._windows[0].known
+            self._windows = [Window(entry.hidden, entry.tokens, entry.counts, known)]
+        try:
+            yield
+        finally:
+            self._windows, self.known, self.pending, self._wide = before
+            self._settle_caches()
+
     def replayed(self) -> None:
         """:meth:`draft` 由 CUDA graph 重放了：设备上的都已改好，这里只改主机的。"""
-        end = self._end_of(self._take_windows()[0])
-        for index, cache in enumerate(self.caches):
-            settle_rows(cache, [max(n - index, 0) for n in end])
-        self.known = end
+        self.known = self._end_of(self._take_windows()[0])
+        self._settle_caches()
 
     # ---- 内部 ----
+
+    def _settle_caches(self) -> None:
+        """主机上各缓存的长度改成 known 的。"""
+        for index, cache in enumerate(self.caches):
+            settle_rows(cache, [max(n - index, 0) for n in self.known])
 
     def _end_of(self, window: Window) -> list[int]:
         return [n + c for n, c in zip(self.known, window.known, strict=True)]
@@ -198,6 +220,32 @@ class Drafter:
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(known)]
         rows = torch.arange(len(known), device=hidden.device)[:, None]
         return Window(hidden[rows, order], tokens[rows, order], counts, known)
+
+
+class NoDrafter:
+    """没有 MTP：什么都不记，从不起草。"""
+
+    caches: tuple = ()
+    window, newest = None, None
+    behind, pending = False, 0
+
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """不必记。"""
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """不必记。"""
+
+    def select(self, kept: Sequence[int]) -> None:
+        """没有各行的状态。"""
+
+    def empty(self) -> None:
+        """没有各行的状态。"""
+
+    @contextmanager
+    def recording(self, entry: Window | None) -> Iterator[None]:
+        """没有要恢复的。"""
+        del entry
+        yield
 
 
 def real(drafts: Tensor) -> Tensor:

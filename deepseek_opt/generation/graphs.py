@@ -4,8 +4,9 @@
 准备好），第二次录，之后重放。行数不变：结束的行留在批里不再前进（:meth:`StepGraphs.park`）。录好的随 predictor
 留到下一次生成，同样多的行、参数的地址没变就接着用；至多留一份。
 
-能录的条件：真的 CUDA 设备，各层由本库的算子直接计算（integrations/steady.py），一个物理的 MTP 层，选词元只是设备上
-的计算（贪心，或随机数在一步之前取好的采样；不看已有的词元，不返回分数）。不满足的照常逐个算子计算，结果相同。
+能录的条件（:func:`obstacle`）：真的 CUDA 设备，各层由本库的算子直接计算（integrations/steady.py），没有 MTP 或只有
+一个物理的 MTP 层，选词元只是设备上的计算（贪心，或随机数在一步之前取好的采样；不看已有的词元，不返回分数）。
+不满足的照常逐个算子计算，结果相同。
 """
 
 from __future__ import annotations
@@ -25,33 +26,37 @@ from deepseek_opt.generation.drafter import Window
 from deepseek_opt.generation.step import Found, Step
 
 _KEPT = "_step_graphs"
+_PLAIN = (0, 0)  # 不起草的一步
 _WIDEST = MAX_DRAFTS + 2  # 一步至多在各行之后写这么多个
+_KEPT_SHARE = 16  # 留着的缓存至多占设备内存的几分之一
 _GROW = 1024  # 缓存一次至少多留这么多词元：增长要换缓冲区，录好的都作废
 
 
 @dataclass
 class _Recorded:
-    """录好的一步：从 entry（不起草时没有）读，写到 out 与 packed。"""
+    """录好的一步：从 entry（不起草时没有）读，写到 out（没有 MTP 时没有）与 packed。"""
 
     graph: Any
     entry: Window | None
-    out: Window
+    out: Window | None
     packed: Tensor
 
 
 @contextmanager
 def step_graphs(plan: Any, step: Step) -> Iterator[StepGraphs | None]:
     """块内的一次生成可用的录制；不能录为 None。块内没有出错才留到下一次。"""
-    if not _can_record(plan, step):
+    if obstacle(plan) is not None:
         yield None
         return
-    kept = plan.predictor.__dict__.pop(_KEPT, None)  # 取走：别的线程同时生成就另录一份
+    found = plan.predictor.__dict__.pop(_KEPT, None)  # 取走：别的线程同时生成就另录一份
     stamp = _stamp(plan, step)
-    found = kept if kept is not None and kept.stamp == stamp else StepGraphs(step, stamp)
+    if found is None or found.stamp != stamp:
+        found = StepGraphs(step, stamp)
     found.begin(plan)
     yield found
     found.end()
-    plan.predictor.__dict__[_KEPT] = found
+    if found.nbytes <= _kept_bytes(plan.rows.device):
+        plan.predictor.__dict__[_KEPT] = found
 
 
 def forget(predictor: Any) -> None:
@@ -59,13 +64,34 @@ def forget(predictor: Any) -> None:
     predictor.__dict__.pop(_KEPT, None)
 
 
-def _can_record(plan: Any, step: Step) -> bool:
-    if plan.rows.device.type != "cuda" or not torch.cuda.is_available():
+def obstacle(plan: Any) -> str | None:
+    """这一次生成不能录的原因；能则为 None。要在 ``adapter.generating()`` 的块内问。"""
+    collected, adapter = plan.collected, plan.predictor.adapter
+    checks = (
+        (not plan.graphs, "配置里 cuda_graphs=False"),
+        (not can_capture(plan.rows.device), "不在 CUDA 设备上，或正在录别的"),
+        (len(plan.predictor.layers) > 1, "有几个物理的 MTP 层"),
+        (not plan.chooser.on_device, "处理器要看已有的词元"),
+        (collected.scores is not None or collected.logits is not None, "要返回分数"),
+    )
+    reason = next((reason for wrong, reason in checks if wrong), None)
+    if reason is None and not adapter.capturable(len(plan.rows.counts), 1):
+        reason = "有的层不是由本库的算子直接计算，或行数太多"
+    return reason
+
+
+def _kept_bytes(device: torch.device) -> int:
+    """留到下一次的缓存至多占多少：长的、行多的不留，免得占着用户的显存。"""
+    if device.type != "cuda":
+        return 1 << 62
+    return torch.cuda.get_device_properties(device).total_memory // _KEPT_SHARE
+
+
+def can_capture(device: torch.device) -> bool:
+    """设备此刻能不能录。"""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    if torch.cuda.is_current_stream_capturing() or len(plan.predictor.layers) != 1:
-        return False
-    collects = plan.collected.scores is not None or plan.collected.logits is not None
-    return plan.chooser.on_device and not collects and step.adapter.capturable(step.rows, 1)
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _stamp(plan: Any, step: Step) -> tuple:
@@ -98,12 +124,18 @@ class StepGraphs:
         self._capacity: list[int] = []  # 各层缓存的容量：增长就是换了地址
         self._table: Any = None  # 角度的表：录好的读它的地址
         self._total = 0
+        self._hosts: list[Tensor | None] = [None, None]  # 不起草的一步读回的地方
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+    @property
+    def nbytes(self) -> int:
+        """缓存的缓冲区占用的字节数。"""
+        return sum(layer.nbytes for layer in self._layers())
 
     def begin(self, plan: Any) -> None:
         """又一次生成：各行回到开头。"""
@@ -123,6 +155,11 @@ class StepGraphs:
             mask[row] = 1
         self.alive.copy_(torch.tensor(mask), non_blocking=True)
         return True
+
+    def runs_ahead(self) -> bool:
+        """没有 MTP 的下一步已经录好、也放得下：不必等上一步读回就可以重放。"""
+        known = not self.step.drafter.caches and _PLAIN in self._recorded and not self.failed
+        return known and max(self.step.target.lengths) + 1 + _WIDEST <= min(self._capacity)
 
     def run(self, length: int, timed: bool = False) -> Found:
         """同 :meth:`Step.run`；能重放就重放。"""
@@ -153,36 +190,41 @@ class StepGraphs:
         if recorded.entry is not None:
             drafter.replayed()
             drafter.observe(out.hidden, out.tokens, out.counts)
-        else:  # 积着的要留到起草时，不能被下一次重放盖掉
+        elif out is not None:  # 积着的要留到起草时，不能被下一次重放盖掉
             drafter.observe(out.hidden.clone(), out.tokens.clone(), out.counts.clone())
+        else:
+            return self._sent(recorded.packed)
         return Found(recorded.packed, replayed=True)
+
+    def _sent(self, packed: Tensor) -> Found:
+        """送往主机，不等：下一次重放会盖掉设备上的。两块轮流，所以至多一步没有读。"""
+        self._hosts.reverse()
+        if self._hosts[0] is None:
+            self._hosts[0] = torch.empty_like(packed, device="cpu", pin_memory=packed.is_cuda)
+        host = self._hosts[0].copy_(packed, non_blocking=True)
+        return Found(host, replayed=True, ready=_event() if packed.is_cuda else None)
 
     def _record(self, key: tuple[int, int]) -> None:
         """录下一步；录的时候设备上什么都没有做，主机上的恢复成录之前的。录不成就记下，之后都照常计算。"""
         length, width = key
         drafter, target = self.step.drafter, self.step.target
-        windows, known = list(drafter._windows), list(drafter.known)
-        counts = (drafter.pending, drafter._wide)
         entry = self._window(width) if length else None
-        out = self._window(length + 1)
-        if entry is not None:
-            drafter._windows = [Window(entry.hidden, entry.tokens, entry.counts, windows[0].known)]
+        out = self._window(length + 1) if drafter.caches else None
         stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        try:
-            # thread_local：别的线程照常分配显存
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                found = self.step.run(length)
-                _load(out, drafter._windows[-1])
-            self._recorded[key] = _Recorded(graph, entry, out, found.packed)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # 录制中途出错时 torch 不会换回原来的流
-            torch.cuda.synchronize()
-            log.LOGGER.warning("一步录不成 CUDA graph，改为逐个算子计算：%s", error)
-            self.failed = True
-        drafter._windows, drafter.known = windows, known
-        drafter.pending, drafter._wide = counts
+        with drafter.recording(entry):
+            try:
+                # thread_local：别的线程照常分配显存
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    found = self.step.run(length)
+                    if out is not None:
+                        _load(out, drafter.newest)
+                self._recorded[key] = _Recorded(graph, entry, out, found.packed)
+            except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # 录制中途出错时 torch 不会换回原来的流
+                torch.cuda.synchronize()
+                log.LOGGER.warning("一步录不成 CUDA graph，改为逐个算子计算：%s", error)
+                self.failed = True
         settle_rows(target.cache, target.lengths)
-        settle_rows(drafter.caches[0], known)
 
     def _window(self, width: int) -> Window:
         """宽 width 的窗口，地址固定。"""
@@ -196,8 +238,7 @@ class StepGraphs:
     def _make_room(self) -> bool:
         """缓存与角度的表放得下随便哪一种步；换了地址，录好的就作废。返回 False：到了缓存的上限，放不下。"""
         needed = max(self.step.target.lengths) + _WIDEST
-        caches = (self.step.target.cache, *self.step.drafter.caches)
-        layers = [layer for cache in caches for layer in cache.layers if layer.buffers()]
+        layers = self._layers()
         if min(layer.capacity for layer in layers) < needed:
             wanted = min(self._total, max(needed + _GROW, 2 * needed))
             for layer in layers:
@@ -208,6 +249,17 @@ class StepGraphs:
             self._capacity, self._table = capacity, table
             self._recorded.clear()
         return min(capacity) >= needed
+
+    def _layers(self) -> list[Any]:
+        """各缓存里写入过的层。"""
+        caches = (self.step.target.cache, *self.step.drafter.caches)
+        return [layer for cache in caches for layer in cache.layers if layer.buffers()]
+
+
+def _event() -> Any:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _load(to: Window, source: Window) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_opt.generation.adaptive import MAX_DRAFTS
+from deepseek_opt.config import MTPConfig
+from deepseek_opt.generation.adaptive import MAX_DRAFTS, DraftLength
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.loop import Loop, Plan
 from deepseek_opt.generation.plan import draft_length, make_chooser, missing_kernels
@@ -57,7 +58,7 @@ class GeneratePatch(Patch):
     kind = "mtp"
     attribute = NAME
 
-    def __init__(self, module: Any, runtime: Runtime, name: str, predictor: TokenPredictor):
+    def __init__(self, module: Any, runtime: Runtime, name: str, predictor: TokenPredictor | None):
         super().__init__(module, runtime, name)
         self.predictor = predictor
 
@@ -77,6 +78,24 @@ class GeneratePatch(Patch):
     def decline(self, reason: str) -> None:
         """记下这一次由 transformers 自己的代码生成。"""
         self.runtime.count(NAME, f"没有用 MTP：{reason}")
+
+    @property
+    def config(self) -> MTPConfig:
+        """怎样起草、接受。"""
+        return self.runtime.profile.mtp
+
+    @property
+    def length(self) -> DraftLength:
+        """每步起草几个。"""
+        return draft_length(self.predictor, self.config)
+
+    def unprepared(self, rows: int, visible: Tensor | None, returns: bool) -> str | None:
+        """rows 行、填充与返回值这样时不能用的原因；在建立 Plan 之前问。"""
+        del rows, visible, returns
+
+    def unfit(self, plan: Plan) -> str | None:
+        """这一次生成不能用的原因；在 ``adapter.generating()`` 的块内问。"""
+        del plan
 
     def _refusal(self, kwargs: dict[str, Any]) -> str | None:
         model = self.module
@@ -101,48 +120,51 @@ def _drops(module: nn.Module) -> bool:
     return module.training and isinstance(rate, float) and rate > 0
 
 
-def generate_with_mtp(
+def make_plan(
     patch: GeneratePatch,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
-    attention_mask: Tensor | None,
-) -> Any:
-    """``_sample`` 的替代，返回值相同。"""
+    visible: Tensor | None,
+) -> Plan:
+    """``_sample`` 的参数换成循环要的；visible [B, P] bool，没有填充为 None。"""
     eos, limit, criteria = _stops(stopping_criteria)
     pad = generation_config._pad_token_tensor
-    visible = None if attention_mask is None else attention_mask != 0
-    width = input_ids.shape[1]
-    rows = Rows(input_ids, visible, limit - width, MAX_DRAFTS, None if pad is None else int(pad))
+    new = limit - input_ids.shape[1]
+    rows = Rows(input_ids, visible, new, MAX_DRAFTS, None if pad is None else int(pad))
     returns = generation_config.return_dict_in_generate
     collected = Collected(
         bool(returns and generation_config.output_scores),
         bool(returns and generation_config.output_logits),
     )
-    config = patch.runtime.profile.mtp
     sample = generation_config.do_sample
     fuse = sample and collected.scores is None  # 要返回处理过的分数时不能合
     scores = Scores.fused(logits_processor) if fuse else Scores(logits_processor)
-    plan = Plan(
+    return Plan(
         predictor=patch.predictor,
         rows=rows,
-        chooser=make_chooser(rows, config, scores, sample, patch.predictor),
+        chooser=make_chooser(rows, patch.config, scores, sample, patch.predictor),
         stopping=Stopping(eos, criteria),
-        length=draft_length(patch.predictor, config),
+        length=patch.length,
         streamer=streamer,
         collected=collected,
         collector=patch.module.__dict__.get(ATTRIBUTE),
+        graphs=patch.runtime.cuda_graphs,
     )
+
+
+def run_plan(plan: Plan, returns: bool) -> Any:
+    """生成；返回值与 ``_sample`` 相同，returns 为 return_dict_in_generate。"""
     loop = Loop(plan)
     length = loop.run()
-    sequences = rows.sequences(length)
+    sequences = plan.rows.sequences(length)
     if not returns:
         return sequences
     from transformers.generation import GenerateDecoderOnlyOutput
 
-    found_scores, found_logits = collected.tuples(length)
+    found_scores, found_logits = plan.collected.tuples(length)
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=found_scores,
@@ -229,21 +251,21 @@ def _sample(
     **model_kwargs: Any,
 ) -> Any:
     patch: GeneratePatch = self.__dict__[NAME]
-    model = patch.module
+    model, returns = patch.module, bool(generation_config.return_dict_in_generate)
+    mask = model_kwargs.get("attention_mask")
+    visible = None if mask is None or bool((mask != 0).all()) else mask != 0
     reason = "synced_gpus" if synced_gpus else None
     reason = reason or _why_not(
         input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
     )
+    reason = reason or patch.unprepared(len(input_ids), visible, returns)
     if reason is None:
-        return generate_with_mtp(
-            patch,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-            model_kwargs.get("attention_mask"),
-        )
+        given = (input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        plan = make_plan(patch, *given, visible)
+        with patch.predictor.adapter.generating():
+            reason = patch.unfit(plan)
+            if reason is None:
+                return run_plan(plan, returns)
     patch.decline(reason)
     return type(model)._sample(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from deepseek_opt.errors import InputError
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.graphs import forget, step_graphs
+from deepseek_opt.generation.plain import PlainPredictor
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.step import Found, Step
 from deepseek_opt.generation.stopping import Stopping
@@ -25,12 +26,13 @@ class Plan:
     """一次生成要用的各部分。
 
     属性：
-        predictor: MTP 模块。rows: 序列。chooser: 怎样选词元（:mod:`.choose`）。stopping: 何时结束。
-        length: 每步起草几个。streamer: 有 put(tokens)、end()，可以没有。
+        predictor: MTP 模块，或只有主模型的（:mod:`.plain`）。rows: 序列。chooser: 怎样选词元（:mod:`.choose`）。
+        stopping: 何时结束。length: 每步起草几个。streamer: 有 put(tokens)、end()，可以没有。
         collected: 要返回的分数。collector: 模型的性能指标，可以没有。
+        graphs: 能录的话是否把一步录成 CUDA graph。
     """
 
-    predictor: TokenPredictor
+    predictor: TokenPredictor | PlainPredictor
     rows: Rows
     chooser: Any
     stopping: Stopping
@@ -38,6 +40,17 @@ class Plan:
     streamer: Any = None
     collected: Collected = field(default_factory=Collected)
     collector: Any = None
+    graphs: bool = True
+
+
+class _Launched(NamedTuple):
+    """启动了、还没有读回的一步：批里的 rows 各行在前进，起草 length 个；behind 是当时 MTP 落下的位置数。"""
+
+    found: Found
+    rows: list[int]
+    length: int
+    behind: int
+    timed: bool
 
 
 class Loop:
@@ -50,6 +63,7 @@ class Loop:
         self.graphs = None  # 一步录成的 CUDA graph；不能录为 None
         self.step = Step(plan.predictor, count, device)
         self.live = list(range(count))  # rows.active 的各行是批里的第几行
+        self.clock = 0.0  # 上一步结束的时刻
         self.streamed = 0
         self.hits: dict[int, list[int]] = {}  # 行 -> [第一个草稿被接受的次数, 起草的次数]
 
@@ -67,14 +81,13 @@ class Loop:
         """生成完；返回最长的行生成了几个。"""
         self._require_vocabulary()
         adapter = self.plan.predictor.adapter
-        with torch.no_grad(), _below_autograd(), adapter.generating():
+        with torch.no_grad(), _below_autograd(), adapter.generating(), _current(self.rows.device):
             with step_graphs(self.plan, self.step) as self.graphs:
                 if self.graphs is not None:
                     self.step = self.graphs.step
                 self.step.chooser = self.plan.chooser
                 self._prefill()
-                while self.rows.active:
-                    self._step()
+                self._decode()
         length = max(self.plan.stopping.ended.values())
         self.plan.chooser.finish(length)
         self.plan.predictor.draft_statistics.last = self.rows.drafted(length)
@@ -91,21 +104,37 @@ class Loop:
         self._collect("prefill", time.perf_counter() - started, sum(lengths), len(lengths))
         self._leave(before)
 
-    def _step(self) -> None:
-        started = time.perf_counter()
+    def _decode(self) -> None:
+        """一步接一步，直到各行都结束；能的话设备上总有一步在算，主机同时处理上一步的。"""
+        self.clock, waiting = time.perf_counter(), None
+        while self.rows.active:
+            current = self._launch() if waiting is None else waiting
+            waiting = self._launch(1) if self._runs_ahead() else None
+            self._finish(current)
+
+    def _runs_ahead(self) -> bool:
+        """还有一步没有读回时能不能启动下一步：它与读回的无关，也多半用得上。"""
+        return self.graphs is not None and self.rows.room() > 1 and self.graphs.runs_ahead()
+
+    def _launch(self, ahead: int = 0) -> _Launched:
+        """启动一步；ahead 是已经启动、还没有读回的步数。"""
         drafter = self.step.drafter
         behind = drafter.pending if drafter.behind else 0
         length = self._draft_length(behind)
-        caught_up = length > 0 and behind > 0
-        timed = caught_up and not self.plan.length.fixed  # 量补上的用时要多等设备一次
-        self.plan.chooser.prepare(self.step, length, self.live)
+        timed = length > 0 and behind > 0 and not self.plan.length.fixed  # 要多等设备一次
+        self.plan.chooser.prepare(self.step, length, self.live, ahead)
         if self.graphs is not None:
             found = self.graphs.run(length, timed)
         else:
             found = self.step.run(length, timed)
+        return _Launched(found, list(self.live), length, behind, timed)
+
+    def _finish(self, launched: _Launched) -> None:
+        """读回一步的结果；启动之后才知道已经结束的行，得到的不要。"""
+        found, length = launched.found, launched.length
         accepted, following, drafts = found.read()
         moved = [0] * self.step.rows
-        for r in self.live:
+        for r in launched.rows:
             moved[r] = accepted[r] + 1
         self.step.settle(moved)
         accepted, following, drafts = (
@@ -113,11 +142,12 @@ class Loop:
         )
         before = self._commit(found, accepted, following, drafts)
         kept = sum(self.rows.counts[b] for b in self.rows.active) - sum(before)
-        if timed:
-            self.plan.length.record_catch_up(behind, found.drafting)
-        seconds = time.perf_counter() - started
+        if launched.timed:
+            self.plan.length.record_catch_up(launched.behind, found.drafting)
+        started, self.clock = self.clock, time.perf_counter()
+        caught_up = length > 0 and launched.behind > 0
         steady = not caught_up and (self.graphs is None or found.replayed)
-        self._record(length, seconds, steady, accepted, kept)
+        self._record(length, self.clock - started, steady, accepted, kept)
         self._leave(before)
 
     def _draft_length(self, behind: int) -> int:
@@ -219,6 +249,11 @@ class Loop:
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise InputError(f"参数 input_ids：词元 {wrong} 不在词表 [0, {size}) 之内")
+
+
+def _current(device: torch.device) -> Any:
+    """块内 device 是当前的设备：CUDA graph 录的是它的流。"""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _below_autograd() -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek_opt import ops
-from deepseek_opt.generation.drafter import Drafter, real
+from deepseek_opt.generation.drafter import Drafter, NoDrafter, real
 from deepseek_opt.generation.target import Target, last_of
 from deepseek_opt.mtp.predictor import TokenPredictor
 
@@ -22,8 +22,9 @@ from deepseek_opt.mtp.predictor import TokenPredictor
 class Found(NamedTuple):
     """一步的结果。
 
-    packed [R, 2 + D]：接受的个数、其后的词元、草稿。scores、logits [R, D + 1, V]：处理过的与原始的；重放 CUDA graph
-    得到的没有。drafting：起草的秒数，没有计时为 0。replayed：是否由重放得到。
+    packed [R, 2 + D]：接受的个数、其后的词元、草稿；给了 ready 的已在送往主机的路上，等到 ready 才有。
+    scores、logits [R, D + 1, V]：处理过的与原始的；重放 CUDA graph 得到的没有。
+    drafting：起草的秒数，没有计时为 0。replayed：是否由重放得到。
     """
 
     packed: Tensor
@@ -31,9 +32,12 @@ class Found(NamedTuple):
     logits: Tensor | None = None
     drafting: float = 0.0
     replayed: bool = False
+    ready: Any = None
 
     def read(self) -> tuple[list[int], list[int], list[list[int]]]:
         """(接受的个数, 其后的词元, 草稿)；等设备做完，一步只这一次。抛出 InputError：有 NaN，指出行与位置。"""
+        if self.ready is not None:
+            self.ready.synchronize()
         rows = self.packed.tolist()
         accepted, following = [row[0] for row in rows], [row[1] for row in rows]
         drafts = [row[2:] for row in rows]
@@ -54,7 +58,7 @@ class Step:
     def __init__(self, predictor: TokenPredictor, rows: int, device: torch.device):
         self.adapter = predictor.adapter
         self.target = Target(predictor.adapter, rows, device)
-        self.drafter = Drafter(predictor, rows, device)
+        self.drafter = Drafter(predictor, rows, device) if predictor.layers else NoDrafter()
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.alive: Tensor | None = None
         self.vocabulary = 0
@@ -76,10 +80,9 @@ class Step:
         self.vocabulary = logits.shape[-1]
         self.chooser.prepare(self, 0, range(self.rows))
         found = self.chooser.verify(logits, drafts)
-        known = torch.cat((tokens[:, 1:], tokens.new_zeros(len(lengths), 1)), dim=1)
-        known.scatter_(1, counts[:, None] - 1, real(found.following)[:, None])
-        self.drafter.observe(hidden, known, counts)
-        self.last.copy_(real(found.following))
+        following = real(found.following)
+        self._observe(hidden, tokens[:, 1:], counts - 1, following, counts)
+        self.last.copy_(following)
         self.settle(lengths)
         return Found(_packed(found, drafts), found.scores, logits)
 
@@ -93,17 +96,15 @@ class Step:
         if timed:
             _wait(drafts)
         drafting = time.perf_counter() - started
-        safe = real(drafts)
-        hidden = self.target.run(torch.cat((self.last[:, None], safe), dim=1))
+        safe, tokens = real(drafts), self.last[:, None]
+        hidden = self.target.run(torch.cat((tokens, safe), dim=1) if length else tokens)
         logits = self.adapter.logits(hidden)
         found = self.chooser.verify(logits, drafts)
         following, counts = real(found.following), found.accepted + 1
         if self.alive is not None:
             counts = counts * self.alive
         self.target.keep(counts)
-        known = torch.cat((safe, safe.new_zeros(self.rows, 1)), dim=1)
-        known.scatter_(1, found.accepted[:, None], following[:, None])
-        self.drafter.observe(hidden, known, counts)
+        self._observe(hidden, safe, found.accepted, following, counts)
         self.last.copy_(following)
         return Found(_packed(found, drafts), found.scores, logits, drafting if timed else 0.0)
 
@@ -126,6 +127,16 @@ class Step:
         self.target.empty()
         self.drafter.empty()
         self.alive = None
+
+    def _observe(
+        self, hidden: Tensor, known: Tensor, place: Tensor, following: Tensor, counts: Tensor
+    ) -> None:
+        """让起草的一侧记下：known [R, T - 1] 之后再接一列，各行的第 place [R] 个是 following [R]。"""
+        if not self.drafter.caches:
+            return
+        tokens = torch.cat((known, known.new_zeros(self.rows, 1)), dim=1)
+        tokens.scatter_(1, place[:, None], following[:, None])
+        self.drafter.observe(hidden, tokens, counts)
 
 
 def _packed(found: Any, drafts: Tensor) -> Tensor:

@@ -180,6 +180,12 @@ def ffn_reason(module: nn.Module) -> str | None:
     return None if _is_silu(module) else "激活函数不是 SiLU"
 
 
+def is_plain_ffn(module: nn.Module) -> bool:
+    """没有替换、也没有被改写的 SiLU 门控 FFN，各投影是普通的 nn.Linear。"""
+    parts = all(isinstance(module._modules.get(part), nn.Module) for part in _FFN)
+    return parts and "forward" not in module.__dict__ and ffn_reason(module) is None
+
+
 def _is_silu(module: nn.Module) -> bool:
     act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     if act is None:

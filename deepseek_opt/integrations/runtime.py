@@ -43,6 +43,7 @@ class Runtime:
         self.max_length = getattr(mla, "max_cache_length", None)
         self.memory_budget = getattr(mla, "memory_budget_bytes", None)
         self.chunk_size = getattr(mla, "prefill_chunk_size", None)
+        self.cuda_graphs = getattr(mla, "cuda_graphs", None) is not False
 
     def refresh(self) -> None:
         """配置被改动过就重新读取；改了不能动态修改的字段则抛出 ConfigError，说明原因。"""

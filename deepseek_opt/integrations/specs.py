@@ -152,6 +152,9 @@ def register_spec(spec: AttentionSpec) -> None:
         raise InputError.expected("spec", "给出 path 或 cls 的 AttentionSpec", spec)
     if spec.rope not in ("interleaved", "half", "none", "config"):
         raise InputError.expected("spec.rope", "interleaved、half、none 或 config", spec.rope)
+    if spec.rope_complex and spec.rope != "interleaved":
+        wanted = "interleaved（rope_complex=True 的输入成对）"
+        raise InputError.expected("spec.rope", wanted, spec.rope)
     SPECS[spec.key] = spec
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepseek_opt import ops
 from deepseek_opt.integrations import experts
-from deepseek_opt.integrations.dense import GatedFFNPatch, NormPatch
+from deepseek_opt.integrations.dense import GatedFFNPatch, NormPatch, is_plain_ffn
 from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.projections import effective_weight, is_hooked, is_rms_norm, norm_eps
@@ -142,16 +142,17 @@ def _mlp(module: nn.Module) -> Apply | None:
         return lambda x: ops.swiglu_mlp(x, *weights)
     if isinstance(patch, MoeBlockPatch):
         return _moe(patch)
-    return None
+    return module if is_plain_ffn(module) else None  # 没有替换的门控 FFN 只有几个矩阵乘
 
 
-def _moe(patch: MoeBlockPatch) -> Apply | None:
+def _moe(patch: MoeBlockPatch) -> Apply:
+    """常见的写法直接调用算子；量化的、有系数的经过补丁。"""
     module, spec = patch.module, patch.spec
     inner, gate = patch_of(module._modules[spec.experts]), module._modules[spec.gate]
     plain = patch.store is None and inner.store is None and isinstance(patch_of(gate), RouterPatch)
     plain = plain and ops.missing(gate.weight, "moe_route", "moe_experts") is None
     if not plain or spec.scale or spec.post or spec.shared_gate:
-        return None
+        return patch
     shared = patch.shared_weights()
 
     def apply(x: Tensor) -> Tensor:
@@ -164,7 +165,9 @@ def _moe(patch: MoeBlockPatch) -> Apply | None:
     return apply
 
 
-def half_angles(table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [N, dr] -> 半宽、连续、fp32。"""
-    half = table[0].shape[-1] // 2
-    return tuple(part[:, :half].float().contiguous() for part in table)
+def half_angles(embeddings: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """旋转模块的输出（一行）：(cos, sin) 各 [1, N, dr]，或复数 [1, N, dr / 2] -> 半宽、连续、fp32 的 [N, dr / 2]。"""
+    if isinstance(embeddings, Tensor):
+        return embeddings[0].real.contiguous(), embeddings[0].imag.contiguous()
+    half = embeddings[0].shape[-1] // 2
+    return tuple(part[0, :, :half].float().contiguous() for part in embeddings)

@@ -248,7 +248,8 @@ class AttentionPatch(Patch):
         """整层一个算子：写进 layer，返回注意力层的输出；projections 含旋转。"""
         cache = (layer.latent, layer.rope, layer.scale, layer.offsets, spans, kv_mask)
         scaling = float(getattr(self.module, self.spec.scaling))
-        out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads)
+        paired = self.spec.rope_complex
+        out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads, paired)
         layer.advance(hidden.shape[1])
         return out
 
@@ -279,9 +280,10 @@ class AttentionPatch(Patch):
             q, own = q * getattr(module, spec.q_scale), True
         if self.rope is not None:
             cos, sin = (t[:, steps] for t in self._angles(kwargs))
-            if own and not torch.is_grad_enabled() and not spec.rope_complex:
+            if own and not torch.is_grad_enabled():
                 # 不求导时原地旋转，省一份 q
-                ops.rope_(q[..., self.nope_dim :], cos, sin, self.rope == "interleaved")
+                pairs = (self.rope == "interleaved", spec.rope_complex)
+                ops.rope_(q[..., self.nope_dim :], cos, sin, *pairs)
             else:
                 turned = self._turn(q[..., self.nope_dim :], cos, sin).to(q.dtype)
                 q = torch.cat((q[..., : self.nope_dim], turned), -1)
@@ -309,8 +311,7 @@ class AttentionPatch(Patch):
         return self.runtime.ropes.halves(kwargs["position_embeddings"], self.rope_dim // 2)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = ops.rope(x, cos, sin, self.rope == "interleaved")
-        return _interleave(x) if self.spec.rope_complex else x
+        return ops.rope(x, cos, sin, self.rope == "interleaved", keep_pairs=self.spec.rope_complex)
 
     def _position_scale(self, position_ids: Tensor) -> Tensor:
         """llama4 式的长文温度，[1 或 B, T, 1, 1]。"""
@@ -429,7 +430,7 @@ def _bidirectional(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _is_standard(spec: AttentionSpec, known_norms: frozenset[str]) -> bool:
     """投影部分是否就是 DeepSeek-V3 的样子：没有额外的缩放、门与归一化。"""
     extras = (spec.q_scale, spec.kv_scale, spec.q_latent_scale, spec.q_position_scale, spec.gate)
-    if spec.rope_complex or spec.k_rope_layernorm or any(e is not None for e in extras):
+    if spec.k_rope_layernorm or any(e is not None for e in extras):
         return False
     return spec.kv_a_layernorm in known_norms
 
@@ -437,8 +438,3 @@ def _is_standard(spec: AttentionSpec, known_norms: frozenset[str]) -> bool:
 def _norm_names(spec: AttentionSpec) -> tuple[str, ...]:
     names = (spec.q_a_layernorm, spec.kv_a_layernorm, spec.k_rope_layernorm)
     return tuple(name for name in names if name is not None)
-
-
-def _interleave(x: Tensor) -> Tensor:
-    """前后两半 -> 相邻两维一对（deepseek_v2 缓存的排列）。"""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import bridge
+from deepseek_opt.load import uncounted
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 from deepseek_opt.mtp.documents import places
 from deepseek_opt.mtp.steady import AngleTable, SteadyParts, close
@@ -140,6 +141,10 @@ class HFAdapter(MTPAdapter):
         )
         return out[0] if isinstance(out, tuple) else out
 
+    def blocks(self) -> list[nn.Module]:
+        """各物理的 MTP 层里的解码层。"""
+        return [layer.block for layer in self.model.mtp.layers]
+
     def make_cache(self) -> Any:
         """transformers 的 DynamicCache，每个物理层一层；各行长度可以不同。"""
         from deepseek_opt.integrations.hf_kv_cache import ragged_cache
@@ -227,8 +232,8 @@ class HFAdapter(MTPAdapter):
 
     def capturable(self, rows: int, steps: int) -> bool:
         """主模型与 MTP 层是否都能直接调用算子。"""
-        blocks = [layer.block for layer in self.model.mtp.layers]
-        return all(self._steady.find(layer, rows, steps) is not None for layer in (None, *blocks))
+        layers = (None, *self.blocks())
+        return all(self._steady.find(layer, rows, steps) is not None for layer in layers)
 
     def reserve_positions(self, count: int) -> Any:
         """角度的表。"""
@@ -275,7 +280,7 @@ class HFAdapter(MTPAdapter):
 
     @torch.no_grad()
     def _check(self) -> None:
-        self._mask_function()
+        self._require_template()
         seen: dict[str, Any] = {}
         hooks = [
             self.layers[0].register_forward_pre_hook(
@@ -287,16 +292,10 @@ class HFAdapter(MTPAdapter):
         ]
         tokens = torch.arange(_PROBE, device=self.device)[None] % self.embedding.weight.shape[0]
         try:
-            with _evaluating(self.model):
-                logits = self.model(input_ids=tokens, use_cache=False).logits
-                places_of = LayerInputs(torch.arange(_PROBE, device=self.device)[None])
-                again = self.run_layer(self.template, seen["input"], places_of)
-                normed = seen["hidden"] if self.hidden_normed else self.final_norm(seen["hidden"])
-                pairs = {
-                    "词嵌入": (self.embed(tokens, places_of.position_ids), seen["embedded"]),
-                    "最后一层": (again, seen["output"]),
-                    "输出头": (self.head(normed), logits),
-                }
+            with _evaluating(self.model), uncounted():
+                # 不经过 __call__：性能指标挂在它的钩子上
+                seen["logits"] = self.model.forward(input_ids=tokens, use_cache=False).logits
+                pairs = self._pairs(tokens, seen)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -306,6 +305,20 @@ class HFAdapter(MTPAdapter):
                 f"{type(self.model).__name__} 的{'、'.join(wrong)}与通常的写法不同，算出的结果对不上；"
                 "请继承 MTPAdapter 写一个接口，用 attach_mtp(..., adapter=...) 给出"
             )
+
+    def _require_template(self) -> None:
+        """最后一层的注意力是 MTP 层能用的；不是则抛出 UnsupportedError。"""
+        self._mask_function()
+
+    def _pairs(self, tokens: Tensor, seen: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """要核对的：哪一部分 -> (这里所写的, 模型算出的)；seen 是模型的一次前向里记下的。"""
+        inputs = LayerInputs(torch.arange(_PROBE, device=self.device)[None])
+        normed = seen["hidden"] if self.hidden_normed else self.final_norm(seen["hidden"])
+        return {
+            "词嵌入": (self.embed(tokens, inputs.position_ids), seen["embedded"]),
+            "最后一层": (self.run_layer(self.template, seen["input"], inputs), seen["output"]),
+            "输出头": (self.head(normed), seen["logits"]),
+        }
 
 
 def _conversions(model: nn.Module) -> list[Any]:

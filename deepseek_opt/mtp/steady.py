@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt.load import uncounted
 from deepseek_opt.mtp.adapter import LayerInputs
 
 _STATIC = ("default", "linear", "llama3", "yarn")
@@ -42,7 +43,7 @@ class AngleTable:
         if found is None or count > found[0].shape[0] or found[0].device != device:
             every = torch.arange(2 * count + 128, device=device)[None]
             like = torch.empty(0, dtype=dtype, device=device)
-            found = half_angles([part[0] for part in self.rotary(like, every)])
+            found = half_angles(self.rotary(like, every))
             self._halves[dtype] = found
         return found
 
@@ -59,12 +60,13 @@ class SteadyParts:
 
     @contextmanager
     def during(self, adapter: Any) -> Iterator[None]:
-        """块内（本线程）用得上。"""
-        self._local.parts = self.current(adapter)
+        """块内（本线程）用得上；可以嵌套。"""
+        before = getattr(self._local, "parts", None)
+        self._local.parts = self.current(adapter) if before is None else before
         try:
             yield
         finally:
-            self._local.parts = None
+            self._local.parts = before
 
     def find(self, layer: Any, rows: int, steps: int) -> Any:
         """layer（None 为主模型）此刻能直接算的形式；不在生成中、太长等为 None。"""
@@ -82,29 +84,31 @@ class SteadyParts:
         if model is None or not self._verified(adapter, model):
             return {}
         found = {None: model}
-        for layer in adapter.model.mtp.layers:
-            block = steady_layer(layer.block)
-            if block is not None and type(layer.block) is type(adapter.template):
-                found[layer.block] = block
+        for block in adapter.blocks():
+            layer = steady_layer(block)
+            if layer is not None and type(block) is type(adapter.template):
+                found[block] = layer
         return found
 
     def _verified(self, adapter: Any, model: Any) -> bool:
         patches = [layer.attention for layer in model.layers]
         if patches != self._checked[0]:
-            self._checked = (patches, _agrees(adapter, model))
+            with uncounted():
+                self._checked = (patches, _agrees(adapter, model))
         return self._checked[1]
 
 
 def _agrees(adapter: Any, model: Any) -> bool:
-    """几个词元各算一遍：主模型与最后一层（MTP 层照着它建）。"""
+    """几个词元各算一遍：主模型，有 MTP 时还有最后一层（MTP 层照着它建）。"""
     vocabulary = adapter.embedding.weight.shape[0]
     tokens = torch.arange(2 * _PROBE, device=adapter.device).view(2, _PROBE) % vocabulary
     places = torch.arange(_PROBE, device=adapter.device).expand(2, -1)
     wanted = adapter.run_model(tokens, places, adapter.make_model_cache())
     angles = adapter._angles.halves(places, adapter.dtype, _PROBE)
     got = model(tokens, angles, adapter.make_model_cache(), adapter.hidden_normed)
-    if not close(got, wanted, _DECODE):
-        return False
+    same = close(got, wanted, _DECODE)
+    if not same or not adapter.blocks():
+        return same
     x, inputs = adapter.embedding(tokens), LayerInputs(places)
     again = model.layers[-1](x, angles, adapter.make_model_cache())
     return close(again, adapter.run_layer(adapter.template, x, inputs), _DECODE)

@@ -12,12 +12,12 @@ from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake, for_gi
 
 
 @fake("rope")
-def _(x, cos, sin, interleaved, inverse=False):
+def _(x, cos, sin, interleaved, inverse=False, keep_pairs=False):
     return x.new_empty(x.shape)
 
 
 @fake("rope_")
-def _(x, cos, sin, interleaved):
+def _(x, cos, sin, interleaved, keep_pairs=False):
     return None
 
 
@@ -78,14 +78,15 @@ def _(grad, q, latent, rope, kv_b, spans, kv_mask, out, lse, softmax_scale, v_he
 
 
 def _rope_setup(ctx, inputs, output):
-    _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    _, cos, sin, ctx.interleaved, ctx.inverse, ctx.keep_pairs = inputs
     ctx.save_for_backward(cos, sin)
 
 
 def _rope_backward(ctx, grad):
     cos, sin = ctx.saved_tensors
-    dx = OPS.rope(grad.contiguous(), cos, sin, ctx.interleaved, not ctx.inverse)
-    return for_given(ctx, (dx, None, None, None, None))
+    turn = (ctx.interleaved, not ctx.inverse, ctx.keep_pairs)
+    dx = OPS.rope(grad.contiguous(), cos, sin, *turn)
+    return for_given(ctx, (dx, None, None, None, None, None))
 
 
 def _prefill_setup(ctx, inputs, output):

@@ -10,7 +10,14 @@ from deepseek_opt.ops._run import run
 DECODE_MAX_TOKENS = 64
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    inverse: bool = False,
+    keep_pairs: bool = False,
+) -> Tensor:
     """旋转位置编码。
 
     Args:
@@ -19,12 +26,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
         interleaved: True 时输入成对 (2i, 2i+1)、输出为前后两半（DeepSeek）；False 时输入输出
             都是前后两半（rotate_half）。
         inverse: 求转置（亦即逆）。
+        keep_pairs: 只与 interleaved=True 一起：输出也成对（transformers 的 DeepSeek-V2）。
 
     Returns:
         与 x 同形同 dtype。对 x 可求导。
 
     Raises:
-        ValueError: 形状或 dtype 不符。
+        ValueError: 形状或 dtype 不符，keep_pairs 而不 interleaved。
 
     Example:
         >>> import torch
@@ -33,10 +41,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool =
         >>> ops.rope(torch.ones(2, 3, 5, 4), one, zero, False).shape
         torch.Size([2, 3, 5, 4])
     """
-    return run("rope", x, cos, sin, interleaved, inverse)
+    return run("rope", x, cos, sin, interleaved, inverse, keep_pairs)
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, keep_pairs: bool = False) -> None:
     """:func:`rope` 的原地版本，x 可以是切片（最后一维步长为 1）；不可求导。
 
     Raises:
@@ -50,7 +58,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
         >>> x[0, 0, 0].tolist()
         [1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0]
     """
-    run("rope_", x, cos, sin, interleaved)
+    run("rope_", x, cos, sin, interleaved, keep_pairs)
 
 
 def mla_cache_write(
@@ -267,6 +275,7 @@ def mla_layer_decode(
     kv_mask: Tensor | None,
     softmax_scale: float,
     num_heads: int,
+    keep_pairs: bool = False,
 ) -> Tensor:
     """解码时的整个 MLA 注意力层，一次调用：投影、归一化、旋转、写缓存、注意力、输出投影；不可求导。
 
@@ -286,7 +295,7 @@ def mla_layer_decode(
         spans: 同 :func:`mla_decode`，键的下标指缓存的槽位，含新词元；None 表示每行看见自己的整个缓存，
             即槽位 [0, offsets[b] + T)。
         kv_mask, softmax_scale: 同 :func:`mla_decode`。
-        num_heads: H。
+        num_heads: H。keep_pairs: 同 :func:`rope`。
 
     Returns:
         [B, T, N]，dtype 随 hidden。
@@ -310,6 +319,5 @@ def mla_layer_decode(
     keys = (kv_a_weight, kv_a_bias, kv_norm_weight, kv_eps, kv_b_weight)
     cache = (latent_cache, rope_cache, scale_cache, offsets, spans, kv_mask)
     outputs = (o_weight, o_bias, cos, sin, interleaved)
-    return run(
-        "mla_layer_decode", hidden, *queries, *keys, *outputs, *cache, softmax_scale, num_heads
-    )
+    options = (softmax_scale, num_heads, keep_pairs)
+    return run("mla_layer_decode", hidden, *queries, *keys, *outputs, *cache, *options)

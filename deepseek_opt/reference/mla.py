@@ -9,23 +9,29 @@ from deepseek_opt.reference.dense import linear, rms_norm
 from deepseek_opt.reference.precision import wide
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool = False) -> Tensor:
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    inverse: bool = False,
+    keep_pairs: bool = False,
+) -> Tensor:
     """旋转位置编码。x [B, T, H, d]；cos、sin [1 或 B, T, d/2]。
 
-    interleaved=True：输入成对 (2i, 2i+1)，输出前后两半（DeepSeek 的约定）；False：输入输出都是
-    前后两半。inverse=True 为其精确转置（反向传播用）。
+    interleaved=True：输入成对 (2i, 2i+1)，输出前后两半（DeepSeek 的约定），keep_pairs 时输出也成对；False：输入输出
+    都是前后两半。inverse=True 为其精确转置（反向传播用）。
     """
     dtype = wide(x)
     half = x.shape[-1] // 2
     c, s = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
     v = x.to(dtype)
-    if inverse:
-        a, b = v[..., :half], v[..., half:]
-        a, b = a * c + b * s, b * c - a * s
-        y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-        return y.to(x.dtype)
-    a, b = (v[..., 0::2], v[..., 1::2]) if interleaved else (v[..., :half], v[..., half:])
-    return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
+    pairs_in, pairs_out = (keep_pairs, interleaved) if inverse else (interleaved, keep_pairs)
+    a, b = (v[..., 0::2], v[..., 1::2]) if pairs_in else (v[..., :half], v[..., half:])
+    s = -s if inverse else s
+    a, b = a * c - b * s, b * c + a * s
+    y = torch.stack((a, b), -1).flatten(-2) if pairs_out else torch.cat((a, b), -1)
+    return y.to(x.dtype)
 
 
 def quantize(latent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,6 +180,7 @@ def mla_layer_decode(
     kv_mask: Tensor | None,
     softmax_scale: float,
     num_heads: int,
+    keep_pairs: bool = False,
 ) -> Tensor:
     """解码时的整个注意力层：逐步调用上面的参考实现，原地写缓存并前移 offsets。"""
     low = hidden
@@ -182,11 +189,11 @@ def mla_layer_decode(
     q = linear(low, q_weight, q_bias).unflatten(-1, (num_heads, -1))
     rank, rope_dim = kv_norm_weight.shape[0], kv_a_weight.shape[0] - kv_norm_weight.shape[0]
     nope_dim = q.shape[-1] - rope_dim
-    turned = rope(q[..., nope_dim:], cos, sin, interleaved)
+    turned = rope(q[..., nope_dim:], cos, sin, interleaved, keep_pairs=keep_pairs)
     q = torch.cat((q[..., :nope_dim], turned), -1)
     joint = linear(hidden, kv_a_weight, kv_a_bias)
     latent = rms_norm(joint[..., :rank], kv_norm_weight, kv_eps)
-    keys = rope(joint[..., None, rank:], cos, sin, interleaved).squeeze(2)
+    keys = rope(joint[..., None, rank:], cos, sin, interleaved, keep_pairs=keep_pairs).squeeze(2)
     mla_cache_write(latent_cache, rope_cache, scale_cache, latent, keys, offsets)
     batch, steps = hidden.shape[:2]
     offsets += steps

@@ -59,17 +59,18 @@ static void norm_case(const dso_isa *isa, dso_dtype type, dso_dtype w_type, int6
   free_all();
 }
 
-/* in [d] 旋转成 out；inverse 为转置。 */
+/* in [d] 旋转成 out；inverse 为转置。keep：成对的输入，输出也成对。 */
 static void rotate(const double *in, double *out, const float *cos, const float *sin, int64_t half,
-                   int interleaved, int inverse) {
+                   int interleaved, int inverse, int keep) {
   for (int64_t i = 0; i < half; i++) {
     int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
+    int64_t c = keep ? a : i, d = keep ? b : i + half;
     if (inverse) {
-      out[a] = in[i] * cos[i] + in[i + half] * sin[i];
-      out[b] = in[i + half] * cos[i] - in[i] * sin[i];
+      out[a] = in[c] * cos[i] + in[d] * sin[i];
+      out[b] = in[d] * cos[i] - in[c] * sin[i];
     } else {
-      out[i] = in[a] * cos[i] - in[b] * sin[i];
-      out[i + half] = in[b] * cos[i] + in[a] * sin[i];
+      out[c] = in[a] * cos[i] - in[b] * sin[i];
+      out[d] = in[b] * cos[i] + in[a] * sin[i];
     }
   }
 }
@@ -79,7 +80,7 @@ static void rope_case(const dso_isa *isa, dso_dtype type, int64_t b, int64_t t, 
   char label[96];
   int64_t d = 2 * half, hs = d + random_below(4), ts = h * hs + random_below(3), bs = t * ts;
   int interleaved = mode & 1, inverse = mode >> 1 & 1, shared = mode >> 2 & 1,
-      in_place = mode >> 3 & 1;
+      in_place = mode >> 3 & 1, keep = interleaved && mode >> 4 & 1;
   snprintf(label, sizeof label, "%s rope %s 模式 %d", isa->name, dtype_name(type), mode);
   int64_t last = (b - 1) * bs + (t - 1) * ts + (h - 1) * hs + d;
   buf x = new_random(type, last, 1.0), y = new_buf(type, b * t * h * d),
@@ -92,7 +93,7 @@ static void rope_case(const dso_isa *isa, dso_dtype type, int64_t b, int64_t t, 
     const float *c = cos.data, *s = sin.data;
     int64_t at = ((shared ? 0 : row) * t + step) * half;
     for (int64_t j = 0; j < d; j++) in[j] = get(&x, row * bs + step * ts + i % h * hs + j);
-    rotate(in, want + i * d, c + at, s + at, half, interleaved, inverse);
+    rotate(in, want + i * d, c + at, s + at, half, interleaved, inverse, keep);
   }
   dso_rope_params p = {b,
                        t,
@@ -112,7 +113,8 @@ static void rope_case(const dso_isa *isa, dso_dtype type, int64_t b, int64_t t, 
                        in_place ? ts : h * d,
                        in_place ? hs : d,
                        interleaved,
-                       inverse};
+                       inverse,
+                       keep};
   execute(label, &dso_rope, &p, isa, outs, 1);
   for (int64_t i = 0; in_place && i < y.n; i++) {
     int64_t token = i / (h * d), row = token / t, step = token % t;
@@ -203,7 +205,7 @@ static void qkv_case(const dso_isa *isa, dso_dtype type, int64_t m, int64_t k, i
   p.q_bias = bias ? qb.data : NULL, p.kv_bias = bias ? kvb.data : NULL, p.q_norm = qn.data,
   p.kv_norm = kvn.data;
   p.norm_dtype = type, p.q_eps = p.kv_eps = 1e-6f, p.cos = cos.data, p.sin = sin.data,
-  p.cs_rs = half, p.interleaved = bias;
+  p.cs_rs = half, p.interleaved = bias, p.keep_pairs = bias && m % 2;
   p.q_latent = q.data, p.latent = latent.data, p.rope = rope.data;
   execute(label, &dso_mla_qkv_a, &p, isa, outs, 3);
   double *wq = doubles(q.n), *wl = doubles(latent.n), *wr = doubles(rope.n),
@@ -221,7 +223,7 @@ static void qkv_case(const dso_isa *isa, dso_dtype type, int64_t m, int64_t k, i
     memcpy(wq + i * q_rank, row, (size_t)q_rank * sizeof *row);
     memcpy(wl + i * rank, row + q_rank, (size_t)rank * sizeof *row);
     rotate(row + q_rank + rank, wr + i * dr, (float *)cos.data + i * half,
-           (float *)sin.data + i * half, half, bias, 0);
+           (float *)sin.data + i * half, half, bias, 0, bias && m % 2);
   }
   check_close(label, &q, wq, tolerance(type), 1.0);
   check_close(label, &latent, wl, tolerance(type), 1.0);
@@ -238,14 +240,15 @@ void test_rows(void) {
       static const int64_t dims[] = {1, 2, 7, 16, 33, 100};
       for (int d = 0; d < 6; d++)
         norm_case(isas[i], type, d % 2 ? DSO_F32 : type, 1 + d * d * 7, dims[d], d % 3 == 1);
-      for (int mode = 0; mode < 12; mode++)
-        if (!(mode & 8) || !(mode & 2))
+      for (int mode = 0; mode < 28; mode++)
+        if ((!(mode & 8) || !(mode & 2)) && (!(mode & 16) || mode & 1))
           rope_case(isas[i], type, 2, 9, 3, 1 + random_below(20), mode);
       static const dso_dtype caches[] = {DSO_F32, DSO_BF16, DSO_F16, DSO_I8, DSO_F8};
       for (int to = 0; to < 5; to++)
         write_case(isas[i], type, caches[to], 1 + 9 * t, 1 + random_below(40), 2 * random_below(9));
       qkv_case(isas[i], type, 1, 17, 0, 9, 2, 0);
       qkv_case(isas[i], type, 3, 64, 50, 33, 4, 1);
+      qkv_case(isas[i], type, 4, 40, 6, 9, 3, 1);
       qkv_case(isas[i], type, 7, 33, 5, 1, 0, 1);
     }
   }

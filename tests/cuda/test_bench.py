@@ -78,6 +78,10 @@ def test_everything_runs(bench, capsys):
         assert rows[f"decode_step.b{batch}.bandwidth"]["target"] == 0.75
         assert rows[f"decode_step.b{batch}.transformers"]["target"] == 5.0
         assert rows[f"decode_step.b{batch}.compiled"]["details"]["compile_s"] > 0
+    for batch in (1, 8):
+        assert rows[f"generate.b{batch}.bandwidth"]["target"] == 0.75
+        assert len(rows[f"generate.b{batch}.bandwidth"]["peers"]) == 2
+        assert rows[f"generate.b{batch}.transformers"]["target"] == 5.0
     assert sum(key.startswith("memory.") for key in rows) == 4 * 4
     assert rows["length.16gb.standard_sdpa"]["value"] == length.LIMIT
     assert not any("met" in row for row in rows.values())  # quick 不下结论

@@ -87,17 +87,17 @@ def test_rms_norm_backward_is_deterministic():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("interleaved, keep", [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("shape", [*ROPE_SHAPES, *BIG_ROPES])
-def test_rope(shape, inverse, interleaved, dtype):
+def test_rope(shape, inverse, interleaved, keep, dtype):
     batch, steps, _, dim = shape
     x = randn(*shape, dtype=dtype).to(DEVICE)
     angle = randn(batch, steps, dim // 2, seed=4).to(DEVICE)
     for rows in (1, batch):
         cos, sin = angle[:rows].cos(), angle[:rows].sin()
-        y = ops.rope(x, cos, sin, interleaved, inverse)
-        expected = reference.rope(x, cos, sin, interleaved, inverse)
+        y = ops.rope(x, cos, sin, interleaved, inverse, keep)
+        expected = reference.rope(x, cos, sin, interleaved, inverse, keep)
         torch.testing.assert_close(y, expected, **tol(dtype))
 
 

@@ -20,14 +20,15 @@ RANK, ROPE = 64, 16
 def separate(args):
     """同样的一步，逐个算子；缓存原地写。"""
     hidden, q_a, _, q_norm, q_eps, q_weight, _, kv_a, _, kv_norm, kv_eps, kv_b, out = args[:13]
-    cos, sin, pairs, *cache, offsets, _, _, softmax_scale, _ = args[14:]
+    cos, sin, pairs, *cache, offsets, _, _, softmax_scale, _ = args[14:25]
+    keep = bool(args[25:] and args[25])
     low = hidden if q_a is None else ops.rms_norm(ops.linear(hidden, q_a), q_norm, q_eps)
     q = ops.linear(low, q_weight).unflatten(-1, (HEADS, -1))
     rope = 2 * cos.shape[-1]
-    ops.rope_(q[..., -rope:], cos, sin, pairs)
+    ops.rope_(q[..., -rope:], cos, sin, pairs, keep)
     joint, rank = ops.linear(hidden, kv_a), len(kv_norm)
     latent = ops.rms_norm(joint[..., :rank], kv_norm, kv_eps)
-    keys = ops.rope(joint[..., None, rank:], cos, sin, pairs).squeeze(2)
+    keys = ops.rope(joint[..., None, rank:], cos, sin, pairs, keep_pairs=keep).squeeze(2)
     ops.mla_cache_write(*cache, latent, keys, offsets)
     batch, steps = hidden.shape[:2]
     ends = [int(end) + steps for end in offsets]
@@ -39,9 +40,9 @@ def separate(args):
 
 @pytest.mark.parametrize("cache", [None, *QUANTIZED])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("steps, q_rank", [(1, 24), (1, None), (5, 24)])
-def test_same_bits_as_separate_ops(dtype, cache, steps, q_rank):
-    args = arguments(3, steps, 48, q_rank, RANK, ROPE, dtype, cache=cache)
+@pytest.mark.parametrize("steps, q_rank, keep", [(1, 24, False), (1, None, True), (5, 24, False)])
+def test_same_bits_as_separate_ops(dtype, cache, steps, q_rank, keep):
+    args = (*arguments(3, steps, 48, q_rank, RANK, ROPE, dtype, cache=cache), keep)
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
     assert torch.equal(got, want)
@@ -56,7 +57,7 @@ def test_same_bits_for_wide_latents(monkeypatch, rank, rope, pairs, dtype, cache
     """潜变量留在寄存器里（一个线程 2 个 8，不满的）与留不下的；词元多于一块的 warp。"""
     for module in ("tests.test_mla_layer_decode", __name__):
         monkeypatch.setattr(f"{module}.SLOTS", 40)
-    args = list(arguments(1, 18, 48, 24, rank, rope, dtype, cache=cache))
+    args = [*arguments(1, 18, 48, 24, rank, rope, dtype, cache=cache), pairs and rank < 512]
     args[16] = pairs
     mine, apart = fresh(args), fresh(args)
     got, want = ops.mla_layer_decode(*mine), separate(apart)
@@ -66,11 +67,13 @@ def test_same_bits_for_wide_latents(monkeypatch, rank, rope, pairs, dtype, cache
 
 
 @pytest.mark.parametrize("steps", [1, 3, 11])
-@pytest.mark.parametrize("pairs", [False, True], ids=["两半", "相邻"])
+@pytest.mark.parametrize(
+    "pairs, keep", [(False, False), (True, False), (True, True)], ids=["两半", "相邻", "仍相邻"]
+)
 @pytest.mark.parametrize("rope", [2, 64, 66])
-def test_queries_are_turned_in_place(rope, pairs, steps):
-    """查询随写缓存一起旋转（更宽的另排一个核），与分开的相同：两种配对，一块放得下与放不下。"""
-    args = list(arguments(2, steps, 48, 24, RANK, rope, torch.float32))
+def test_queries_are_turned_in_place(rope, pairs, keep, steps):
+    """查询随写缓存一起旋转（更宽的另排一个核），与分开的相同：三种排列，一块放得下与放不下。"""
+    args = [*arguments(2, steps, 48, 24, RANK, rope, torch.float32), keep]
     args[16] = pairs
     mine, apart = fresh(args), fresh(args)
     # fp32 的矩阵乘随内存的对齐差最后一位
