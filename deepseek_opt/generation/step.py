@@ -100,9 +100,7 @@ class Step:
         hidden = self.target.run(torch.cat((tokens, safe), dim=1) if length else tokens)
         logits = self.adapter.logits(hidden)
         found = self.chooser.verify(logits, drafts)
-        following, counts = real(found.following), found.accepted + 1
-        if self.alive is not None:
-            counts = counts * self.alive
+        following, counts = real(found.following), self._advance(found.accepted)
         self.target.keep(counts)
         self._observe(hidden, safe, found.accepted, following, counts)
         self.last.copy_(following)
@@ -127,6 +125,13 @@ class Step:
         self.target.empty()
         self.drafter.empty()
         self.alive = None
+
+    def _advance(self, accepted: Tensor) -> Tensor:
+        """各行前进几个 [R]：接受的与其后的一个，停住的行是 0。"""
+        if self.alive is None:
+            return accepted + 1
+        # 没有 MTP 时总是接受 0 个；不留着它，所以可以就是 alive
+        return (accepted + 1) * self.alive if self.drafter.caches else self.alive
 
     def _observe(
         self, hidden: Tensor, known: Tensor, place: Tensor, following: Tensor, counts: Tensor

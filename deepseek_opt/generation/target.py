@@ -66,6 +66,8 @@ class Target:
 
 def positions_after(offsets: Tensor, steps: int) -> Tensor:
     """[R, steps]：各行接在 offsets [R] 之后的位置。"""
+    if steps == 1:
+        return offsets[:, None]
     return offsets[:, None] + torch.arange(steps, device=offsets.device)
 
 
