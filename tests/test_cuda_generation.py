@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import deepseek_opt as dso
 from deepseek_opt.generation.choose import Greedy, Sampled
 from deepseek_opt.generation.lossy import Lossy
+from deepseek_opt.generation.plain import PlainPredictor
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.scores import Scores
 from deepseek_opt.generation.step import Found, Step
@@ -18,6 +19,7 @@ from deepseek_opt.mtp import steady
 
 from .fake_cuda import CUDA, Watch, fake_cuda, move
 from .generation_cases import FULL, generator_model
+from .mtp_models import make
 
 ROWS, PROMPT = 3, 7
 OPTIONS = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
@@ -73,6 +75,41 @@ def test_a_step_never_waits(monkeypatch, name, kind):
             assert step.target.lengths == [7 + 13, 5 + 5, 7 + 8]
             lengths = [layer.row_lengths() for layer in step.target.cache.layers]
             assert lengths == [step.target.lengths] * len(lengths)
+
+
+PLAIN = {
+    "v3": ("deepseek_v3", {}),
+    "v2": ("deepseek_v2", {}),
+    "int8 缓存": ("deepseek_v3", {"mla": dso.MLAConfig(cache_dtype="int8")}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_step_without_mtp_never_waits(monkeypatch, name):
+    """没有 MTP 的模型：一步里各算子都在设备上，不读回主机；行数参差，有停住的行。"""
+    family, parts = PLAIN[name]
+    model = make(family)
+    dso.optimize(model, dso.OptimizationProfile(**{**FULL, **parts}))
+    predictor = PlainPredictor(model)
+    model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=4, do_sample=False)
+    monkeypatch.setattr(steady, "_agrees", lambda *_: True)
+    with fake_cuda(monkeypatch):
+        move(model)
+        tokens = torch.zeros(ROWS, PROMPT, dtype=torch.int64, device=CUDA)
+        step = Step(predictor, ROWS, CUDA)
+        step.chooser = Greedy(Scores([]), Rows(tokens, None, 40, 8, 0), predictor)
+        with predictor.adapter.generating():
+            assert predictor.adapter.capturable(ROWS, 1)
+            step.prefill(tokens, [7, 5, 7])
+            step.run(0)
+            step.settle([1, 1, 1])
+            step.alive = torch.ones(ROWS, dtype=torch.int64, device=CUDA)
+            for moved in ([1, 0, 1], [1, 1, 1]):
+                with Watch() as watch:
+                    found = step.run(0)
+                assert not watch.waits and found.packed.shape == (ROWS, 2), watch.waits
+                step.settle(moved)
+            assert step.target.lengths == [10, 7, 10]
 
 
 def test_reading_is_one_copy(monkeypatch):
