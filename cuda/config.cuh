@@ -68,6 +68,16 @@ constexpr int LINEAR_ROWS = 8, LINEAR_WARPS = 8, LINEAR_UNROLL = 4;
 // 提前启动、等前一个核时请 L2 先取一行的这么多字节：一个 SM 三块、一块 16 行，整张卡 26 MB，L2（50 MB）放得下。
 constexpr int LINEAR_PREFETCH = 4096;
 
+// ---- mla_decode 前后各头的矩阵乘（吸收、W_UV） ----
+
+// 一块 64 列、32 或 64 行：权重读 M / 64 遍，x 读 N / 64 遍，都来自 L2（每周期一个 SM 约 27 字节）。16 个头、128 个词元时各读
+// 8 到 12 MB，2 微秒左右。128 个头、128 个词元时一步读 67 MB（约 11 微秒），cuBLAS 的 128 x 128 读一半，省下的与它前后
+// 三四微秒的空隙相当：再多的词元交给它。
+constexpr int HEADS_TOKENS = 128, HEADS_COLUMNS = 64;
+// 一段几个 k、几段：W_UV（k = r）四段正好 512，32 行时共 97.5 KiB，任何一档都放得下；吸收（k = dn）两段 128，27 KiB。
+constexpr int HEADS_VALUE_DEPTH = 128, HEADS_VALUE_STAGES = 4;
+constexpr int HEADS_ABSORB_DEPTH = 64, HEADS_ABSORB_STAGES = 2;
+
 // ---- mla_prefill 与其反向 ----
 
 // 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，
