@@ -212,8 +212,8 @@ cudaError_t pick_rows(const Params &p, const Device &device, cudaStream_t stream
 }  // namespace
 
 int dso_cuda_heads_fits(const dso_cuda_heads_params *p) {
-  return p->dtype != DSO_F32 && p->m <= HEADS_TOKENS && p->k % 8 == 0 && p->n % 8 == 0 &&
-         p->x_hs % 8 == 0 && p->w_hs % 8 == 0 && p->y_hs % 8 == 0 &&
+  return p->dtype != DSO_F32 && p->m * p->heads <= HEADS_PRODUCTS && p->k % 8 == 0 &&
+         p->n % 8 == 0 && p->x_hs % 8 == 0 && p->w_hs % 8 == 0 && p->y_hs % 8 == 0 &&
          wide_ok(p->x, p->dtype, p->x_ms) && wide_ok(p->w, p->dtype, p->w_rs) &&
          wide_ok(p->y, p->dtype, p->y_ms);
 }
