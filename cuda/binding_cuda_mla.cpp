@@ -36,66 +36,77 @@ void mla_cache_write(Tensor latent_cache, Tensor rope_cache, std::optional<Tenso
   check(op, dso_cuda_mla_cache_write(&w.p, latent_cache.size(1), Launch(latent_cache).stream()));
 }
 
-// kv_b_weight 看成 [H, dn + dv, r]，取每个头的一段行。
-Tensor weight_part(const Tensor &kv_b, const dso_mla_inputs &in, int64_t begin, int64_t rows,
-                   ScalarType type) {
-  Tensor wide = torch::stable::view(torch::stable::contiguous(to_type(kv_b, type)),
-                                    {in.heads, in.nope_dim + in.v_dim, in.rank});
-  return torch::stable::narrow(wide, 1, begin, rows);
+// kv_b_weight 看成 [H, dn + dv, r]。
+Tensor weights_of(const MlaInputs &m, ScalarType type) {
+  const dso_mla_inputs &in = m.in;
+  return torch::stable::view(torch::stable::contiguous(to_type(m.kv_b, type)),
+                             {in.heads, in.nope_dim + in.v_dim, in.rank});
 }
 
-// out [M, H, r] = 各头的 x [M, H, dn] weight [H, dn, r]；行极少时用自己的核，不行返回 false。
-bool small_absorb(const char *op, const Tensor &out, const Tensor &x, const Tensor &weight) {
-  dso_cuda_absorb_params p{};
-  p.m = x.size(0), p.heads = x.size(1), p.k = x.size(2), p.n = weight.size(2);
+// out [M, H, n] = 各头的 x [M, H, k] 乘权重，见 dso_cuda.h。
+dso_cuda_heads_params heads_params(const char *op, const Tensor &out, const Tensor &x,
+                                   const Tensor &weight) {
+  dso_cuda_heads_params p{};
+  p.m = x.size(0), p.heads = x.size(1), p.k = x.size(2), p.n = out.size(2);
   p.x = x.const_data_ptr(), p.x_ms = x.stride(0), p.x_hs = x.stride(1);
-  p.w = weight.const_data_ptr(), p.w_hs = weight.stride(0), p.w_ks = weight.stride(1);
+  p.w = weight.const_data_ptr(), p.w_hs = weight.stride(0), p.w_rs = weight.stride(1);
   p.y = out.mutable_data_ptr(), p.y_ms = out.stride(0), p.y_hs = out.stride(1);
   p.dtype = float_dtype(op, "q", x);
-  if (x.stride(2) != 1 || !dso_cuda_absorb_fits(&p)) return false;
-  check(op, dso_cuda_absorb(&p, Launch(x).stream()));
+  return p;
+}
+
+// 吸收、W_UV 用自己的核（行极少的另有，W_UV 的与 linear 同一个）；不行返回 false，什么也没做。
+bool own_absorb(const char *op, const dso_cuda_heads_params &p, cudaStream_t stream) {
+  if (dso_cuda_absorb_fits(&p))
+    check(op, dso_cuda_absorb(&p, stream));
+  else if (dso_cuda_heads_fits(&p))
+    check(op, dso_cuda_heads(&p, stream));
+  else
+    return false;
+  return true;
+}
+
+bool own_values(const char *op, const dso_cuda_heads_params &p, cudaStream_t stream) {
+  dso_cuda_linear_params few{};
+  few.m = p.m, few.batch = p.heads, few.k = p.k, few.x = {p.x, p.x_ms, p.dtype};
+  few.x_step = p.x_hs;
+  few.part[0] = {{p.w, p.w_rs, p.dtype}, nullptr, p.n, p.y, p.y_ms, p.w_hs, p.y_hs};
+  if (dso_cuda_linear_fits(&few))
+    check(op, dso_cuda_linear(&few, stream));
+  else if (dso_cuda_heads_fits(&p))
+    check(op, dso_cuda_heads(&p, stream));
+  else
+    return false;
   return true;
 }
 
 // 各头的非旋转部分吸收 W_UK：[B*T, H, r]。
-Tensor absorb(const char *op, const MlaInputs &m, ScalarType type) {
+Tensor absorb(const char *op, const MlaInputs &m, const Tensor &weights, ScalarType type) {
   const dso_mla_inputs &in = m.in;
   const int64_t tokens = in.b * in.t;
-  Tensor q = m.q;  // narrow 要可改写的引用
+  Tensor q = m.q, all = weights;  // narrow 要可改写的引用
   Tensor rows = torch::stable::reshape(torch::stable::narrow(q, 3, 0, in.nope_dim),
                                        {tokens, in.heads, in.nope_dim});
   Tensor out = torch::stable::new_empty(m.q, {tokens, in.heads, in.rank}, type);
   rows = to_type(rows, type);
-  Tensor weight = weight_part(m.kv_b, in, 0, in.nope_dim, type);
-  if (!small_absorb(op, out, rows, weight))
+  Tensor weight = torch::stable::narrow(all, 1, 0, in.nope_dim);  // [H, dn, r]
+  if (rows.stride(2) != 1 ||
+      !own_absorb(op, heads_params(op, out, rows, weight), Launch(m.q).stream()))
     bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(rows, 0, 1), weight);
   return out;
 }
 
-// out [M, H, N] = 各头的 x [M, H, K] weight [H, N, K]ᵀ；行极少时用自己的核，不行返回 false。
-bool small_heads(const char *op, const Tensor &out, const Tensor &x, const Tensor &weight) {
-  const dso_dtype dtype = float_dtype(op, "x", x);
-  dso_cuda_linear_params p{};
-  p.m = x.size(0), p.batch = x.size(1), p.k = x.size(2), p.x_step = x.stride(1);
-  p.x = {x.const_data_ptr(), x.stride(0), dtype};
-  p.part[0] = {{weight.const_data_ptr(), weight.stride(1), dtype},
-               nullptr,
-               weight.size(1),
-               out.mutable_data_ptr(),
-               out.stride(0),
-               weight.stride(0),
-               out.stride(1)};
-  if (!dso_cuda_linear_fits(&p)) return false;
-  check(op, dso_cuda_linear(&p, Launch(x).stream()));
-  return true;
-}
-
 // o [B*T, H, r] 乘各头的 W_UV：[B, T, H, dv]，与 q 同类型。
-Tensor project_out(const char *op, const MlaInputs &m, const Tensor &o, ScalarType type) {
+Tensor project_out(const char *op, const MlaInputs &m, const Tensor &o, const Tensor &weights,
+                   ScalarType type) {
   const dso_mla_inputs &in = m.in;
   Tensor out = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.v_dim}, type);
-  Tensor weight = weight_part(m.kv_b, in, in.nope_dim, in.v_dim, type);
-  if (!small_heads(op, out, o, weight))
+  Tensor all = weights;
+  Tensor weight = torch::stable::narrow(all, 1, in.nope_dim, in.v_dim);  // [H, dv, r]
+  dso_cuda_heads_params p = heads_params(op, out, o, weight);
+  p.by_row = true;
+  p.settled = in.n_spans > 0;  // 前两个核是合并与注意力，后者不提早放行；权重在它们之前就有了
+  if (!own_values(op, p, Launch(m.q).stream()))
     bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(o, 0, 1),
              torch::stable::transpose(weight, 1, 2));
   return torch::stable::view(to_type(out, m.q.scalar_type()), {in.b, in.t, in.heads, in.v_dim});
@@ -108,7 +119,8 @@ Tensor decode(const char *op, const DeviceInputs &m) {
   if (in.b * in.t == 0) return torch::stable::new_empty(m.q, {in.b, in.t, in.heads, in.v_dim});
   const NoGrad off;
   const ScalarType type = compute_type(in);
-  Tensor q_abs = absorb(op, m, type);
+  const Tensor weights = weights_of(m, type);  // 要转换的在最前面转换：见 settled
+  Tensor q_abs = absorb(op, m, weights, type);
   Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
   dso_cuda_mla_decode_params p{in,
                                q_abs.const_data_ptr(),
@@ -121,7 +133,7 @@ Tensor decode(const char *op, const DeviceInputs &m) {
   check(op, dso_cuda_mla_decode_scratch(&p, &bytes));
   Tensor scratch = scratch_of(m.q, bytes);
   check(op, dso_cuda_mla_decode(&p, scratch.mutable_data_ptr(), launch.stream()));
-  return project_out(op, m, o, type);
+  return project_out(op, m, o, weights, type);
 }
 
 namespace {

@@ -68,6 +68,16 @@ constexpr int LINEAR_ROWS = 8, LINEAR_WARPS = 8, LINEAR_UNROLL = 4;
 // 提前启动、等前一个核时请 L2 先取一行的这么多字节：一个 SM 三块、一块 16 行，整张卡 26 MB，L2（50 MB）放得下。
 constexpr int LINEAR_PREFETCH = 4096;
 
+// ---- mla_decode 前后各头的矩阵乘（吸收、W_UV） ----
+
+// 一块 64 列、32 或 64 行：权重读 M / 64 遍，x 读 N / 64 遍，都来自 L2（每周期一个 SM 约 27 字节）。dn、dv = 128，r = 512 时一个
+// （词元，头）一步约读 4 KiB：16 个头、128 个词元 8 MB（1.4 微秒）。8192 个 34 MB，5.4 微秒，cuBLAS 的 128 x 128 读一半，但前后
+// 各有一两微秒的空隙，而且权重（128 个头 17 MB）本来就要从显存读 5 微秒：再多就交给它。以上是估计，还没有实测。
+constexpr int HEADS_PRODUCTS = 8192, HEADS_COLUMNS = 64;
+// 一段几个 k、几段：W_UV（k = r）四段正好 512，32 行时共 97.5 KiB，任何一档都放得下；吸收（k = dn）两段 128，27 KiB。
+constexpr int HEADS_VALUE_DEPTH = 128, HEADS_VALUE_STAGES = 4;
+constexpr int HEADS_ABSORB_DEPTH = 64, HEADS_ABSORB_STAGES = 2;
+
 // ---- mla_prefill 与其反向 ----
 
 // 前向一块 128 个查询（8 个 warp 各 16 行），一次 64 个键：192/128 维时 Q 50 KiB、K 与 V 42 KiB，

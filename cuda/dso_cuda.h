@@ -67,19 +67,24 @@ typedef struct {
 int dso_cuda_linear_fits(const dso_cuda_linear_params *p);
 cudaError_t dso_cuda_linear(const dso_cuda_linear_params *p, cudaStream_t stream);
 
-/* 行极少的吸收：各头的 y [m, n] = x [m, k] w [k, n]，16 位的同一种类型，最后一维都是连续的；*_ms、*_ks 是行距，*_hs
- * 是相邻的头。 */
+/* 各头的 y [m, n] = x [m, k] 乘权重，16 位的同一种类型，最后一维都是连续的；*_ms、w_rs 是行距，*_hs 是相邻的头。by_row：
+ * w [n, k]（W_UV），否则 w [k, n]（吸收）。settled：流里的前两个核都没有写 w，其中至少一个不在 grid_wait 之前放行
+ * （launch.cuh），于是可以不等前一个核就读它（只有 by_row 的这样做）。 */
 typedef struct {
   int64_t m, heads, k, n;
   const void *x, *w;
-  int64_t x_ms, x_hs, w_ks, w_hs;
+  int64_t x_ms, x_hs, w_rs, w_hs;
   void *y;
   int64_t y_ms, y_hs;
   dso_dtype dtype;
-} dso_cuda_absorb_params;
+  int by_row, settled;
+} dso_cuda_heads_params;
 
-int dso_cuda_absorb_fits(const dso_cuda_absorb_params *p);
-cudaError_t dso_cuda_absorb(const dso_cuda_absorb_params *p, cudaStream_t stream);
+/* 词元不多时的；行极少的吸收另有一个核（不看 by_row、settled）。 */
+int dso_cuda_heads_fits(const dso_cuda_heads_params *p);
+cudaError_t dso_cuda_heads(const dso_cuda_heads_params *p, cudaStream_t stream);
+int dso_cuda_absorb_fits(const dso_cuda_heads_params *p);
+cudaError_t dso_cuda_absorb(const dso_cuda_heads_params *p, cudaStream_t stream);
 
 /* swiglu_mlp 的激活，三个都是连续的 count 个：grad 为 NULL 时 gate = silu(gate) * up；否则 grad 是对 h 的
  * 梯度，gate、up、grad 依次换成 dgate、dup、h。 */

@@ -25,6 +25,10 @@ namespace dso {
 // 专家）不放：末尾时各 SM 陆续空出来，后一个核的块会挤在先空的几个 SM 上，受限于带宽的核因此更慢。行极少的投影后面多是短核，
 // 也放。词元少的专家也放，在 grid_wait 之后：于是紧跟着的那个核启动时，更早的核都已结束，它可以先读权重、下标，再 grid_wait
 // 等这一个（moe_small.cu 算 o 的一步）。
+//
+// 一般地，前两个核里有一个不在 grid_wait 之前放行（没有 grid_release 的也是）：核 n 启动时，核 n - 1 的各块都已启动，核
+// n - 2 的都已放行或退出，所以更早的都结束了。这两个核都不写的，可以在 grid_wait 之前读（cp_async_16_early；mla_heads.cu
+// 的 W_UV）；主机模拟核对前一半。
 
 // 代码里有没有 sm_90 的：没有就没有 grid_wait，不能提前启动。更新的卡用的也是这一份（build_native.py 只留它的 PTX）。
 constexpr bool has_grid_wait() {

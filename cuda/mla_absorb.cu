@@ -15,7 +15,7 @@ constexpr int COLUMNS = 128, EACH = 8, ACROSS = COLUMNS / EACH;              // 
 constexpr int GROUPS = THREADS / ACROSS, DEPTH = 8, ROUND = GROUPS * DEPTH;  // 一轮 128 个 k
 static_assert(WARP == 2 * ACROSS, "一个 warp 两行权重");
 
-using Params = dso_cuda_absorb_params;
+using Params = dso_cuda_heads_params;
 
 template <class E>
 __device__ void add_row(float (&sum)[EACH], const Words<4> &w, float x) {
@@ -35,7 +35,7 @@ __device__ void accumulate(const Params &p, const uint16_t *w, const uint16_t *x
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int64_t k = begin + group + d * GROUPS;
-      rows[d] = w && k < p.k ? load_once(w + k * p.w_ks) : Words<4>{};
+      rows[d] = w && k < p.k ? load_once(w + k * p.w_rs) : Words<4>{};
     }
     __syncthreads();  // 上一轮的都读过了
     for (int i = thread; i < p.m * ROUND; i += THREADS) {
@@ -62,7 +62,7 @@ __global__ __launch_bounds__(THREADS, 1) void mla_absorb_kernel(Params p) {
   const auto *w = static_cast<const uint16_t *>(p.w) + head * p.w_hs;
   const auto *x = static_cast<const uint16_t *>(p.x) + head * p.x_hs;
   int64_t width = p.n - first < COLUMNS ? p.n - first : COLUMNS;
-  if (threadIdx.x < p.k) prefetch_l2(w + threadIdx.x * p.w_ks + first, width * 2);
+  if (threadIdx.x < p.k) prefetch_l2(w + threadIdx.x * p.w_rs + first, width * 2);
   grid_release();
   grid_wait();
   float sum[ROWS][EACH] = {};
@@ -89,12 +89,12 @@ __global__ __launch_bounds__(THREADS, 1) void mla_absorb_kernel(Params p) {
 
 }  // namespace
 
-int dso_cuda_absorb_fits(const dso_cuda_absorb_params *p) {
+int dso_cuda_absorb_fits(const dso_cuda_heads_params *p) {
   return p->dtype != DSO_F32 && p->m <= ROWS && p->n % EACH == 0 && p->w_hs % EACH == 0 &&
-         wide_ok(p->w, p->dtype, p->w_ks);
+         wide_ok(p->w, p->dtype, p->w_rs);
 }
 
-cudaError_t dso_cuda_absorb(const dso_cuda_absorb_params *p, cudaStream_t stream) {
+cudaError_t dso_cuda_absorb(const dso_cuda_heads_params *p, cudaStream_t stream) {
   if (p->m * p->heads * p->n == 0) return cudaSuccess;
   dim3 grid(static_cast<unsigned>(ceil_div(p->n, COLUMNS)), static_cast<unsigned>(p->heads));
   auto kernel = p->dtype == DSO_BF16 ? mla_absorb_kernel<Bf16> : mla_absorb_kernel<F16>;

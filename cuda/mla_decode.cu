@@ -1,4 +1,4 @@
-// mla_decode：选路径、划分。吸收与输出的 W_UV 是普通的矩阵乘，由绑定交给 cuBLAS（行极少时另有核）；中间一步算法同
+// mla_decode：选路径、划分。吸收与输出的 W_UV 是普通的矩阵乘，词元不多时另有核，其余由绑定交给 cuBLAS；中间一步算法同
 // csrc/mla_decode.c 的阶段 1、2，几条路径（mla_decode_{mma,sm90,general}.cu）各算各的一段键，最后合并
 // （mla_decode_combine.cu）。
 #include <cstddef>

@@ -55,6 +55,11 @@ __device__ inline void cp_async_16(void *to, const void *from, bool valid) {
                : "memory");
 }
 
+// 同样，但在 grid_wait 之前：读的早已写好，条件见 launch.cuh。
+__device__ inline void cp_async_16_early(void *to, const void *from, bool valid) {
+  cp_async_16(to, from, valid);
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // 等到至多还有 LEFT 组没有完成。

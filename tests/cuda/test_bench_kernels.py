@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks.gpu_cases import decode_step, environment, kernels
+from benchmarks.gpu_cases import decode_step, environment, kernels, mla_heads
 from benchmarks.gpu_cases.row import OK
 from benchmarks.gpu_cases.runner import Env, run_case
 from benchmarks.gpu_cases.timer import Clocked, Timer
@@ -28,6 +28,16 @@ def test_the_step_lists_its_kernels(env):
     assert rows[0].status == OK and times == sorted(times, reverse=True) and times[-1] >= 0
     assert details["kernels"] > len(times) == kernels.LISTED and details["span_us"] > 0
     assert details["no_pdl_us"] is None
+
+
+def test_the_products_of_the_heads_are_read_apart(env):
+    """整个算子之外，另有两个 torch.bmm、不提前启动的与各核的时间。"""
+    rows = []
+    run_case(env, mla_heads.cases(env)[0], rows.append)
+    row = rows[0]
+    assert row.status == OK and [peer.name for peer in row.peers] == ["torch 吸收式 bmm"]
+    assert row.peers[0].us > 0 and row.details["bmm_us"] > 0 and row.details["no_pdl_us"] > 0
+    assert row.details["kernels"] > 0 and kernels.PDL not in os.environ
 
 
 def test_the_step_is_also_timed_without_early_launch(env, monkeypatch):

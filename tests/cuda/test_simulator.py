@@ -168,6 +168,30 @@ def test_planted_fault_is_reported(bug, reason):
     assert torch.equal(y, reversed_blocks(x))
 
 
+def test_early_reads_need_a_kernel_that_waits_first():
+    """前两个核里有一个不在 grid_wait 之前放行，才可以在 grid_wait 之前拷贝。"""
+    text = """
+    #include "mma.cuh"
+    using namespace dso;
+    static void kernel(const float *x, int early) {
+      if (early == 1) cp_async_16_early(dynamic_shared(), x, true);
+      if (early == 2) grid_wait();
+      grid_release();
+      grid_wait();
+    }
+    extern "C" int run(const float *x, int early) {
+      return launch(kernel, dim3(1), dim3(1), 16, nullptr, x, early);
+    }
+    """
+    library, x = simulate(text), randn(4)
+    # 0、1 提早放行，1 另外先读；2 等到了才放行。
+    for order, code in (([2, 0, 1], 0), ([0, 2, 1], 0), ([2, 0, 0, 1], FAILED)):
+        assert [library.run(pointer(x), early) for early in order] == [0] * (len(order) - 1) + [
+            code
+        ]
+    assert "都在 grid_wait 之前放行" in library.dso_host_failure().decode()
+
+
 def test_launch_limits():
     """共享内存、线程数超出硬件的上限：启动失败。"""
     text = """

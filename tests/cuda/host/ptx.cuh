@@ -21,7 +21,7 @@ inline uint32_t shared_address(const void *p) {
 // ---- 提前启动 ----
 
 inline void grid_wait() { cuda_host::wait_grid(); }
-inline void grid_release() {}
+inline void grid_release() { cuda_host::release_grid(); }
 
 inline void prefetch_l2(const void *from, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
@@ -30,14 +30,13 @@ inline void prefetch_l2(const void *from, uint32_t bytes) {
 
 // ---- 异步拷贝 ----
 
-inline void cp_async_16(void *to, const void *from, bool valid) {
+inline void copy_16(void *to, const void *from, bool valid) {
   using namespace cuda_host;
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
       (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
     fail("cp.async 的地址没有对齐到 16 字节");
   size_t at = shared_offset(to);
   int thread = thread_linear();
-  if (valid) touch_global();
   defer(COPY_QUEUE, [=] {
     wrote(at, thread);
     if (valid)
@@ -45,6 +44,16 @@ inline void cp_async_16(void *to, const void *from, bool valid) {
     else
       std::memset(to, 0, 16);
   });
+}
+
+inline void cp_async_16(void *to, const void *from, bool valid) {
+  if (valid) cuda_host::touch_global();
+  copy_16(to, from, valid);
+}
+
+inline void cp_async_16_early(void *to, const void *from, bool valid) {
+  if (valid) cuda_host::touch_settled();
+  copy_16(to, from, valid);
 }
 
 inline void cp_async_commit() { cuda_host::commit(cuda_host::COPY_QUEUE); }

@@ -254,6 +254,7 @@ int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, int cluster,
   failure.clear();
   read_environment();
   state.failed = false;
+  state.hasty[2] = state.hasty[1], state.hasty[1] = state.hasty[0], state.hasty[0] = false;
   state.grid = grid, state.block = threads, state.body = &body, state.cluster = cluster;
   state.count = static_cast<int>(threads.x * threads.y * threads.z);
   auto width = static_cast<unsigned>(cluster);
@@ -323,6 +324,13 @@ void wait_until(const std::function<bool()> &ready) {
 }
 
 void wait_grid() { state.current->waited = true; }
+
+void release_grid() { state.hasty[0] = state.hasty[0] || !state.current->waited; }
+
+void touch_settled() {
+  if (!state.current->waited && state.hasty[1] && state.hasty[2])
+    fail("grid_wait 之前读，而前两个核都在 grid_wait 之前放行");
+}
 
 void touch_global() {
   if (!state.current->waited) fail("grid_wait 之前碰了全局内存");

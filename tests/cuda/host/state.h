@@ -116,6 +116,7 @@ struct State {
   const std::function<void()> *body = nullptr;
   std::deque<std::function<void()>> pending;
   bool is_lazy = false, failed = false;
+  bool hasty[3] = {};  // 这个核与前两个核里，有没有线程在 grid_wait 之前放行
   std::string order = "forward";
   std::mt19937 random;
 };
