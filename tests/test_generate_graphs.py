@@ -104,6 +104,14 @@ def test_another_batch_or_new_weights_record_again(model):
     assert torch.equal(out, plain(model, prompts(3, 6, 1)))
 
 
+def test_inference_mode_and_back(model):
+    inputs = prompts(2, 6, 1)
+    wanted = plain(model, inputs)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert torch.equal(model.generate(**inputs, **OPTIONS), wanted)
+
+
 def test_weights_changed_in_place_are_seen(model):
     inputs = prompts(2, 6, 1)
     model.generate(**inputs, **OPTIONS)

@@ -342,6 +342,26 @@ def test_weights_changed_in_place_are_seen(model, fast):
     assert torch.equal(plain, out) and replays >= 20
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_and_back(model, fast, first):
+    """推理模式里的张量出了它不能原地改：各录各的。"""
+    inputs = prompts(2, 6, 1)
+    wanted = model.generate(**inputs, **OPTIONS)
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode):
+            assert torch.equal(fast.generate(**inputs, **OPTIONS), wanted)
+
+
+def test_autocast_is_left_to_transformers(model, fast):
+    inputs = prompts(2, 6, 1)
+    both(model, fast, inputs)
+    before = Graph.replays
+    with torch.autocast("cpu", torch.bfloat16):
+        fast.generate(**inputs, **OPTIONS)
+    assert Graph.replays == before
+    assert both(model, fast, inputs)[2] >= 20
+
+
 def test_nan_is_reported_with_its_row(fast):
     inputs = prompts(2, 6, 1)
     fast.generate(**inputs, **OPTIONS)

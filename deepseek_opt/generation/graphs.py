@@ -95,7 +95,8 @@ def can_capture(device: torch.device) -> bool:
 
 
 def _stamp(plan: Any, step: Step) -> tuple:
-    """决定录好的还能不能用的一切：行数、选词元的规则、缓存的种类、参数与缓冲区的地址。"""
+    """决定录好的还能不能用的一切：行数、选词元的规则、缓存的种类、参数与缓冲区的地址，是不是推理模式（其中的张量
+    出了它不能原地改）。"""
     model = step.adapter.model
     caches = (step.target.cache, *step.drafter.caches)
     kinds = [
@@ -106,7 +107,9 @@ def _stamp(plan: Any, step: Step) -> tuple:
     vocabulary = plan.predictor.draft_vocabulary
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [] if vocabulary is None else [vocabulary]
-    return (step.rows, plan.chooser.key, tuple(kinds), tuple(t.data_ptr() for t in tensors))
+    mode = torch.is_inference_mode_enabled()
+    addresses = tuple(t.data_ptr() for t in tensors)
+    return (step.rows, plan.chooser.key, tuple(kinds), addresses, mode)
 
 
 class StepGraphs:
