@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import traceback
 
 import pytest
 import torch
 
 import deepseek_opt as dso
 from deepseek_opt.generation import graphs
-from deepseek_opt.generation.step import Found, Step
-from tests.cuda.device import DEVICE, marks, needs_gpu
+from tests.cuda.device import DEVICE, marks, needs_gpu, reads_of
 from tests.mtp_models import make
 
 pytestmark = [*marks, needs_gpu]
@@ -94,24 +92,5 @@ def test_only_the_read_waits():
     ids, mask = prompt(4, 1)
     options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     fast.generate(ids, **options)
-    run, read, where = [], [], ""
-    real_read, real_run = Found.read, Step.run
-
-    def counted(self):
-        read.append(self.ready is not None)
-        torch.cuda.set_sync_debug_mode("default")
-        found = real_read(self)
-        torch.cuda.set_sync_debug_mode("error")
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Found, "read", counted)
-        patch.setattr(Step, "run", lambda *a, **k: run.append(1) or real_run(*a, **k))
-        try:
-            fast.generate(ids, **options)
-        except RuntimeError as error:  # 最后取结果、结束时的读回不在步里
-            assert "synchroniz" in str(error)
-            where = traceback.format_exc()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len(read) > 5 and all(read[1:]) and not run, where
+    read, computed, where = reads_of(lambda: fast.generate(ids, **options))
+    assert len(read) > 5 and all(read[1:]) and not computed, where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import traceback
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import deepseek_opt as dso
 from deepseek_opt import ops, reference
 from deepseek_opt.cache_rows import move_rows, settle_rows
 from tests.cuda.cases import DTYPES, randn
-from tests.cuda.device import DEVICE, LARGE, ON_GPU, marks, needs_gpu
+from tests.cuda.device import DEVICE, LARGE, ON_GPU, marks, needs_gpu, reads_of
 from tests.op_cases import wide
 from tests.test_mtp_input import EPS, inputs
 from tests.test_mtp_verify import chain, check_sample, same, sampled
@@ -411,27 +410,5 @@ def test_generation_waits_once_a_step():
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
     for _ in range(2):  # 补上提示的那一步一次生成只有一个：第二次才录下
         model.generate(ids, **options)
-    from deepseek_opt.generation.step import Found, Step
-
-    run, read, where = [], [], ""
-    real_read = Found.read
-
-    def counted(self):
-        read.append(1)
-        torch.cuda.set_sync_debug_mode("default")
-        found = real_read(self)
-        torch.cuda.set_sync_debug_mode("error")
-        return found
-
-    real_run = Step.run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Found, "read", counted)
-        patch.setattr(Step, "run", lambda *a, **k: run.append(1) or real_run(*a, **k))
-        try:
-            model.generate(ids, **options)
-        except RuntimeError as error:  # 最后取结果、结束时的读回不在步里
-            assert "synchroniz" in str(error)
-            where = traceback.format_exc()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len(read) > 5 and not run, where  # 每一步都是重放
+    read, computed, where = reads_of(lambda: model.generate(ids, **options))
+    assert len(read) > 5 and not computed, where  # 每一步都是重放
