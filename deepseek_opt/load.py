@@ -113,6 +113,11 @@ class LoadCounter:
                 self._dropped = self._dropped.to(device)
                 self._total = self._table[0]
 
+    @property
+    def address(self) -> int:
+        """累计的计数此刻在哪里；搬到别的设备就变了。"""
+        return self._table.data_ptr()
+
     def snapshot(self) -> Tensor:
         """累计的计数 [E]，一份拷贝。"""
         with self._lock:

@@ -207,8 +207,10 @@ def test_the_cache_of_one_row_can_be_continued(model, fast):
     assert first.past_key_values.get_seq_length() == more.shape[1] + OPTIONS["max_new_tokens"] - 1
 
 
-def test_switched_off_and_on(model, fast):
-    mla = fast.__dict__["generate"].runtime.profile.mla
+def test_switched_off_and_on(model, monkeypatch):
+    install(monkeypatch)
+    mla = dso.MLAConfig()
+    fast = optimized(model, **{**FULL, "mla": mla})
     inputs = prompts(2, 6, 1)
     mla.cuda_graphs = False
     plain, out, replays = both(model, fast, inputs)
@@ -231,13 +233,117 @@ def test_mtp_is_not_recorded_when_switched_off(monkeypatch):
     assert model.mtp.draft_statistics.steps and not Graph.replays
 
 
-def test_hooks_on_layers_still_run(model, fast):
-    calls = []
-    handle = fast.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    _, _, replays = both(model, fast, prompts(2, 6, 1))
-    assert calls and not replays
+@pytest.mark.parametrize(
+    "name", ["lm_head", "model", "model.rotary_emb", "model.norm", "model.layers.0", "所有的"]
+)
+def test_hooks_still_run(model, fast, name):
+    """钩子次次都触发；取下之后又能录，录下的里没有它。"""
+    inputs, calls = prompts(2, 6, 1), []
+    both(model, fast, inputs)
+    if name == "所有的":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    else:
+        handle = fast.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    fast.generate(**inputs, **OPTIONS)
+    assert len(calls) >= OPTIONS["max_new_tokens"]
     handle.remove()
-    assert both(model, fast, prompts(2, 6, 1))[2] >= 20
+    plain, out, replays = both(model, fast, inputs)
+    assert torch.equal(plain, out) and replays >= 20
+
+
+def _new_head(model):
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+
+
+def _new_embedding(model):
+    model.set_input_embeddings(nn.Embedding(model.config.vocab_size, model.config.hidden_size))
+
+
+def _new_norm(model):
+    model.model.norm = copy.deepcopy(model.model.norm)
+    model.model.norm.weight.data.mul_(torch.linspace(0.5, 2, model.config.hidden_size))
+
+
+def _one_expert(model):
+    model.model.layers[-1].mlp.gate.top_k = 1
+
+
+def _slower_angles(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def _other_scaling(model):
+    model.model.layers[0].self_attn.scaling *= 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_new_head, _new_embedding, _new_norm, _one_expert, _slower_angles, _other_scaling],
+)
+def test_changes_between_generations_are_seen(model, fast, change):
+    inputs = prompts(2, 6, 1)
+    before, _, _ = both(model, fast, inputs)
+    changed = copy.deepcopy(model)
+    for one in (changed, fast):
+        torch.manual_seed(5)
+        change(one)
+    plain, out, replays = both(changed, fast, inputs)
+    assert torch.equal(plain, out) and not torch.equal(plain, before) and replays >= 20
+
+
+def test_switching_and_restoring_let_go(model, fast):
+    """换了配置就是另一组补丁与计数：录好的不能接着用，缓存也不留着。"""
+    inputs = prompts(2, 6, 1)
+    both(model, fast, inputs)
+    predictor = fast.__dict__["generate"].predictor
+    assert graphs._KEPT in predictor.__dict__
+    mla = dso.MLAConfig()
+    dso.switch(fast, dso.OptimizationProfile(**{**FULL, "mla": mla}))
+    assert graphs._KEPT not in predictor.__dict__
+    plain, out, replays = both(model, fast, inputs)
+    assert torch.equal(plain, out) and replays >= 20
+    predictor = fast.__dict__["generate"].predictor
+    mla.cuda_graphs = False
+    fast.generate(**inputs, **OPTIONS)
+    assert graphs._KEPT not in predictor.__dict__
+
+
+def test_counters_moved_to_another_device_are_recorded_again(model, fast):
+    from deepseek_opt.load import load_holders
+
+    inputs = prompts(2, 6, 1)
+    both(model, fast, inputs)
+    counter = next(h for m in fast.modules() for h in load_holders(m)).load_counter
+    counter._table = counter._table.clone()
+    counter._total = counter._table[0]
+    before = counter.snapshot().sum()
+    both(model, fast, inputs)
+    assert counter.snapshot().sum() - before >= 2 * 2 * (OPTIONS["max_new_tokens"] - 1)
+
+
+def test_one_failed_recording_is_tried_again(model, fast, monkeypatch):
+    inputs = prompts(2, 6, 1)
+    with monkeypatch.context() as patch:
+
+        def broken(*_args, **_kwargs):
+            raise RuntimeError("out of memory")
+
+        patch.setattr(torch.cuda, "graph", broken)
+        patch.setattr(torch.cuda, "set_stream", lambda *_: None)
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        plain, out, replays = both(model, fast, inputs)
+        assert torch.equal(plain, out) and not replays
+    plain, out, replays = both(model, fast, inputs)
+    assert torch.equal(plain, out) and replays >= 20
+
+
+def test_right_padding_and_short_answers_are_left_to_transformers(model, fast):
+    inputs = prompts(2, 6, 1)
+    right = {k: v.flip(1) for k, v in inputs.items()}
+    plain, out, replays = both(model, fast, right)
+    assert torch.equal(plain, out) and not replays
+    plain, out, replays = both(model, fast, inputs, max_new_tokens=5)
+    assert torch.equal(plain, out) and not replays
 
 
 def test_models_the_loop_does_not_know(monkeypatch):

@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,17 @@ from deepseek_opt.cache_rows import settle_rows
 from deepseek_opt.generation.adaptive import MAX_DRAFTS
 from deepseek_opt.generation.drafter import Window
 from deepseek_opt.generation.step import Found, Step
+from deepseek_opt.load import load_holders
 
 _KEPT = "_step_graphs"
 _PLAIN = (0, 0)  # 不起草的一步
 _WIDEST = MAX_DRAFTS + 2  # 一步至多在各行之后写这么多个
+_TRIES = 3  # 录不成几次之后不再试
 _KEPT_SHARE = 16  # 留着的缓存至多占设备内存的几分之一
 _GROW = 1024  # 缓存一次至少多留这么多词元：增长要换缓冲区，录好的都作废
+
+_recording = threading.Lock()
+_streams: dict[torch.device, Any] = {}
 
 
 @dataclass
@@ -46,6 +52,8 @@ class _Recorded:
 def step_graphs(plan: Any, step: Step) -> Iterator[StepGraphs | None]:
     """块内的一次生成可用的录制；不能录为 None。块内没有出错才留到下一次。"""
     if obstacle(plan) is not None:
+        if not plan.graphs:
+            forget(plan.predictor)
         yield None
         return
     found = plan.predictor.__dict__.pop(_KEPT, None)  # 取走：别的线程同时生成就另录一份
@@ -55,12 +63,12 @@ def step_graphs(plan: Any, step: Step) -> Iterator[StepGraphs | None]:
     found.begin(plan)
     yield found
     found.end()
-    if found.nbytes <= _kept_bytes(plan.rows.device):
+    if not plan.hands_out and found.nbytes <= _kept_bytes(plan.rows.device):
         plan.predictor.__dict__[_KEPT] = found
 
 
 def forget(predictor: Any) -> None:
-    """不再留着：缓存要交给用户。"""
+    """不再留着录好的与它的缓存。"""
     predictor.__dict__.pop(_KEPT, None)
 
 
@@ -95,8 +103,11 @@ def can_capture(device: torch.device) -> bool:
 
 
 def _stamp(plan: Any, step: Step) -> tuple:
-    """决定录好的还能不能用的一切：行数、选词元的规则、缓存的种类、参数与缓冲区的地址，是不是推理模式（其中的张量
-    出了它不能原地改）。"""
+    """决定录好的还能不能用的一切：相等的才接着用。
+
+    行数、选词元的规则、缓存的种类；各参数、缓冲区、专家计数的地址与类型；各模块上的补丁与数（缩放、top_k、eps……都定在
+    录下的一步里）；是不是推理模式（其中的张量出了它不能原地改）。
+    """
     model = step.adapter.model
     caches = (step.target.cache, *step.drafter.caches)
     kinds = [
@@ -107,9 +118,20 @@ def _stamp(plan: Any, step: Step) -> tuple:
     vocabulary = plan.predictor.draft_vocabulary
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [] if vocabulary is None else [vocabulary]
+    places = [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+    modules = [one for module in model.modules() for one in _state(module)]
     mode = torch.is_inference_mode_enabled()
-    addresses = tuple(t.data_ptr() for t in tensors)
-    return (step.rows, plan.chooser.key, tuple(kinds), addresses, mode)
+    return (step.rows, plan.chooser.key, tuple(kinds), tuple(places), tuple(modules), mode)
+
+
+def _state(module: Any) -> Iterator[Any]:
+    """一个模块里定在录下的一步里的：forward 的补丁（比的是同一个对象）、计数的地址、各个数。"""
+    yield module.__dict__.get("forward")
+    for holder in load_holders(module):
+        yield holder.load_counter.address
+    for name, value in module.__dict__.items():
+        if isinstance(value, (int, float, str)) and not name.startswith("_"):
+            yield value
 
 
 class StepGraphs:
@@ -128,6 +150,8 @@ class StepGraphs:
         self._table: Any = None  # 角度的表：录好的读它的地址
         self._total = 0
         self._hosts: list[Tensor | None] = [None, None]  # 不起草的一步读回的地方
+        self._last: Any = None  # 上一次生成的最后一步之后
+        self._failures = 0
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -141,7 +165,10 @@ class StepGraphs:
         return sum(layer.nbytes for layer in self._layers())
 
     def begin(self, plan: Any) -> None:
-        """又一次生成：各行回到开头。"""
+        """又一次生成：各行回到开头。上一次可能在别的流上，提前启动的一步也可能还没有算完。"""
+        if self._last is not None:
+            torch.cuda.current_stream().wait_event(self._last)
+        self.failed = self._failures >= _TRIES
         self._total = plan.rows.width + plan.rows.max_new + 2 * _WIDEST
         self.step.empty()
         self.alive.fill_(1)
@@ -150,14 +177,14 @@ class StepGraphs:
     def end(self) -> None:
         """这次生成结束：不留着用不到的。"""
         self.step.chooser = None
+        self._last = _event() if self.step.last.is_cuda else None
 
-    def park(self, live: Sequence[int]) -> bool:
-        """批里只有 live 各行还要前进；返回 True：其余的行留在批里。"""
+    def park(self, live: Sequence[int]) -> None:
+        """批里只有 live 各行还要前进，其余的留在批里。"""
         mask = [0] * self.step.rows
         for row in live:
             mask[row] = 1
         self.alive.copy_(torch.tensor(mask), non_blocking=True)
-        return True
 
     def runs_ahead(self) -> bool:
         """没有 MTP 的下一步已经录好、也放得下：不必等上一步读回就可以重放。"""
@@ -213,20 +240,24 @@ class StepGraphs:
         drafter, target = self.step.drafter, self.step.target
         entry = self._window(width) if length else None
         out = self._window(length + 1) if drafter.caches else None
-        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        with drafter.recording(entry):
+        device = self.step.last.device
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        # 一个进程里同时只能录一个；thread_local：别的线程照常分配显存
+        options = {"pool": self.pool, "capture_error_mode": "thread_local"}
+        with _recording, drafter.recording(entry):
             try:
-                # thread_local：别的线程照常分配显存
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=_stream(device), **options):
                     found = self.step.run(length)
                     if out is not None:
                         _load(out, drafter.newest)
                 self._recorded[key] = _Recorded(graph, entry, out, found.packed)
             except RuntimeError as error:
-                torch.cuda.set_stream(stream)  # 录制中途出错时 torch 不会换回原来的流
-                torch.cuda.synchronize()
+                torch.cuda.set_stream(current)  # 录制中途出错时 torch 不会换回原来的流
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize()
                 log.LOGGER.warning("一步录不成 CUDA graph，改为逐个算子计算：%s", error)
                 self.failed = True
+                self._failures += 1
         settle_rows(target.cache, target.lengths)
 
     def _window(self, width: int) -> Window:
@@ -257,6 +288,15 @@ class StepGraphs:
         """各缓存里写入过的层。"""
         caches = (self.step.target.cache, *self.step.drafter.caches)
         return [layer for cache in caches for layer in cache.layers if layer.buffers()]
+
+
+def _stream(device: torch.device) -> Any:
+    """录制用的流，各设备一个：torch 缺省的只有一个，属于第一次录制的设备。"""
+    if device.type != "cuda":
+        return None
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
 
 
 def _event() -> Any:

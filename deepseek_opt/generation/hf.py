@@ -1,4 +1,4 @@
-"""transformers 的 ``model.generate``：能用 MTP 的由本库的循环生成，不能的照旧，原因记在报告里。
+"""transformers 的 ``model.generate``：能用 MTP 的由本库的循环生成，不能的照旧，原因记在报告里。没有 MTP 的见 hf_plain.py。
 
 generate() 从 ``type(self)`` 上找解码的方法，所以在实例上换不掉；这里让它在一个替身上运行：替身的类继承原来的类，
 只换了 ``_sample``，与原模型共用同一个 ``__dict__``。准备输入、处理器、停止条件等都还是 transformers 自己的代码。
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepseek_opt.config import MTPConfig
 from deepseek_opt.generation.adaptive import MAX_DRAFTS, DraftLength
 from deepseek_opt.generation.collect import Collected
+from deepseek_opt.generation.graphs import forget
 from deepseek_opt.generation.loop import Loop, Plan
 from deepseek_opt.generation.plan import draft_length, make_chooser, missing_kernels
 from deepseek_opt.generation.rows import Rows
@@ -111,7 +112,17 @@ class GeneratePatch(Patch):
             return "模型上挂着前向钩子，逐步的前向要经过它"
         if model.training and any(_drops(module) for module in model.modules()):
             return "训练模式，有 dropout：每次前向都不同"
+        return self._unready()
+
+    def _unready(self) -> str | None:
+        """核或主模型的接口不能用的原因。"""
         return missing_kernels(self.predictor)
+
+    def remove(self) -> None:
+        """取下，不再留着录好的。"""
+        super().remove()
+        if self.predictor is not None:
+            forget(self.predictor)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -152,6 +163,7 @@ def make_plan(
         collected=collected,
         collector=patch.module.__dict__.get(ATTRIBUTE),
         graphs=patch.runtime.cuda_graphs,
+        hands_out=bool(returns and len(input_ids) == 1 and visible is None),
     )
 
 
@@ -201,7 +213,7 @@ def _why_not(
     config: Any,
     kwargs: Any,
 ) -> str | None:
-    """这一次不能用 MTP 的原因。"""
+    """这一次不能由循环生成的原因。"""
     stateful = [type(p).__name__ for p in processors if type(p).__name__ in _STATEFUL]
     extra = sorted(k for k, v in kwargs.items() if v is not None and k not in _INPUTS)
     cache = kwargs.get("past_key_values")

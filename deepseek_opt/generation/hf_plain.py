@@ -13,13 +13,15 @@ from torch import Tensor
 
 from deepseek_opt import log
 from deepseek_opt.config import MTPConfig
-from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.generation import graphs
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.hf import NAME, GeneratePatch
 from deepseek_opt.generation.loop import Plan
-from deepseek_opt.generation.plain import PlainPredictor
+from deepseek_opt.generation.plain import PlainPredictor, altered
+from deepseek_opt.generation.plan import missing_kernels
 from deepseek_opt.integrations.runtime import Runtime
+
+_SHORTEST = 8  # 生成得更短时，录制的开销比省下的多
 
 
 class PlainGeneratePatch(GeneratePatch):
@@ -29,12 +31,12 @@ class PlainGeneratePatch(GeneratePatch):
 
     def __init__(self, module: Any, runtime: Runtime):
         super().__init__(module, runtime, NAME, None)
-        self._unfit: str | None = None  # 接口建立不了的原因
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.runtime.refresh()
         if not self.runtime.cuda_graphs:
-            self.predictor = None  # 录好的、留着的缓存也不要了
+            if self.predictor is not None:
+                graphs.forget(self.predictor)
             return self.call_original(*args, **kwargs)
         if not graphs.can_capture(self.module.device):
             return self.call_original(*args, **kwargs)
@@ -46,13 +48,19 @@ class PlainGeneratePatch(GeneratePatch):
     def decline(self, reason: str) -> None:
         log.LOGGER.info("%s：这一次没有录成 CUDA graph（%s）", NAME, reason)
 
-    def _refusal(self, kwargs: dict[str, Any]) -> str | None:
-        if self.predictor is None and self._unfit is None:
+    def _unready(self) -> str | None:
+        """接口第一次用到时建立；模型的某一部分换掉了就重新建立。"""
+        reason, predictor = altered(self.module), self.predictor
+        if reason is not None:
+            return reason
+        if predictor is None or not predictor.adapter.is_current():
             try:
-                self.predictor = PlainPredictor(self.module)
-            except (InputError, UnsupportedError) as error:
-                self._unfit = str(error)
-        return self._unfit or super()._refusal(kwargs)
+                predictor = PlainPredictor(self.module)
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                # 用几个词元运行的是用户的模型：它自己的错误留给 transformers 的循环去报
+                return f"建立不了主模型的接口：{error}"
+            self.predictor = predictor
+        return missing_kernels(predictor)
 
     @property
     def config(self) -> MTPConfig:
@@ -65,12 +73,16 @@ class PlainGeneratePatch(GeneratePatch):
     def unprepared(self, rows: int, visible: Tensor | None, returns: bool) -> str | None:
         if returns and (rows > 1 or visible is not None):
             return "要返回几行（或有填充）的缓存"
-        if visible is not None and not bool(visible.any(1).all()):
-            return "有全是填充的行"
+        if visible is None:
+            return None
+        if not bool(visible[:, -1].all()) or bool((visible[:, :-1] & ~visible[:, 1:]).any()):
+            return "填充不在左边"  # transformers 从填充之后接着生成
         return None
 
     def unfit(self, plan: Plan) -> str | None:
+        if plan.rows.max_new < _SHORTEST:
+            return f"至多生成 {plan.rows.max_new} 个词元，录制不合算"
         return graphs.obstacle(plan)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "predictor": None, "_unfit": None}
+        return {**self.__dict__, "predictor": None}

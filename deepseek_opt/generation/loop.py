@@ -12,7 +12,7 @@ import torch
 from deepseek_opt.errors import InputError
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.collect import Collected
-from deepseek_opt.generation.graphs import forget, step_graphs
+from deepseek_opt.generation.graphs import step_graphs
 from deepseek_opt.generation.plain import PlainPredictor
 from deepseek_opt.generation.rows import Rows
 from deepseek_opt.generation.step import Found, Step
@@ -29,7 +29,7 @@ class Plan:
         predictor: MTP 模块，或只有主模型的（:mod:`.plain`）。rows: 序列。chooser: 怎样选词元（:mod:`.choose`）。
         stopping: 何时结束。length: 每步起草几个。streamer: 有 put(tokens)、end()，可以没有。
         collected: 要返回的分数。collector: 模型的性能指标，可以没有。
-        graphs: 能录的话是否把一步录成 CUDA graph。
+        graphs: 能录的话是否把一步录成 CUDA graph。hands_out: 缓存要交给用户，不能留着给下一次生成。
     """
 
     predictor: TokenPredictor | PlainPredictor
@@ -41,6 +41,7 @@ class Plan:
     collected: Collected = field(default_factory=Collected)
     collector: Any = None
     graphs: bool = True
+    hands_out: bool = False
 
 
 class _Launched(NamedTuple):
@@ -73,8 +74,7 @@ class Loop:
         return self.step.target
 
     def cache_of_one(self, length: int) -> Any:
-        """只有一行时，生成之后截到前 length 个词元的缓存；归调用者，不再留着给下一次生成。"""
-        forget(self.plan.predictor)
+        """只有一行时，生成之后截到前 length 个词元的缓存；归调用者（``plan.hands_out``）。"""
         return self.target.cache_of_one(length)
 
     def run(self) -> int:
@@ -113,8 +113,13 @@ class Loop:
             self._finish(current)
 
     def _runs_ahead(self) -> bool:
-        """还有一步没有读回时能不能启动下一步：它与读回的无关，也多半用得上。"""
-        return self.graphs is not None and self.rows.room() > 1 and self.graphs.runs_ahead()
+        """还有一步没有读回时能不能启动下一步：它与读回的无关，没有读回的也不是最后一步。
+
+        别的停止条件要读词元，会等到下一步算完，所以不提前。
+        """
+        if self.graphs is None or self.plan.stopping.criteria:
+            return False
+        return self.rows.room() > 1 and self.graphs.runs_ahead()
 
     def _launch(self, ahead: int = 0) -> _Launched:
         """启动一步；ahead 是已经启动、还没有读回的步数。"""
@@ -223,7 +228,11 @@ class Loop:
         kept = [r for r in range(len(rows.active)) if r not in gone]
         rows.leave(kept)
         self.live = [self.live[r] for r in kept]
-        if kept and (self.graphs is None or not self.graphs.park(self.live)):
+        if not kept:
+            return
+        if self.graphs is not None:
+            self.graphs.park(self.live)
+        else:
             self.step.select(self.live)
             self.live = list(range(len(kept)))
 
@@ -233,9 +242,8 @@ class Loop:
         open_rows = [b for b in rows.active if not self._closed(b)]
         ready = min((rows.counts[b] for b in open_rows), default=max(rows.counts))
         if ready > self.streamed:
-            columns = rows.sequences(ready)[:, rows.width + self.streamed :]
-            for column in columns.unbind(1):
-                self.plan.streamer.put(column.cpu())
+            for column in rows.columns(self.streamed, ready):
+                self.plan.streamer.put(column)
             self.streamed = ready
 
     def _closed(self, row: int) -> bool:

@@ -19,7 +19,7 @@ _LENGTH = "_draft_length"
 
 
 def missing_kernels(predictor: TokenPredictor) -> str | None:
-    """模型所在的设备上不能用 MTP 生成的原因；能则为 None。"""
+    """模型所在的设备上不能由循环生成的原因；能则为 None。"""
     return ops.missing(predictor.adapter.embedding.weight, "mtp_verify_greedy", "sample_filter")
 
 

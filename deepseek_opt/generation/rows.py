@@ -37,6 +37,7 @@ class Rows:
         self._tokens = prompt.new_full(shape, 0 if pad is None else pad)
         self._tokens[:, : self.width] = prompt
         self._unwritten: tuple[list[int], list[int]] = ([], [])  # 还没有写进去的：(位置, 词元)
+        self._generated: list[list[int]] = [[] for _ in range(rows)]
         self._drafted: list[list[bool]] = [[] for _ in range(rows)]
         self.counts = [0] * rows
         self.active = list(range(rows))
@@ -87,6 +88,7 @@ class Rows:
         ):
             places += range(begin, begin + len(tokens))
             values += tokens
+            self._generated[b] += tokens
             self._drafted[b] += [True] * count + [False] * (len(tokens) - count)
             self.counts[b] += len(tokens)
 
@@ -101,6 +103,19 @@ class Rows:
             if count < length:
                 out[b, self.width + count :] = 0 if self.pad is None else self.pad
         return out
+
+    def columns(self, begin: int, end: int) -> list[Tensor]:
+        """第 begin 到 end 个生成的词元，各 [B]，在主机上（不等设备）；不够长的行是 pad。"""
+        pad = 0 if self.pad is None else self.pad
+        return [
+            torch.tensor(
+                [
+                    own[i] if i < count else pad
+                    for own, count in zip(self._generated, self.counts, strict=True)
+                ]
+            )
+            for i in range(begin, end)
+        ]
 
     def drafted(self, length: int) -> Tensor:
         """[B, length] bool：哪些词元来自草稿。"""

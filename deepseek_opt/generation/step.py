@@ -130,7 +130,7 @@ class Step:
         """各行前进几个 [R]：接受的与其后的一个，停住的行是 0。"""
         if self.alive is None:
             return accepted + 1
-        # 没有 MTP 时总是接受 0 个；不留着它，所以可以就是 alive
+        # 没有 MTP 时总是接受 0 个，也没有谁留着这个张量：直接给出 alive
         return (accepted + 1) * self.alive if self.drafter.caches else self.alive
 
     def _observe(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt.integrations.stamp import stamp
 from deepseek_opt.load import uncounted
 from deepseek_opt.mtp.adapter import LayerInputs
 
@@ -24,6 +25,7 @@ class AngleTable:
     def __init__(self, rotary: nn.Module | None):
         self.rotary = rotary
         self._halves: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # 旋转模块按输入的类型舍入
+        self._stamps: tuple = ()  # 表由哪些频率算出
 
     @property
     def static(self) -> bool:
@@ -39,6 +41,9 @@ class AngleTable:
         """至少 count 个位置的 (cos, sin)；不够长就换一张更长的。"""
         from deepseek_opt.integrations.steady import half_angles
 
+        stamps = tuple(stamp(buffer) for buffer in self.rotary.buffers())
+        if stamps != self._stamps:
+            self._halves, self._stamps = {}, stamps
         found = self._halves.get(dtype)
         if found is None or count > found[0].shape[0] or found[0].device != device:
             every = torch.arange(2 * count + 128, device=device)[None]
@@ -49,10 +54,10 @@ class AngleTable:
 
 
 class SteadyParts:
-    """按当前的补丁建立的各部分；核对过的结论记着，补丁换了才重新核对。"""
+    """按当前的补丁建立的各部分；核对过、相符的记着，补丁换了才重新核对。"""
 
     def __init__(self) -> None:
-        self._checked: tuple[list[Any], bool] = ([], False)  # (各层的补丁, 核对的结论)
+        self._checked: list[Any] = []  # 核对过、相符的各层的补丁
         self._local = threading.local()
 
     def __reduce__(self) -> Any:
@@ -92,10 +97,12 @@ class SteadyParts:
 
     def _verified(self, adapter: Any, model: Any) -> bool:
         patches = [layer.attention for layer in model.layers]
-        if patches != self._checked[0]:
+        if patches != self._checked:
             with uncounted():
-                self._checked = (patches, _agrees(adapter, model))
-        return self._checked[1]
+                if not _agrees(adapter, model):
+                    return False
+            self._checked = patches
+        return True
 
 
 def _agrees(adapter: Any, model: Any) -> bool:
