@@ -20,7 +20,7 @@ fi
 # sm_80 那一遍）。写 torch.float16：float16 也会选中 bfloat16。
 # 逐个造数据的、CPU 线程数的、看分布的、很大的只在 CPU 上跑；MoE 的各种布局与奇数形状 tests/cuda 里有。
 LD_PRELOAD="${libraries[*]}" "$python" -c 'from tests.cuda import host_library; host_library.load()'
-cuda=({simulator,simulator_sm90,orders,paths,layer,linear_small,gpu}.py
+cuda=({simulator,simulator_sm90,simulator_rings,orders,paths,layer,linear_small,gpu}.py
     {gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
 operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)

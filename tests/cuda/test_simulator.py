@@ -80,12 +80,6 @@ extern "C" int run(const float *x, float *y, int steps) {
 """
 
 
-@pytest.fixture(params=MODES, ids="-".join)
-def mode(request, monkeypatch):
-    monkeypatch.setenv("DSO_HOST_ORDER", request.param[0])
-    monkeypatch.setenv("DSO_HOST_ASYNC", request.param[1])
-
-
 @pytest.mark.usefixtures("mode")
 def test_fragments_multiply():
     """ldmatrix 与 mma 的片段布局：结果就是矩阵乘，两种类型、两种右操作数。"""
