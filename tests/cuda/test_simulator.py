@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.cuda import host_library as host
-from tests.cuda.simulation import FAILED, MODES, pointer, simulate
+from tests.cuda.simulation import FAILED, MODES, marks, pointer, simulate
 from tests.op_cases import randn
 
-pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
+pytestmark = marks
 
 # 一个 warp：d [16, 8] = a [16, 16] b [8, 16]ᵀ；右操作数按 [n][k] 或 [k][n] 存。
 FRAGMENTS = """

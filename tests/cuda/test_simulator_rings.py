@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cuda import host_library as host
-from tests.cuda.simulation import FAILED, MODES, pointer, simulate
+from tests.cuda.simulation import FAILED, MODES, marks, pointer, simulate
 from tests.op_cases import randn
 
-pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
+pytestmark = marks
 
 # 生产者一个 warp、消费者一个 warp，STAGES 级的环：y 是 x 每 64 个一组倒过来。bug 选一种错误。
 RING = """

@@ -7,11 +7,10 @@ import ctypes
 import pytest
 import torch
 
-from tests.cuda import host_library as host
-from tests.cuda.simulation import FAILED, pointer, simulate
+from tests.cuda.simulation import FAILED, marks, pointer, simulate
 from tests.op_cases import randn
 
-pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
+pytestmark = marks
 
 # 4 个 warp：d [64, N] = a b，两个操作数由 TMA 拷进来，各自可以 K 或 M（N）一维连续。swizzle、leading、stride
 # 不是 -1 时换掉描述符的一项，wait 为 0 时不等（种下的错误）。
