@@ -73,8 +73,7 @@ void read_async(size_t offset, uint64_t fence) {
 
 // ---- 推迟的动作 ----
 
-void defer(Queue queue, std::function<void()> action) {
-  if (!state.is_lazy) return action();
+void postpone(Queue queue, std::function<void()> action) {
   queue_of(queue).open.push_back(std::move(action));
 }
 
