@@ -38,12 +38,6 @@ struct Strip {
     int64_t bytes = k * 2 < most ? k * 2 : most;
     if (bytes > 0) prefetch_l2(threadIdx.x % 4 == 0 ? top : bottom, static_cast<uint32_t>(bytes));
   }
-
-  __device__ __forceinline__ void multiply(const Words<4> &a, const Words<4> &b, uint4 x) {
-    uint32_t low[4] = {a.v[0], b.v[0], a.v[1], b.v[1]}, high[4] = {a.v[2], b.v[2], a.v[3], b.v[3]};
-    E::mma(acc, low, x.x, x.y);
-    E::mma(acc, high, x.z, x.w);
-  }
 };
 
 // 先发出 UNROLL 步的全部读，再算：一块的权重大多同时在路上。
@@ -55,10 +49,9 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
   const auto *x =
       static_cast<const uint16_t *>(p.x.data) + blockIdx.y * p.x_step + lane / 4 * p.x.rs;
   bool real = lane / 4 < p.m;
-  uint4 zero = make_uint4(0, 0, 0, 0);
+  const Words<4> zero = {};
   for (int64_t begin = 0; begin < p.k; begin += UNROLL * ROUND) {
-    Words<4> a[UNROLL][SETS], b[UNROLL][SETS];
-    uint4 in[UNROLL];
+    Words<4> a[UNROLL][SETS], b[UNROLL][SETS], in[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       int64_t k = begin + u * ROUND + warp * STEP + lane % 4 * 8;
@@ -68,12 +61,12 @@ __device__ __forceinline__ void accumulate(const dso_cuda_linear_params &p,
         a[u][s] = inside ? load_once(strips[s].top + k) : Words<4>{};
         b[u][s] = inside ? load_once(strips[s].bottom + k) : Words<4>{};
       }
-      in[u] = inside && real ? *reinterpret_cast<const uint4 *>(x + k) : zero;
+      in[u] = inside && real ? *reinterpret_cast<const Words<4> *>(x + k) : zero;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
-      for (int s = 0; s < SETS; s++) strips[s].multiply(a[u][s], b[u][s], in[u]);
+      for (int s = 0; s < SETS; s++) mma_rows<E>(strips[s].acc, a[u][s], b[u][s], in[u]);
   }
 }
 

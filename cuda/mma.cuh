@@ -100,6 +100,17 @@ __device__ inline void load_b_trans(uint32_t (&b)[4], const uint16_t *tile, int 
   ldmatrix_x4_trans(b, tile + (k + lane / 8 % 2 * 8 + lane % 8) * stride + n + lane / 16 * 8);
 }
 
+// 左操作数直接读自两行：一个线程持 top（第 fragment_row() 行）、bottom（其后第 8 行）与 x（右操作数的第 fragment_row() 列）
+// 各自连续的 8 个 k，当作两个 k16 的片段里同一个线程的：求和与 k 的次序无关，不必经过共享内存重排。
+template <class E>
+__device__ __forceinline__ void mma_rows(float (&d)[4], const Words<4> &top, const Words<4> &bottom,
+                                         const Words<4> &x) {
+  const uint32_t low[4] = {top.v[0], bottom.v[0], top.v[1], bottom.v[1]};
+  const uint32_t high[4] = {top.v[2], bottom.v[2], top.v[3], bottom.v[3]};
+  E::mma(d, low, x.v[0], x.v[1]);
+  E::mma(d, high, x.v[2], x.v[3]);
+}
+
 // 一个 warp 拷一行：from 的前 count 个元素，其后到 width 填 0；from 为空时整行填 0。都是 8 的倍数。
 __device__ inline void copy_row_async(uint16_t *to, const uint16_t *from, int count, int width) {
   for (int c = static_cast<int>(threadIdx.x) % WARP * 8; c < width; c += WARP * 8) {

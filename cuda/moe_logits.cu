@@ -68,16 +68,10 @@ __global__ __launch_bounds__(THREADS) void moe_logits_mma(dso_moe_route_params p
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
-      for (int m = 0; m < 2; m++) {
-        const Words<4> &top = a[u][2 * m], &bottom = a[u][2 * m + 1];
-        uint32_t low[4] = {top.v[0], bottom.v[0], top.v[1], bottom.v[1]};
-        uint32_t high[4] = {top.v[2], bottom.v[2], top.v[3], bottom.v[3]};
+      for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-          E::mma(acc[m][t], low, b[u][t].v[0], b[u][t].v[1]);
-          E::mma(acc[m][t], high, b[u][t].v[2], b[u][t].v[3]);
-        }
-      }
+        for (int t = 0; t < TILES; t++)
+          mma_rows<E>(acc[m][t], a[u][2 * m], a[u][2 * m + 1], b[u][t]);
   }
 
   // 各 warp 的部分和 [WARPS][词元][PITCH]，按次序相加。

@@ -43,8 +43,8 @@ __device__ void keep_best(const dso_mtp_draft_head_params &p, Best *found, int64
 
 static_assert(HEAD_TOKENS == WARP, "一个线程一个候选");
 
-__device__ uint4 load_or_zero(const uint16_t *row, int64_t k, int64_t end) {
-  return row && k < end ? *reinterpret_cast<const uint4 *>(row + k) : make_uint4(0, 0, 0, 0);
+__device__ Words<4> load_or_zero(const uint16_t *row, int64_t k, int64_t end) {
+  return row && k < end ? *reinterpret_cast<const Words<4> *>(row + k) : Words<4>{};
 }
 
 template <class T, int ROWS>
@@ -70,19 +70,14 @@ __global__ void __launch_bounds__(HEAD_THREADS)
   float acc[2][N][4] = {};
 #pragma unroll 2
   for (int64_t k = warp * STEP + lane % 4 * 8; k < p.k + lane % 4 * 8; k += HEAD_WARPS * STEP) {
-    uint4 a[4];
+    Words<4> a[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) a[j] = load_or_zero(w[j], k, p.k);
 #pragma unroll
     for (int n = 0; n < N; n++) {
-      uint4 b = load_or_zero(x[n], k, p.k);
+      Words<4> b = load_or_zero(x[n], k, p.k);
 #pragma unroll
-      for (int m = 0; m < 2; m++) {
-        uint32_t low[4] = {a[2 * m].x, a[2 * m + 1].x, a[2 * m].y, a[2 * m + 1].y};
-        uint32_t high[4] = {a[2 * m].z, a[2 * m + 1].z, a[2 * m].w, a[2 * m + 1].w};
-        T::mma(acc[m][n], low, b.x, b.y);
-        T::mma(acc[m][n], high, b.z, b.w);
-      }
+      for (int m = 0; m < 2; m++) mma_rows<T>(acc[m][n], a[2 * m], a[2 * m + 1], b);
     }
   }
 #pragma unroll

@@ -17,7 +17,7 @@ if [ "$html" = --html ]; then
     search+=("$object_dir")
 fi
 
-# 汇总；release 与 werror 构建没有插桩，不在搜索范围里。
+# 汇总；release 构建没有插桩，不在搜索范围里。
 gcov=gcov
 case ${CC:-gcc} in *clang*) gcov="llvm-cov gcov" ;; esac
 existing=()

@@ -17,22 +17,23 @@ if [ "$#" -gt 0 ]; then
 fi
 # 先一起编译好，再分给两个进程；最后当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
 # fp16 与 bf16 是同样的模板：算子的测试里只跑 bf16，tests/cuda 里两种都有（MoE 反向的 fp16 只在 Hopper 那一遍，MLA 的只在
-# sm_80 那一遍）。写 torch.float16：float16 也会选中 bfloat16。
+# sm_80 那一遍，采样前的处理只在不带 top-k、top-p 时）。写 torch.float16：float16 也会选中 bfloat16。
 # 逐个造数据的、CPU 线程数的、看分布的、很大的只在 CPU 上跑；MoE 的各种布局与奇数形状 tests/cuda 里有。
 LD_PRELOAD="${libraries[*]}" "$python" -c 'from tests.cuda import host_library; host_library.load()'
-cuda=({simulator,simulator_sm90,orders,paths,layer,linear_small,mla_heads}.py
+cuda=({simulator,simulator_sm90,simulator_rings,orders,paths,layer,linear_small,mla_heads}.py
     {gpu,gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
 operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
 hopper=({orders,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
     {gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+once='not (moe_backward and torch.float16) and not (sample_filter and torch.float16 and top)'
 few='not torch.float16 and not any_shape and not adversarial and not thread_count and not distribution'
 few+=' and not biased and not sampled_drafts and not activation_no_less and not 400-dtype'
 few+=' and not (moe_experts and (every_layout or odd_shapes or wide_blocks or anything or block_boundaries))'
 # fp32、量化的在 Hopper 上也走第一遍跑过的核。
 wgmma='(not torch.float16 or moe) and not torch.float32 and not int8 and not fp8'
 status=0
-run "${parallel[@]}" -k 'not (moe_backward and torch.float16)' "${cuda[@]/#/tests/cuda/test_}" || status=$?
+run "${parallel[@]}" -k "$once" "${cuda[@]/#/tests/cuda/test_}" || status=$?
 run "${parallel[@]}" -k "$few" "${operators[@]/#/tests/test_}" || status=$?
 DSO_HOST_MAJOR=9 run "${parallel[@]}" -k "$wgmma" "${hopper[@]/#/tests/cuda/test_}" || status=$?
 exit "$status"

@@ -12,7 +12,7 @@ import deepseek_opt as dso
 from deepseek_opt import MOEConfig, optimize, restore
 from deepseek_opt.errors import ConfigError, UnsupportedError
 from deepseek_opt.quantize import dequantize, quantize_experts
-from tests.test_moe_quantize_optimize import FORMS, INT4, profile
+from tests.moe_quantize_cases import FORMS, INT4, profile
 from tests.tolerances import tol
 
 

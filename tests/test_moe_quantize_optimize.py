@@ -1,4 +1,4 @@
-"""optimize 时量化专家：与“权重换成量化再还原的值”的原模型一致；保留、释放、出错、换配置、复制、训练。"""
+"""optimize 时量化专家：与“权重换成量化再还原的值”的原模型一致；换配置、复制、训练。"""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import nn
 
 import deepseek_opt as dso
 from deepseek_opt import MLAConfig, MOEConfig, OptimizationProfile, optimize, restore, switch
-from deepseek_opt.errors import ConfigError, InputError, UnsupportedError
+from deepseek_opt.errors import ConfigError, UnsupportedError
 from deepseek_opt.integrations import quantized
-from deepseek_opt.integrations.moe_block import MoeBlockPatch
 from deepseek_opt.integrations.patch import patch_of
-from deepseek_opt.optimize import find_state, is_optimized
+from deepseek_opt.optimize import find_state
 from deepseek_opt.quantize import dequantize, quantize_experts
 from tests.moe_models import (
     MODELS,
@@ -26,81 +25,28 @@ from tests.moe_models import (
     output_of,
     transformers,
 )
+from tests.moe_quantize_cases import (
+    FORMS,
+    INT4,
+    block_of,
+    blocks_in,
+    logits,
+    profile,
+    rounded,
+    same_state,
+    state_of,
+)
 from tests.test_moe_models import SKIPPED
-from tests.test_moe_optimize import routing, snapshot
+from tests.test_moe_optimize import routing
 from tests.tolerances import tol
 
 moe_module = pytest.importorskip("transformers.integrations.moe")
-
 HERE = [name for name in MODELS if available(name) and name not in SKIPPED]
-INT4 = {"quantization": "int4", "quantization_group_size": 32}
-FP8 = {"quantization": "fp8"}
-FORMS = {
-    "int8": ({"quantization": "int8"}, (8, None, True)),
-    "fp8": (FP8, (8, None, True, True)),
-    "fp8 分组": ({**FP8, "quantization_group_size": 128}, (8, 128, True, True)),
-    "int4": (INT4, (4, 32, True)),
-    "int4 带零点": ({**INT4, "quantization_symmetric": False}, (4, 32, False)),
-}
-
-
-def profile(**fields):
-    return OptimizationProfile(moe=MOEConfig(**fields))
-
-
-@torch.no_grad()
-def logits(model):
-    return output_of(model, make_ids())
-
-
-def rounded(model, form):
-    """model 的副本，量化的专家权重换成量化再还原的值；布局按 transformers 的标志换算。"""
-    twin = copy.deepcopy(model)
-    for module in experts_in(twin).values():
-        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-            weight = getattr(module, name)
-            plain = weight.data.mT if module.is_transposed else weight.data
-            if name == "gate_up_proj" and not module.is_concatenated:
-                plain = torch.cat((plain[:, ::2], plain[:, 1::2]), 1)
-            plain = dequantize(quantize_experts(plain, *form), weight.dtype)
-            if name == "gate_up_proj" and not module.is_concatenated:
-                plain = torch.stack(plain.chunk(2, 1), 2).flatten(1, 2)
-            weight.data.copy_(plain.mT if module.is_transposed else plain)
-    optimize(tried := copy.deepcopy(model), profile(quantization="int8"))
-    for name in blocks_in(tried):
-        for weight in shared_of(twin.get_submodule(name)):
-            weight.data.copy_(dequantize(quantize_experts(weight.data[None], *form))[0])
-    return twin
-
-
-def blocks_in(model):
-    """连同共享专家一次算完的块的名字。"""
-    return [n for n, m in model.named_modules() if isinstance(patch_of(m), MoeBlockPatch)]
-
-
-def shared_of(block):
-    """共享专家的三个权重。"""
-    names = ("shared_experts", "shared_expert", "shared_mlp")
-    mlp = next(getattr(block, name) for name in names if hasattr(block, name))
-    return [getattr(mlp, part).weight for part in ("gate_proj", "up_proj", "down_proj")]
 
 
 @pytest.fixture
 def model():
     return make_moe("deepseek_v3")
-
-
-def block_of(model):
-    return model.model.layers[1].mlp
-
-
-def state_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same_state(model, state):
-    now = model.state_dict()
-    return list(now) == list(state) and all(torch.equal(now[k], v) for k, v in state.items())
 
 
 # ---- 各架构、各格式 ----
@@ -216,127 +162,6 @@ def test_transposed_and_interleaved(form, keep):
         if not keep:
             torch.testing.assert_close(layer["experts"].gate_up_proj, inner.gate_up_proj)
             torch.testing.assert_close(layer["experts"].down_proj, inner.down_proj)
-
-
-# ---- 保留与释放 ----
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_kept_weights_come_back_bit_for_bit(model, form):
-    before, state, expected = snapshot(model), state_of(model), logits(model)
-    optimize(model, profile(**FORMS[form][0]), strict=True)
-    assert not torch.equal(logits(model), expected) and same_state(model, state)
-    restore(model)
-    assert snapshot(model) == before and torch.equal(logits(model), expected)
-    assert same_state(model, state)
-
-
-def test_report_says_what_it_costs(model):
-    report = optimize(model, profile(**INT4))
-    entry = next(e for e in report.replaced if e.name.endswith("experts"))
-    store = patch_of(block_of(model).experts).store
-    experts = block_of(model).experts
-    assert store.original_bytes == 4 * (experts.gate_up_proj.numel() + experts.down_proj.numel())
-    assert store.nbytes < store.original_bytes / 4 and "（保留）" in entry.reason
-    switch(model, profile(**INT4, keep_original_weights=False))
-    assert "（已释放）" in str(find_state(model).report)
-
-
-@pytest.fixture
-def released(model):
-    optimize(model, profile(**INT4, keep_original_weights=False), strict=True)
-    return model
-
-
-def test_released_weights_are_gone(model):
-    want = logits(rounded(model, FORMS["int4"][1]))
-    refs = [block_of(model).experts.gate_up_proj, block_of(model).experts.down_proj]
-    kinds = [type(p) for p in refs]
-    optimize(model, profile(**INT4, keep_original_weights=False), strict=True)
-    experts = block_of(model).experts
-    assert experts.gate_up_proj.is_meta and experts.down_proj.is_meta
-    assert all(weight.is_meta for weight in shared_of(block_of(model)))
-    assert [type(p) for p in experts.parameters()] == kinds
-    assert [p.shape for p in experts.parameters()] == [p.shape for p in refs]
-    torch.testing.assert_close(logits(model), want, **tol("fixed_point"))
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        restore,
-        lambda m: m.state_dict(),
-        lambda m: m.load_state_dict({}, strict=False),
-        lambda m: switch(m, profile(quantization="int8")),
-        lambda m: switch(m, profile()),
-        lambda m: switch(m, OptimizationProfile(mla=MLAConfig())),
-        lambda m: switch(m, profile(**INT4), filter_fn=lambda name, _: "experts" not in name),
-        lambda m: dso.verify(m, make_ids()),
-        lambda m: logits(m.train()),
-    ],
-)
-def test_what_needs_the_released_weights_says_so(released, use):
-    expected = logits(released)
-    with pytest.raises((UnsupportedError, InputError), match=r"layers\.1\.mlp.*原权重已经释放"):
-        use(released)
-    assert torch.equal(logits(released.eval()), expected)
-
-
-def test_save_pretrained_of_a_released_model_is_an_error(released, tmp_path):
-    with pytest.raises(UnsupportedError, match="save_quantized"):
-        released.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_restore_by_dequantising(released):
-    expected = logits(released)
-    restore(released, dequantize=True)
-    assert not is_optimized(released)
-    torch.testing.assert_close(logits(released), expected, **tol("fixed_point"))
-    state = state_of(released)
-    released.load_state_dict(state)
-    assert not any(value.is_meta for value in state.values())
-
-
-def test_switch_keeps_released_experts_when_the_scheme_is_the_same(released):
-    expected = logits(released)
-    report = switch(released, OptimizationProfile(mla=MLAConfig(), moe=MOEConfig(**INT4)))
-    assert {e.part for e in report.replaced} == {"mla", "moe"} and "已释放" in str(report)
-    torch.testing.assert_close(logits(released), expected, **tol("fixed_point"))
-
-
-# ---- 出错时什么都不变 ----
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_weights_name_the_layer_and_change_nothing(value):
-    model = make_moe(
-        "deepseek_v3",
-        num_hidden_layers=4,
-        num_experts=40,
-        n_routed_experts=40,
-        num_local_experts=40,
-    )
-    with torch.no_grad():
-        model.model.layers[3].mlp.experts.down_proj[37, 2, 1] = value
-    before, state = snapshot(model), [id(p) for p in model.parameters()]
-    settings = profile(**INT4, keep_original_weights=False)
-    with pytest.raises(InputError, match=r"layers\.3\.mlp\.experts\.down_proj\[37\].*NaN 或无穷"):
-        optimize(model, settings)
-    assert not is_optimized(model) and snapshot(model) == before
-    assert [id(p) for p in model.parameters()] == state
-    optimize(model, profile())
-    with pytest.raises(InputError, match="NaN"):
-        switch(model, settings)
-    assert [id(p) for p in model.parameters()] == state and is_optimized(model)
-    assert not quantized.stores_in(model)
-
-
-def test_strict_failure_releases_nothing(model):
-    settings = profile(**INT4, keep_original_weights=False, z_loss_weight=0.1)
-    with pytest.raises(UnsupportedError, match="z_loss_weight"):
-        optimize(model, settings, strict=True)
-    assert not is_optimized(model) and not any(p.is_meta for p in model.parameters())
 
 
 # ---- 换配置 ----

@@ -16,7 +16,7 @@ from deepseek_opt.errors import InputError, UnsupportedError
 from deepseek_opt.integrations import quantized
 from deepseek_opt.optimize import is_optimized
 from tests.moe_models import make_moe
-from tests.test_moe_quantize_optimize import (
+from tests.moe_quantize_cases import (
     FORMS,
     INT4,
     block_of,

@@ -184,6 +184,32 @@ def test_header_change_rebuilds_only_users(tmp_path, monkeypatch):
     assert stale() == ["a.c"]
 
 
+def test_what_compiled_without_warnings_serves_the_strict_build(tmp_path, monkeypatch):
+    """make lint 只重新编译上次有警告的，警告当错误；没有警告的与 make build 是同一份。"""
+    monkeypatch.setenv("DEEPSEEK_OPT_BUILD_ISAS", "scalar")
+    monkeypatch.delenv("DEEPSEEK_OPT_WERROR", raising=False)
+    source = tmp_path / "csrc"
+    source.mkdir()
+    (source / "clean.c").write_text("int a(void);\nint a(void) { return 1; }\n")
+    (source / "warns.c").write_text("int b(void);\nint b(void) { int unused; return 2; }\n")
+
+    def stale(builder):
+        return [unit.source.name for unit in builder.c_units() if not builder._fresh(unit)]
+
+    plain = build_native.Builder(tmp_path)
+    plain._compile_all(plain.c_units())
+    assert not stale(plain)
+    monkeypatch.setenv("DEEPSEEK_OPT_WERROR", "1")
+    strict = build_native.Builder(tmp_path)
+    assert stale(strict) == ["warns.c"]
+    with pytest.raises(build_native.BuildError, match="编译失败.*warns.c"):
+        strict._compile_all(strict.c_units())
+    assert stale(plain) == ["warns.c"]
+    (source / "warns.c").write_text("int b(void);\nint b(void) { return 2; }\n")
+    strict._compile_all(strict.c_units())
+    assert not stale(strict) and not stale(plain)
+
+
 def test_compile_error_names_command(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_OPT_BUILD_ISAS", "scalar")
     (tmp_path / "csrc").mkdir()

@@ -35,12 +35,11 @@ LESS_TIME = Target(0.25, "省下的时间的比例")
 MORE_TOKENS = Target(1.30, "倍于逐个词元的词元数每秒")
 _SAME = 0.75  # fp32 里相同的词元至少这么多：偶有两个分数几乎相等，不同的矩阵乘选了另一个，那一行从此不同
 _PEAK_LR, _WARMUP = 1e-3, 0.05
-_TEXT_BYTES = 24 << 20  # 至多用这么多源码：分词也占时间
 
 
 @dataclass(frozen=True)
 class Scale:
-    """规模：模型、训练的一批、生成的长度。"""
+    """规模：模型、训练的一批、生成的长度、至多用多少源码（字节；分词也占时间）。"""
 
     hidden: int
     layers: int
@@ -48,11 +47,12 @@ class Scale:
     length: int
     prompt: int
     new: int
+    text: int
     steps: int | None = None  # 训练的步数；None 为按时间
 
 
-FULL = Scale(768, 12, 32, 512, 128, 256)
-QUICK = Scale(64, 2, 2, 32, 8, 12, 2)
+FULL = Scale(768, 12, 32, 512, 128, 256, 24 << 20)
+QUICK = Scale(64, 2, 2, 32, 8, 12, 1 << 16, 2)
 
 
 def cases(_: Env) -> list[Case]:
@@ -161,13 +161,13 @@ def _build(env: Env, scale: Scale, vocabulary: int) -> nn.Module:
     return model
 
 
-def _stream(tokenizer: Any) -> Tensor:
+def _stream(tokenizer: Any, most: int) -> Tensor:
     """训练用的源码首尾相接的词元。"""
     texts, size = [], 0
     for path in training_files():
         texts.append(read_text(path))
         size += len(texts[-1])
-        if size > _TEXT_BYTES:
+        if size > most:
             break
     ids = [one for part in tokenizer(texts)["input_ids"] for one in part]
     return torch.tensor(ids)
@@ -177,7 +177,7 @@ def _train(env: Env, scale: Scale, model: nn.Module, tokenizer: Any) -> dict[str
     """训练到时间用完（预算的一半，至多 TRAIN_SECONDS 秒）；返回用时、词元数、最后的损失。"""
     from deepseek_opt import MTPTraining
 
-    stream = _stream(tokenizer)
+    stream = _stream(tokenizer, scale.text)
     began, seconds = time.monotonic(), min(TRAIN_SECONDS, env.remaining() / 2)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1

@@ -32,7 +32,7 @@ def cases(_: Env) -> list[Case]:
 def run(env: Env) -> Iterator[Row]:
     """先量对照，再量本库。"""
     base = models.build(env, models.shape(env))
-    start = 32 if env.quick else START
+    start, most = (32, 128) if env.quick else (START, 64 * START)
     # quick 只查脚本：结果不能随机器的忙闲而变。
     seconds = math.inf if env.quick else min(SECONDS, env.remaining())
     deadline = time.monotonic() + seconds
@@ -41,7 +41,7 @@ def run(env: Env) -> Iterator[Row]:
         for kind in ("eager", "sdpa"):
             model = models.standard(base, kind)
             until = min(deadline, time.monotonic() + seconds / 4)
-            found[kind] = longest(_fits(env, model), start, 64 * start, until)
+            found[kind] = longest(_fits(env, model), start, most, until)
             del model
             free(env.device)
         fast, report = models.optimized(base)

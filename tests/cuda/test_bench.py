@@ -111,7 +111,7 @@ def spoiled(op):
 )
 def test_a_wrong_result_fails_and_is_not_timed(bench, monkeypatch, capsys, group, name, row):
     monkeypatch.setattr(ops, name, spoiled(getattr(ops, name)))
-    code, result = bench("--only", group)
+    code, result = bench("--only", group, "--match", row)
     found = rows_of(result)[row]
     assert code == 1 and found["status"] == FAILED and "us" not in found
     assert "与参考不符" in found["reason"] and "失败" in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_a_wrong_gradient_fails(bench, monkeypatch):
 
 def test_not_finite_fails(bench, monkeypatch):
     monkeypatch.setattr(ops, "mla_decode", lambda q, *_: q[..., :16] * torch.nan)
-    code, result = bench("--only", "mla_decode")
+    code, result = bench("--only", "mla_decode", "--match", "h16.b32,h128")
     assert code == 1 and all("NaN" in row["reason"] for row in result["rows"])
 
 
@@ -156,7 +156,7 @@ def test_errors_become_rows(bench, monkeypatch, error, status):
         raise error
 
     monkeypatch.setattr(ops, "rope", fail)
-    code, result = bench("--only", "dense")
+    code, result = bench("--only", "dense", "--match", "rope,cache_write")
     rows = rows_of(result)
     assert code == (1 if status == FAILED else 0) and result["complete"]
     found = rows["rope.1x4x2x64.bfloat16"]
@@ -180,7 +180,7 @@ def test_rows_survive_an_interruption(bench, monkeypatch, tmp_path):
 
     monkeypatch.setattr(ops, "rope", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bench("--only", "dense")
+        bench("--only", "dense", "--match", "bfloat16")
     result = json.loads((tmp_path / "results" / "gpu.json").read_text(encoding="utf-8"))
     assert not result["complete"] and rows_of(result)["rms_norm.4x64.bfloat16"]["us"] > 0
 

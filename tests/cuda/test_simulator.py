@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.cuda import host_library as host
-from tests.cuda.simulation import FAILED, MODES, pointer, simulate
+from tests.cuda.simulation import FAILED, MODES, marks, pointer, simulate
 from tests.op_cases import randn
 
-pytestmark = pytest.mark.skipif(host.compiler() is None, reason="没有主机 C++ 编译器")
+pytestmark = marks
 
 # 一个 warp：d [16, 8] = a [16, 16] b [8, 16]ᵀ；右操作数按 [n][k] 或 [k][n] 存。
 FRAGMENTS = """
@@ -78,12 +78,6 @@ extern "C" int run(const float *x, float *y, int steps) {
   return launch(kernel, dim3(1), dim3(64), 2 * 64 * 4, nullptr, x, y, steps);
 }
 """
-
-
-@pytest.fixture(params=MODES, ids="-".join)
-def mode(request, monkeypatch):
-    monkeypatch.setenv("DSO_HOST_ORDER", request.param[0])
-    monkeypatch.setenv("DSO_HOST_ASYNC", request.param[1])
 
 
 @pytest.mark.usefixtures("mode")

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DSO_HOST_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -13,7 +13,6 @@
 #endif
 
 namespace cuda_host {
-namespace {
 
 struct Context {
 #if defined(__x86_64__)
@@ -52,8 +51,8 @@ dso_host_switch:
 )");
 #endif
 
-void switch_context(Context &from, Context &to) {
-#if defined(__SANITIZE_ADDRESS__)
+inline void switch_context(Context &from, Context &to) {
+#if defined(DSO_HOST_ASAN)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
 #endif
 #if defined(__x86_64__)
@@ -61,13 +60,13 @@ void switch_context(Context &from, Context &to) {
 #else
   swapcontext(&from.context, &to.context);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DSO_HOST_ASAN)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 
 // 在这个栈上从 entry 开始；entry 不返回。
-void start_context(Context &context, char *stack, size_t bytes, void (*entry)()) {
+inline void start_context(Context &context, char *stack, size_t bytes, void (*entry)()) {
   context.bottom = stack, context.size = bytes;
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
@@ -83,5 +82,4 @@ void start_context(Context &context, char *stack, size_t bytes, void (*entry)())
 #endif
 }
 
-}  // namespace
 }  // namespace cuda_host

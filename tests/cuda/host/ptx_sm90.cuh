@@ -54,16 +54,16 @@ inline void copy_box(const CUtensorMap &map, size_t to, const int (&at)[4]) {
       inside = inside && x >= 0 && x < map.dims[i];
       from += x * map.strides[i];
     }
-    for (int c = 0; c < map.box[0]; c++) {
+    for (int c = 0; c < map.box[0]; c += 8) {  // 16 字节之内不交错
       int64_t x = at[0] + c;
       size_t address = to + static_cast<size_t>((row * map.box[0] + c) * 2);
       size_t place = swizzle_address(address, map.swizzle);
-      if (place % 16 == 0) cuda_host::wrote_async(place);
-      unsigned char *target = shared + place;
-      if (inside && x >= 0 && x < map.dims[0])
-        std::memcpy(target, from + 2 * x, 2);
-      else
-        std::memset(target, 0, 2);
+      cuda_host::wrote_async(place);
+      std::memset(shared + place, 0, 16);
+      int64_t begin = std::max<int64_t>(-x, 0), end = std::min<int64_t>(map.dims[0] - x, 8);
+      if (inside && begin < end)
+        std::memcpy(shared + place + 2 * begin, from + 2 * (x + begin),
+                    static_cast<size_t>(2 * (end - begin)));
     }
   }
 }
@@ -188,8 +188,8 @@ struct Descriptor {
     width = widths[bits >> 62];
   }
 
-  // M（N）一维第 i 个、K 一维第 k 个元素。
-  uint16_t at(bool trans, size_t i, size_t k, uint64_t fence) const {
+  // M（N）一维第 i 个、K 一维第 k 个元素起的 8 个：沿 K（trans：沿 M、N），相接的 16 字节，不跨交错的单位。
+  void eight(uint16_t (&to)[8], bool trans, size_t i, size_t k, uint64_t fence) const {
     auto wide = static_cast<size_t>(width);
     size_t offset;
     if (width == 16)
@@ -200,11 +200,11 @@ struct Descriptor {
     else
       offset = i / 8 * stride + i % 8 * wide + k * 2;
     size_t address = swizzle_address(start + offset, width);
-    if (address + 2 > cuda_host::shared_size()) return 0x7fff;  // 越界：NaN
-    if (address % 16 == 0) cuda_host::read_async(address, fence);
-    uint16_t bits;
-    std::memcpy(&bits, cuda_host::shared_memory() + address, 2);
-    return bits;
+    size_t size = cuda_host::shared_size(), left = address < size ? size - address : 0;
+    std::fill(to, to + 8, uint16_t{0x7fff});  // 越界：NaN
+    if (left < 2) return;
+    cuda_host::read_async(address, fence);
+    std::memcpy(to, cuda_host::shared_memory() + address, left < 16 ? left / 2 * 2 : 16);
   }
 };
 
@@ -225,13 +225,27 @@ inline float decode_half(bool bf16, uint16_t bits) {
   return bf16 ? decode_bf16(bits) : decode_f16(bits);
 }
 
-__attribute__((optimize("O3"), no_sanitize("address"))) inline void multiply_panels(
+// 一个操作数 K 的 16 个、M（N）的 count 个：to [k][stride]。
+inline void read_operand(float *to, int stride, const Descriptor &from, bool trans, size_t first,
+                         int count, bool bf16, uint64_t fence) {
+  uint16_t bits[8];
+  for (int i = 0; i < count; i += trans ? 8 : 1)
+    for (int k = 0; k < 16; k += trans ? 1 : 8) {
+      from.eight(bits, trans, first + static_cast<size_t>(i), static_cast<size_t>(k), fence);
+      for (int e = 0; e < 8; e++)
+        to[trans ? k * stride + i + e : (k + e) * stride + i] = decode_half(bf16, bits[e]);
+    }
+}
+
+// 同 multiply_tile：a [k][行]。
+__attribute__((optimize("O3"), no_sanitize("address", "undefined"))) inline void multiply_panels(
     const float (&a)[16][16], const float (&b)[16][256], float (&d)[16][256], int columns) {
   for (int row = 0; row < 16; row++)
-    for (int n = 0; n < columns; n++) {
-      float sum = 0;
-      for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][n];
-      d[row][n] = sum;
+    for (int begin = 0; begin < columns; begin += 8) {  // columns 是 8 的倍数
+      float sum[8] = {};
+      for (int k = 0; k < 16; k++)
+        for (int n = 0; n < 8; n++) sum[n] += a[k][row] * b[k][begin + n];
+      for (int n = 0; n < 8; n++) d[row][begin + n] = sum[n];
     }
 }
 
@@ -239,20 +253,15 @@ inline void multiply_group(const WarpProduct &warp) {
   static float a[16][16], b[16][256], d[16][256];
   const GroupProduct &first = warp.lanes[0];
   Descriptor left(first.a), right(first.b);
-  for (size_t row = 0; row < 16 && !first.in_registers; row++)
-    for (size_t k = 0; k < 16; k++)
-      a[row][k] = decode_half(
-          first.bf16,
-          left.at(first.trans_a, static_cast<size_t>(first.warp) * 16 + row, k, warp.fence));
+  if (!first.in_registers)
+    read_operand(a[0], 16, left, first.trans_a, static_cast<size_t>(first.warp) * 16, 16,
+                 first.bf16, warp.fence);
   for (int lane = 0; lane < cuda_host::LANES && first.in_registers; lane++)
     for (int part = 0; part < 4; part++)
       for (int e = 0; e < 2; e++)
-        a[lane / 4 + 8 * (part & 1)][lane % 4 * 2 + 8 * (part >> 1) + e] = decode_half(
+        a[lane % 4 * 2 + 8 * (part >> 1) + e][lane / 4 + 8 * (part & 1)] = decode_half(
             first.bf16, static_cast<uint16_t>(warp.lanes[lane].fragment[part] >> (16 * e)));
-  for (size_t k = 0; k < 16; k++)
-    for (int n = 0; n < first.columns; n++)
-      b[k][n] =
-          decode_half(first.bf16, right.at(first.trans_b, static_cast<size_t>(n), k, warp.fence));
+  read_operand(b[0], 256, right, first.trans_b, 0, first.columns, first.bf16, warp.fence);
   multiply_panels(a, b, d, first.columns);
   for (int lane = 0; lane < cuda_host::LANES; lane++)
     for (int i = 0; i < first.columns / 2; i++) {

@@ -1,4 +1,4 @@
-// 主机模拟的调度器；约定见 sim.h。
+// 主机模拟的调度：谁什么时候运行，在哪里等（异步的动作在 async.cpp）；约定见 sim.h。
 #include "sim.h"
 
 #include <algorithm>
@@ -12,13 +12,12 @@
 namespace cuda_host {
 namespace {
 
-State state;
 std::mutex one_at_a_time;
 std::string failure;
 long conflict_count = 0, box_count = 0;
 
 void fiber_loop() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DSO_HOST_ASAN)
   const void *bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
@@ -43,12 +42,6 @@ bool runnable(Fiber &fiber) {
 
 // 硬件上退出的线程不再算数，屏障可能碰巧放行；写成这样的核多半是错的，一律不许。
 const char *const EXITED = "死锁：有的线程已经退出，别的还停在 __syncthreads 或 cluster 的屏障上";
-const char *const GONE = "动了已经退出的 CTA 的共享内存";
-
-void note_failure(const char *why) {
-  if (!state.failed) failure = why;
-  state.failed = true;
-}
 
 void release_if_complete(Barrier &barrier) {
   if (barrier.want == 0 || barrier.here < barrier.want) return;
@@ -69,12 +62,25 @@ void run_fiber(Fiber &fiber) {
   if (fiber.remote) note_failure("线程动过别的 CTA 的共享内存，没有再过 cluster 的屏障就退出");
 }
 
-std::vector<int> ordering(int count) {
-  std::vector<int> order(static_cast<size_t>(count));
-  for (int i = 0; i < count; i++) order[static_cast<size_t>(i)] = i;
-  if (state.order == "reverse") std::reverse(order.begin(), order.end());
-  if (state.order == "random") std::shuffle(order.begin(), order.end(), state.random);
-  return order;
+// 至多 LANES 个的次序：线程、warp、CTA 都不会更多。
+struct Ordering {
+  int order[LANES], count;
+  const int *begin() const { return order; }
+  const int *end() const { return order + count; }
+};
+
+Ordering ordering(int count) {
+  Ordering o{{}, count};
+  for (int i = 0; i < count; i++) o.order[i] = state.order == Order::REVERSE ? count - 1 - i : i;
+  if (state.order == Order::RANDOM) std::shuffle(o.order, o.order + count, state.random);
+  return o;
+}
+
+// 推迟的动作里先执行第几个。
+size_t next_pending() {
+  size_t last = state.pending.size() - 1;
+  if (state.order == Order::RANDOM) return state.random() % (last + 1);
+  return state.order == Order::REVERSE ? last : 0;
 }
 
 // 一个 warp 一直运行到谁都不能继续；有进展返回 true。
@@ -171,7 +177,7 @@ void run_cluster(dim3 at) {
     for (int i : ordering(state.cluster)) any = run_cta(state.ctas[static_cast<size_t>(i)]) || any;
     if (any || state.failed) continue;
     if (state.pending.empty()) return describe_deadlock();
-    auto next = state.pending.begin() + ordering(static_cast<int>(state.pending.size()))[0];
+    auto next = state.pending.begin() + static_cast<ptrdiff_t>(next_pending());
     auto action = std::move(*next);
     state.pending.erase(next);
     action();
@@ -180,11 +186,12 @@ void run_cluster(dim3 at) {
 }
 
 void read_environment() {
-  const char *order = std::getenv("DSO_HOST_ORDER"), *async = std::getenv("DSO_HOST_ASYNC");
-  state.order = order ? order : "forward";
-  if (state.order.rfind("random", 0) == 0) {
-    state.random.seed(static_cast<unsigned>(std::atoi(state.order.c_str() + 7)));
-    state.order = "random";
+  const char *value = std::getenv("DSO_HOST_ORDER"), *async = std::getenv("DSO_HOST_ASYNC");
+  std::string order = value ? value : "forward";
+  state.order = order == "reverse" ? Order::REVERSE : Order::FORWARD;
+  if (order.rfind("random", 0) == 0) {
+    state.random.seed(static_cast<unsigned>(std::atoi(order.c_str() + 7)));
+    state.order = Order::RANDOM;
   }
   state.is_lazy = async && std::string(async) == "lazy";
 }
@@ -196,49 +203,6 @@ void drop_unfinished() {
       if (!fiber->done) fiber = std::make_unique<Fiber>();
 }
 
-WarpState &current_warp() {
-  return state.cta->warp_states[static_cast<size_t>(state.current->linear / LANES)];
-}
-
-AsyncQueue &queue_of(Queue queue) {
-  return queue == COPY_QUEUE ? state.current->copies : current_warp().products;
-}
-
-constexpr uint64_t BARRIER_MARK = 0x6d62617272696572;  // 写在 mbarrier 的 8 个字节里：看得出被覆盖
-
-// 当前 CTA 的；找不到（没有初始化、被覆盖）时返回空。
-Transaction *transaction_of(void *barrier) {
-  Cta &cta = *state.cta;
-  auto base = reinterpret_cast<uintptr_t>(cta.shared);
-  auto found = cta.transactions.find(reinterpret_cast<uintptr_t>(barrier) - base);
-  if (found == cta.transactions.end()) return nullptr;
-  return std::memcmp(barrier, &BARRIER_MARK, sizeof BARRIER_MARK) == 0 ? &found->second : nullptr;
-}
-
-const char *const NO_BARRIER = "mbarrier 没有初始化，或者被覆盖了";
-
-void end_phase_if_complete(Transaction &t) {
-  if (t.pending == 0 && t.bytes < 0) note_failure("mbarrier 收到的字节比预告的多");
-  if (t.pending != 0 || t.bytes != 0) return;
-  t.pending = t.count;
-  t.phase++;
-}
-
-// cluster 里的第 rank 个；不是自己时记下这个线程动过别处。
-Cta &peer(int rank) {
-  if (rank < 0 || rank >= state.cluster) fail("cluster 里没有这个 CTA");
-  Cta &cta = state.ctas[static_cast<size_t>(rank)];
-  if (&cta != state.cta) state.current->remote = true;
-  return cta;
-}
-
-// 暂时当作在别的 CTA 里。
-struct Inside {
-  Cta *before = state.cta;
-  explicit Inside(Cta &cta) { state.cta = &cta; }
-  ~Inside() { state.cta = before; }
-};
-
 void *aligned_shared(size_t bytes) {
   void *memory = nullptr;
   // 恰好这么大：ASan 看得见越界的一个字节。
@@ -247,6 +211,13 @@ void *aligned_shared(size_t bytes) {
 }
 
 }  // namespace
+
+State state;
+
+void note_failure(const char *why) {
+  if (!state.failed) failure = why;
+  state.failed = true;
+}
 
 int run_grid(dim3 grid, dim3 threads, size_t shared_bytes, int cluster,
              const std::function<void()> &body) {
@@ -302,21 +273,6 @@ size_t shared_offset(const void *p) {
 }
 
 int thread_linear() { return state.current->linear; }
-void wrote(size_t offset, int thread) { state.cta->proxy.write(offset, thread); }
-void wrote_async(size_t offset) { state.cta->proxy.write_async(offset); }
-void fence_proxy() { state.cta->proxy.fence(state.current->linear); }
-
-uint64_t fence_of_warp() {
-  const auto &all = state.cta->proxy.fenced;
-  auto first = all.begin() + state.current->linear / LANES * LANES;
-  return *std::min_element(first, all.end() - first < LANES ? all.end() : first + LANES);
-}
-
-void read_async(size_t offset, uint64_t fence) {
-  if (!state.cta->proxy.sees(offset, fence))
-    note_failure("wgmma 读到的是普通的写，中间没有 fence_proxy_async");
-}
-
 void wait_until(const std::function<bool()> &ready) {
   if (ready()) return;
   state.current->ready = ready;
@@ -363,6 +319,7 @@ void collective(const char *name, void *record, int warps, Act act) {
 }
 
 void named_barrier(int id, int threads, bool wait) {
+  if (id < 0 || id >= NAMED) fail("没有这个具名屏障");
   Barrier &barrier = state.cta->barriers[id];
   if (barrier.want != 0 && id != 0 && barrier.want != threads) fail("具名屏障的线程数不一致");
   if (id == 0 && state.cta->alive < state.count) fail(EXITED);
@@ -394,100 +351,6 @@ void cluster_wait() {
   if (!me.reported) fail("没有到 cluster 的屏障就等");
   wait_until([&me] { return state.cluster_barrier.turn != me.cluster_turn; });
   me.reported = false;
-}
-
-void mbarrier_arrive_at(int rank, void *barrier) {
-  size_t at = shared_offset(barrier);
-  Cta &to = peer(rank);
-  if (to.alive == 0) fail(GONE);
-  Inside inside(to);
-  mbarrier_arrive(to.shared + at, 0);
-}
-
-void defer(Queue queue, std::function<void()> action) {
-  if (!state.is_lazy) return action();
-  queue_of(queue).open.push_back(std::move(action));
-}
-
-void commit(Queue queue) {
-  if (!state.is_lazy) return;
-  AsyncQueue &mine = queue_of(queue);
-  mine.committed.push_back(std::move(mine.open));
-  mine.open.clear();
-}
-
-void wait_groups(Queue queue, int left) {
-  auto &groups = queue_of(queue).committed;
-  while (groups.size() > static_cast<size_t>(left)) {
-    for (auto &action : groups.front()) action();
-    groups.pop_front();
-  }
-  if (queue == MMA_QUEUE) current_warp().fenced = false;
-}
-
-void defer_global(std::function<void()> action) { defer_at(cluster_rank(), std::move(action)); }
-
-void defer_at(int rank, std::function<void()> action) {
-  Cta *to = &peer(rank);
-  auto run = [to, action = std::move(action)] {
-    Inside inside(*to);
-    if (to->alive == 0) return note_failure(GONE);
-    action();
-  };
-  if (!state.is_lazy) return run();
-  state.pending.push_back(std::move(run));
-}
-
-bool wgmma_fenced(bool set) {
-  WarpState &warp = current_warp();
-  warp.fenced = warp.fenced || set;
-  return warp.fenced;
-}
-
-void mbarrier_init(void *barrier, int count) {
-  size_t at = shared_offset(barrier);
-  if (at % 8 != 0 || at + 8 > state.shared_bytes)
-    fail("mbarrier 没有对齐到 8 字节，或越出共享内存");
-  std::memcpy(barrier, &BARRIER_MARK, sizeof BARRIER_MARK);
-  state.cta->transactions[at] = Transaction{count, count, 0, 0};
-}
-
-void mbarrier_arrive(void *barrier, int64_t expected_bytes) {
-  Transaction *t = transaction_of(barrier);
-  if (!t) fail(NO_BARRIER);
-  t->bytes += expected_bytes;
-  t->pending--;
-  end_phase_if_complete(*t);
-}
-
-void mbarrier_arrive_copies(void *barrier) {
-  if (!transaction_of(barrier)) fail(NO_BARRIER);
-  AsyncQueue &mine = queue_of(COPY_QUEUE);
-  Actions copies;
-  mine.committed.push_back(std::move(mine.open));
-  for (Actions &group : mine.committed)
-    for (auto &action : group) copies.push_back(std::move(action));
-  mine = AsyncQueue{};
-  defer_global([copies = std::move(copies), barrier] {
-    for (const auto &action : copies) action();
-    if (Transaction *t = transaction_of(barrier))
-      t->pending--, end_phase_if_complete(*t);
-    else
-      note_failure(NO_BARRIER);
-  });
-}
-
-void mbarrier_complete(void *barrier, int64_t bytes) {
-  Transaction *t = transaction_of(barrier);
-  if (!t) return note_failure(NO_BARRIER);
-  t->bytes -= bytes;
-  end_phase_if_complete(*t);
-}
-
-void mbarrier_wait(void *barrier, int parity) {
-  Transaction *t = transaction_of(barrier);
-  if (!t) fail(NO_BARRIER);
-  wait_until([t, parity] { return t->phase % 2 != static_cast<unsigned>(parity); });
 }
 
 void count_conflicts(const void *const *rows, int count) {

@@ -51,7 +51,12 @@ void named_barrier(int id, int threads, bool wait);
 // 推迟的动作：eager 时立即执行。按组提交，等待时执行；cp.async 的属于线程，wgmma 的属于 warp（由集体操作的
 // act 调用，一个 warp 一次）。
 enum Queue { COPY_QUEUE, MMA_QUEUE };
-void defer(Queue queue, std::function<void()> action);
+void postpone(Queue queue, std::function<void()> action);
+template <class Action>
+void defer(Queue queue, const Action &action) {
+  if (lazy()) return postpone(queue, action);
+  action();  // 不必存起来：不分配内存
+}
 void commit(Queue queue);
 void wait_groups(Queue queue, int left);  // 至多留下 left 组没完成
 // 不属于任何线程的（TMA）：lazy 时所有线程都停住才执行一个，次序也打乱。defer_at 的在 cluster 的第 rank 个 CTA

@@ -1,4 +1,4 @@
-// 主机模拟的状态：线程（纤程）、线程块、cluster。只有 sim.cpp 引入。
+// 主机模拟的状态：线程（纤程）、线程块、cluster。只有 sim.cpp、async.cpp 引入。
 #pragma once
 
 #include <deque>
@@ -6,14 +6,12 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "context.h"
 #include "sim.h"
 
 namespace cuda_host {
-namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;   // ASan 的栈帧大
 constexpr size_t SHARED_LIMIT = 227 << 10;  // Hopper 每块的上限
@@ -104,6 +102,8 @@ struct Cta {
   unsigned char *shared = nullptr;
 };
 
+enum class Order { FORWARD, REVERSE, RANDOM };
+
 struct State {
   std::vector<Cta> ctas;  // 一个 cluster 的，同时运行；其中前 cluster 个
   Cta *cta = nullptr;     // 正在运行的线程（或推迟的动作）所在的
@@ -117,9 +117,13 @@ struct State {
   std::deque<std::function<void()>> pending;
   bool is_lazy = false, failed = false;
   bool hasty[3] = {};  // 这个核与前两个核里，有没有线程在 grid_wait 之前放行
-  std::string order = "forward";
+  Order order = Order::FORWARD;
   std::mt19937 random;
 };
 
-}  // namespace
+extern State state;
+
+// 记下第一个原因；调度器看见 failed 就停下。
+void note_failure(const char *why);
+
 }  // namespace cuda_host
