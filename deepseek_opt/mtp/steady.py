@@ -49,6 +49,9 @@ class AngleTable:
             every = torch.arange(2 * count + 128, device=device)[None]
             like = torch.empty(0, dtype=dtype, device=device)
             found = half_angles(self.rotary(like, every))
+            newest = self._halves.get(dtype)  # 别的线程可能刚换上更长的
+            if newest is not None and newest[0].device == device:
+                found = max(newest, found, key=lambda table: len(table[0]))
             self._halves[dtype] = found
         return found
 
