@@ -12,6 +12,7 @@ from deepseek_opt.benchmarks import mtp_models
 from deepseek_opt.generation import graphs
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.plan import keep_length
+from deepseek_opt.optimize import find_state
 
 from .fake_graphs import Graph, install
 from .generation_cases import EOS, FULL, generator_model, prompts
@@ -102,6 +103,32 @@ def test_another_batch_or_new_weights_record_again(model):
     out = model.generate(**prompts(3, 6, 1), **OPTIONS)
     assert model.mtp.__dict__[graphs._KEPT] is not second
     assert torch.equal(out, plain(model, prompts(3, 6, 1)))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model", "model.rotary_emb"])
+def test_hooks_are_not_recorded(model, name):
+    inputs, calls = prompts(2, 6, 1), []
+    model.generate(**inputs, **OPTIONS)
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    before = Graph.replays
+    out = model.generate(**inputs, **OPTIONS)
+    assert calls and Graph.replays == before
+    handle.remove()
+    assert torch.equal(out, plain(model, inputs))
+    model.generate(**inputs, **OPTIONS)
+    assert Graph.replays > before
+
+
+def test_a_replaced_part_is_noticed(model):
+    """输出头换成了别的：MTP 还接在原来的上，交给 transformers。"""
+    inputs = prompts(2, 6, 1)
+    model.generate(**inputs, **OPTIONS)
+    torch.manual_seed(3)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    out = model.generate(**inputs, **OPTIONS)
+    assert torch.equal(out, plain(model, inputs))
+    reasons = [reason for name, reason in find_state(model).report.fallbacks if name == "generate"]
+    assert len(reasons) == 1 and "装上 MTP 之后被换掉了" in reasons[0]
 
 
 def test_inference_mode_and_back(model):

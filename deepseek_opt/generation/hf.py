@@ -116,6 +116,8 @@ class GeneratePatch(Patch):
 
     def _unready(self) -> str | None:
         """核或主模型的接口不能用的原因。"""
+        if not self.predictor.adapter.is_current():
+            return "主模型的某一部分（输出头、嵌入、各层……）装上 MTP 之后被换掉了"
         return missing_kernels(self.predictor)
 
     def remove(self) -> None:

@@ -17,9 +17,10 @@ from deepseek_opt.generation import graphs
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.hf import NAME, GeneratePatch
 from deepseek_opt.generation.loop import Plan
-from deepseek_opt.generation.plain import PlainPredictor, altered
+from deepseek_opt.generation.plain import PlainPredictor
 from deepseek_opt.generation.plan import missing_kernels
 from deepseek_opt.integrations.runtime import Runtime
+from deepseek_opt.mtp.parts import altered
 
 _SHORTEST = 8  # 生成得更短时，录制的开销比省下的多
 

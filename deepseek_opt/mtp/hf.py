@@ -16,6 +16,7 @@ from deepseek_opt.integrations import bridge
 from deepseek_opt.load import uncounted
 from deepseek_opt.mtp.adapter import LayerInputs, MTPAdapter
 from deepseek_opt.mtp.documents import places
+from deepseek_opt.mtp.parts import altered, parts_of, same_parts
 from deepseek_opt.mtp.steady import AngleTable, SteadyParts, close
 
 _LAYERS = ("layers", "h")
@@ -72,6 +73,7 @@ class HFAdapter(MTPAdapter):
             layer_path=next(name for name, m in model.named_modules() if m is layers),
             num_layers=len(layers),
         )
+        self._parts = parts_of(model)
         self._angles = AngleTable(getattr(decoder, "rotary_emb", None))
         self._steady = SteadyParts()
         self._check()
@@ -234,6 +236,14 @@ class HFAdapter(MTPAdapter):
         """主模型与 MTP 层是否都能直接调用算子。"""
         layers = (None, *self.blocks())
         return all(self._steady.find(layer, rows, steps) is not None for layer in layers)
+
+    def is_current(self) -> bool:
+        """主模型的各部分是不是还是建立时的那些。"""
+        return same_parts(parts_of(self.model), self._parts)
+
+    def altered(self) -> str | None:
+        """录进 CUDA graph 会绕过的改动。"""
+        return altered(self.model)
 
     def reserve_positions(self, count: int) -> Any:
         """角度的表。"""

@@ -88,6 +88,8 @@ class SteadyParts:
 
         if not hf_config.is_stand_in(adapter.config) or not adapter._angles.static:
             return {}
+        if adapter.altered() is not None:
+            return {}
         model = steady_model(adapter.embedding, adapter.layers, adapter.final_norm)
         if model is None or not self._verified(adapter, model):
             return {}
