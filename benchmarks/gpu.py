@@ -38,6 +38,7 @@ from benchmarks.gpu_cases import (  # noqa: E402
     moe,
     moe_train,
     mtp_ops,
+    sparse_dense,
 )
 from benchmarks.gpu_cases.environment import environment, smi  # noqa: E402
 from benchmarks.gpu_cases.row import FAILED, OK, SKIPPED, Row  # noqa: E402
@@ -53,6 +54,7 @@ GROUPS: dict[str, ModuleType] = {
     "moe_train": moe_train,
     "decode_step": decode_step,
     "generate": generate,
+    "sparse_dense": sparse_dense,
     "memory": memory,
     "length": length,
     "dense": dense,

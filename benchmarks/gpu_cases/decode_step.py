@@ -40,14 +40,14 @@ def _run(rows: int, env: Env) -> Iterator[Row]:
     ids = models.random_ids(env, model, rows, 1)
 
     def clocked(side: nn.Module, graph: bool = False, pdl: str | None = None) -> Clocked:
-        step = _step(env, shape, side, ids, context, GRAPH_STEPS if graph else 0)
+        step = decode_call(env, shape, side, ids, context, GRAPH_STEPS if graph else 0)
         with setting(kernels.PDL, pdl):
             return env.timer.prepare(step, [()], graph)
 
     with torch.inference_mode():
         error = _check(env, shape, model, fast, ids, context)
         models.require_ours(report)
-        touched = touched_experts(model, _step(env, shape, model, ids, context))
+        touched = touched_experts(model, decode_call(env, shape, model, ids, context))
         graphs = [clocked(fast, graph=True), clocked(fast, graph=True, pdl="0")]
         if any(side.mode != "graph" for side in graphs):
             graphs = []  # 没录成图的缓存已写乱
@@ -68,7 +68,7 @@ def _run(rows: int, env: Env) -> Iterator[Row]:
     yield ratio_row(f"{key}.transformers", peer_us / us, SPEED.unit, SPEED, details)
 
 
-def _step(
+def decode_call(
     env: Env, shape: shapes.Shape, model: nn.Module, ids: torch.Tensor, context: int, room: int = 0
 ) -> Callable[[], Any]:
     """一步：缓存里已有 context 个词元，每调用一次多一个；本库的缓存可以先留出 room 个的位置。"""
@@ -91,7 +91,9 @@ def _check(
 ) -> float:
     """第二层注意力的输出与 fp32 的原模型比，不差于 transformers 自己的误差；返回相对误差。"""
     wide = _widened(env, shape, model)
-    outputs = [_attention_output(m, _step(env, shape, m, ids, context)) for m in (fast, model)]
+    outputs = [
+        _attention_output(m, decode_call(env, shape, m, ids, context)) for m in (fast, model)
+    ]
     cache = shapes.make_cache(
         shape, ids.shape[0], context, shape.config["num_hidden_layers"], models.DTYPE, env.device
     )

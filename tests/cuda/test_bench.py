@@ -82,6 +82,12 @@ def test_everything_runs(bench, capsys):
         assert rows[f"generate.b{batch}.bandwidth"]["target"] == 0.75
         assert len(rows[f"generate.b{batch}.bandwidth"]["peers"]) == 2
         assert rows[f"generate.b{batch}.transformers"]["target"] == 5.0
+        row = rows[f"moe13b.b{batch}"]
+        assert row["target"] == 1.3 and [peer["name"] for peer in row["peers"]] == [
+            "本库，稠密",
+            "transformers，同样的 MoE",
+            "transformers，稠密",
+        ]
     assert sum(key.startswith("memory.") for key in rows) == 4 * 4
     assert rows["length.16gb.standard_sdpa"]["value"] == length.LIMIT
     assert not any("met" in row for row in rows.values())  # quick 不下结论
