@@ -58,3 +58,11 @@ def small_buffers(monkeypatch):
     timing._evict_buffer.cache_clear()
     yield
     timing._evict_buffer.cache_clear()
+
+
+@pytest.fixture(name="poisoned")
+def _poisoned():
+    """没有初始化的内存填 NaN：读到就露出来，不靠运气。"""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

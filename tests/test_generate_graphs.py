@@ -17,6 +17,7 @@ from deepseek_opt.optimize import find_state
 from .fake_graphs import Graph, install
 from .generation_cases import EOS, FULL, generator_model, prompts
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 

@@ -18,6 +18,7 @@ from .fake_graphs import Graph, install
 from .generation_cases import EOS, FULL, Kept, prompts
 from .mtp_models import make
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 

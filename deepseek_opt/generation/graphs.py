@@ -264,7 +264,7 @@ class StepGraphs:
         """宽 width 的窗口，地址固定。"""
         if width not in self._windows:
             rows, like = self.step.rows, self.step.adapter.embedding.weight
-            hidden = like.new_empty(rows, width, self.step.adapter.hidden_size)
+            hidden = like.new_zeros(rows, width, self.step.adapter.hidden_size)
             tokens = self.step.last.new_zeros(rows, width)
             self._windows[width] = Window(hidden, tokens, torch.zeros_like(self.step.last))
         return self._windows[width]
