@@ -110,24 +110,9 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                         const std::optional<Tensor> &spans, const std::optional<Tensor> &kv_mask,
                         double softmax_scale, int64_t heads, bool keep_pairs) {
   const char *op = "mla_layer_decode";
-  const LayerArgs a{hidden,
-                    q_a,
-                    q_a_bias,
-                    q_norm,
-                    q_eps,
-                    q_weight,
-                    q_bias,
-                    kv_a,
-                    kv_a_bias,
-                    kv_norm,
-                    kv_eps,
-                    kv_b,
-                    o_weight,
-                    o_bias,
-                    cos,
-                    sin,
-                    {interleaved, false, keep_pairs}};
-  check_turn(op, a.turn);
+  const Turn turn{interleaved, false, keep_pairs};
+  const LayerArgs a{hidden,  q_a,    q_a_bias, q_norm,   q_eps,  q_weight, q_bias, kv_a, kv_a_bias,
+                    kv_norm, kv_eps, kv_b,     o_weight, o_bias, cos,      sin,    turn};
   const LayerDims d = layer_dims(op, a, heads);
   auto [low, latent, rope_keys] = mla_qkv_a(op, a, d);
   const int64_t b = d.b, t = d.t, dr = d.rope_dim;

@@ -308,6 +308,7 @@ inline void check_bias(const char *op, const char *name, const std::optional<Ten
 }
 
 inline LayerDims layer_dims(const char *op, const LayerArgs &a, int64_t heads) {
+  check_turn(op, a.turn);
   expect_shape(op, "hidden", a.hidden, {-1, -1, -1});
   const int64_t b = a.hidden.size(0), t = a.hidden.size(1), k = a.hidden.size(2);
   expect_shape(op, "kv_a_weight", a.kv_a, {-1, k});

@@ -17,7 +17,7 @@ from benchmarks.gpu_cases.decode_step import GRAPH_STEPS, decode_call, touched_e
 from benchmarks.gpu_cases.row import Peer, Row, Target
 from benchmarks.gpu_cases.runner import Case, Env, fill, free
 from deepseek_opt.benchmarks import counts, shapes
-from deepseek_opt.benchmarks.sparse_dense import parameter_counts
+from deepseek_opt.benchmarks.sparse_dense import dense_config, parameter_counts
 
 BATCHES, AIM = (1, 8), 4.0
 LAW = Target(1.3, "倍于同样大小的稠密模型")
@@ -72,8 +72,7 @@ def run(env: Env) -> Iterator[Row]:
 def dense_shape(shape: shapes.Shape) -> shapes.Shape:
     """同样多参数的稠密模型：每层的专家与共享专家合成一个 FFN。"""
     config = shape.config
-    whole = config["n_routed_experts"] + config["n_shared_experts"]
-    inner = whole * config["moe_intermediate_size"]
+    inner = dense_config(config)["moe_intermediate_size"]
     layers = config["num_hidden_layers"]
     return replace(
         shape,

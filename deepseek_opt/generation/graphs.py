@@ -82,7 +82,7 @@ def obstacle(plan: Any) -> str | None:
         (not plan.chooser.on_device, "处理器要看已有的词元"),
         (collected.scores is not None or collected.logits is not None, "要返回分数"),
     )
-    reason = next((reason for wrong, reason in checks if wrong), None) or adapter.altered()
+    reason = next((reason for wrong, reason in checks if wrong), None)
     if reason is None and not adapter.capturable(len(plan.rows.counts), 1):
         reason = "有的层不是由本库的算子直接计算，或行数太多"
     return reason

@@ -113,13 +113,16 @@ class RopeMemo:
         local = self._local
         if getattr(local, "ref", _none)() is key and local.stamp == stamp(key):
             return local.pair
-        if isinstance(embeddings, Tensor):
-            pair = (embeddings.real.contiguous(), embeddings.imag.contiguous())
-        else:
-            cos, sin = embeddings
-            pair = (cos[..., :half].float().contiguous(), sin[..., :half].float().contiguous())
+        pair = half_angles(embeddings, half)
         local.ref, local.stamp, local.pair = weakref.ref(key), stamp(key), pair
         return pair
+
+
+def half_angles(embeddings: Any, half: int) -> tuple[Tensor, Tensor]:
+    """旋转模块的输出，(cos, sin) 各 [B, T, dr] 或复数 [B, T, half] -> 半宽、连续、fp32 的 (cos, sin)。"""
+    if isinstance(embeddings, Tensor):
+        return embeddings.real.contiguous(), embeddings.imag.contiguous()
+    return tuple(part[..., :half].float().contiguous() for part in embeddings)
 
 
 def _none() -> None:

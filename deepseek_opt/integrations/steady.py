@@ -163,11 +163,3 @@ def _moe(patch: MoeBlockPatch) -> Apply:
         return out.view(x.shape)
 
     return apply
-
-
-def half_angles(embeddings: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """旋转模块的输出（一行）：(cos, sin) 各 [1, N, dr]，或复数 [1, N, dr / 2] -> 半宽、连续、fp32 的 [N, dr / 2]。"""
-    if isinstance(embeddings, Tensor):
-        return embeddings[0].real.contiguous(), embeddings[0].imag.contiguous()
-    half = embeddings[0].shape[-1] // 2
-    return tuple(part[0, :, :half].float().contiguous() for part in embeddings)

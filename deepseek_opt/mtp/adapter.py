@@ -163,9 +163,6 @@ class MTPAdapter:
         """主模型的各部分（嵌入、输出头、各层）是不是还是建立时的那些。缺省不看。"""
         return True
 
-    def altered(self) -> str | None:
-        """录进 CUDA graph 会绕过的改动（模块上的钩子等）；没有则为 None。能录的才需要。"""
-
     def reserve_positions(self, count: int) -> Any:
         """要用到前 count 个位置；返回与位置有关的表（没有则 None），够长就总是同一个对象。能录的才需要。"""
         del count

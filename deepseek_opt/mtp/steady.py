@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_opt.integrations.runtime import half_angles
 from deepseek_opt.integrations.stamp import stamp
 from deepseek_opt.load import uncounted
 from deepseek_opt.mtp.adapter import LayerInputs
@@ -39,8 +40,6 @@ class AngleTable:
 
     def table(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """至少 count 个位置的 (cos, sin)；不够长就换一张更长的。"""
-        from deepseek_opt.integrations.steady import half_angles
-
         stamps = tuple(stamp(buffer) for buffer in self.rotary.buffers())
         if stamps != self._stamps:
             self._halves, self._stamps = {}, stamps
@@ -48,7 +47,9 @@ class AngleTable:
         if found is None or count > found[0].shape[0] or found[0].device != device:
             every = torch.arange(2 * count + 128, device=device)[None]
             like = torch.empty(0, dtype=dtype, device=device)
-            found = half_angles(self.rotary(like, every))
+            turned = self.rotary(like, every)
+            half = turned.shape[-1] if isinstance(turned, Tensor) else turned[0].shape[-1] // 2
+            found = tuple(part[0] for part in half_angles(turned, half))
             newest = self._halves.get(dtype)  # 别的线程可能刚换上更长的
             if newest is not None and newest[0].device == device:
                 found = max(newest, found, key=lambda table: len(table[0]))
