@@ -80,8 +80,9 @@ bool own_values(const char *op, const dso_cuda_heads_params &p, cudaStream_t str
   return true;
 }
 
-// 各头的非旋转部分吸收 W_UK：[B*T, H, r]。
-Tensor absorb(const char *op, const MlaInputs &m, const Tensor &weights, ScalarType type) {
+// 各头的非旋转部分吸收 W_UK：[B*T, H, r]。own：用的是自己的核。
+Tensor absorb(const char *op, const MlaInputs &m, const Tensor &weights, ScalarType type,
+              bool *own) {
   const dso_mla_inputs &in = m.in;
   const int64_t tokens = in.b * in.t;
   Tensor q = m.q, all = weights;  // narrow 要可改写的引用
@@ -90,8 +91,9 @@ Tensor absorb(const char *op, const MlaInputs &m, const Tensor &weights, ScalarT
   Tensor out = torch::stable::new_empty(m.q, {tokens, in.heads, in.rank}, type);
   rows = to_type(rows, type);
   Tensor weight = torch::stable::narrow(all, 1, 0, in.nope_dim);  // [H, dn, r]
-  if (rows.stride(2) != 1 ||
-      !own_absorb(op, heads_params(op, out, rows, weight), Launch(m.q).stream()))
+  *own = rows.stride(2) == 1 &&
+         own_absorb(op, heads_params(op, out, rows, weight), Launch(m.q).stream());
+  if (!*own)
     bmm_into(torch::stable::transpose(out, 0, 1), torch::stable::transpose(rows, 0, 1), weight);
   return out;
 }
@@ -120,14 +122,16 @@ Tensor decode(const char *op, const DeviceInputs &m) {
   const NoGrad off;
   const ScalarType type = compute_type(in);
   const Tensor weights = weights_of(m, type);  // 要转换的在最前面转换：见 settled
-  Tensor q_abs = absorb(op, m, weights, type);
+  bool own = false;
+  Tensor q_abs = absorb(op, m, weights, type, &own);
   Tensor o = torch::stable::new_empty(m.q, {in.b * in.t, in.heads, in.rank}, type);
   dso_cuda_mla_decode_params p{in,
                                q_abs.const_data_ptr(),
                                o.mutable_data_ptr(),
                                float_dtype(op, "q", q_abs),
                                m.longest * in.heads,
-                               m.covered};
+                               m.covered,
+                               own};
   const Launch launch(m.q);
   size_t bytes = 0;
   check(op, dso_cuda_mla_decode_scratch(&p, &bytes));

@@ -28,7 +28,7 @@ constexpr int DECODE_ROWS_SM90[] = {8, 16, 32, 64};
 // 接近上限；TMA 一次写到两个 CTA，减半。r 小于一档的少见，不值得多编译几个核。
 constexpr int DECODE_CLUSTER_SM90 = 2, DECODE_CLUSTER_RANK = 256;
 // 64 行时每个调度器上两个消费者 warp、一个生产者 warp：启动时一个线程 168 个寄存器，合计不能超过它的三倍。
-constexpr int DECODE_PRODUCER_REGISTERS = 56, DECODE_CONSUMER_REGISTERS = 224;
+constexpr int DECODE_PRODUCER_REGISTERS = 72, DECODE_CONSUMER_REGISTERS = 216;
 constexpr int SHARED_SM90 = 227 << 10;
 // 一个 span 有几组查询时，几路 CTA 同时读同一段键（后读的在 L2 里）；2 的幂，4 路已把显存的读降到四分之一。
 constexpr int DECODE_TRACKS = 4;
@@ -70,10 +70,14 @@ constexpr int LINEAR_PREFETCH = 4096;
 
 // ---- mla_decode 前后各头的矩阵乘（吸收、W_UV） ----
 
+// 至多几行用普通的 fp32 乘加（mla_absorb.cu）：H200 上 16 个头，1 行 3.4 微秒，8 行 6.3；用 mma 的（mla_heads.cu）不论几行都是
+// 4.1。寄存器少，解码的块也挤得进来。
+constexpr int ABSORB_ROWS = 2;
+
 // 一块 64 列、32 或 64 行：权重读 M / 64 遍，x 读 N / 64 遍，都来自 L2（每周期一个 SM 约 27 字节）。dn、dv = 128，r = 512 时一个
-// （词元，头）一步约读 4 KiB：16 个头、128 个词元 8 MB（1.4 微秒）。8192 个 34 MB，5.4 微秒，cuBLAS 的 128 x 128 读一半，但前后
-// 各有一两微秒的空隙，而且权重（128 个头 17 MB）本来就要从显存读 5 微秒：再多就交给它。以上是估计，还没有实测。
-constexpr int HEADS_PRODUCTS = 8192, HEADS_COLUMNS = 64;
+// （词元，头）一步约读 4 KiB：16 个头、128 个词元 8 MB。H200 上两个核共 10.2 微秒，与 cuBLAS 的两个一样，省下的是前后的空隙；
+// 128 个头、64 个词元（8192 个）33 微秒，cuBLAS 17.5：多了就交给它。
+constexpr int HEADS_PRODUCTS = 2048, HEADS_COLUMNS = 64;
 // 一段几个 k、几段：W_UV（k = r）四段正好 512，32 行时共 97.5 KiB，任何一档都放得下；吸收（k = dn）两段 128，27 KiB。
 constexpr int HEADS_VALUE_DEPTH = 128, HEADS_VALUE_STAGES = 4;
 constexpr int HEADS_ABSORB_DEPTH = 64, HEADS_ABSORB_STAGES = 2;

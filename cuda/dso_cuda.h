@@ -106,6 +106,7 @@ typedef struct {
   dso_dtype dtype;   /* q_abs 与 o 的类型 */
   int64_t most_rows; /* 一个 span 至多多少行（词元 x 头），只影响快慢 */
   int covered;       /* 已知每个查询都在键范围不空的 span 里 */
+  int settled; /* 缓存、spans、kv_mask 都不是流里的前一个核写的，而且它不在 grid_wait 之前放行（见 launch.cuh）：可以先读 */
 } dso_cuda_mla_decode_params;
 
 cudaError_t dso_cuda_mla_decode_scratch(const dso_cuda_mla_decode_params *p, size_t *bytes);

@@ -30,6 +30,10 @@ namespace dso {
 // n - 2 的都已放行或退出，所以更早的都结束了。这两个核都不写的，可以在 grid_wait 之前读（cp_async_16_early；mla_heads.cu
 // 的 W_UV）；主机模拟核对前一半。
 
+// 更进一步，前一个核若在 grid_wait 之后才放行（或不放行），核 n 启动时更早的核都已结束：只要不是前一个核写的，都可以先读。解码
+// （mla_decode_sm90.cu）前面是吸收，只写 q_abs：缓存与 spans 不必等它。这样的线程先 read_early() 声明；普通的读要绕过 L1
+// （load_l2）。
+
 // 代码里有没有 sm_90 的：没有就没有 grid_wait，不能提前启动。更新的卡用的也是这一份（build_native.py 只留它的 PTX）。
 constexpr bool has_grid_wait() {
   for (int arch : {__CUDA_ARCH_LIST__})

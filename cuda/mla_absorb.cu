@@ -1,4 +1,4 @@
-// 行极少时的吸收：各头的 y [m, n] = x [m, k] W [k, n]（W 是 kv_b 里 W_UK 的几行，按 [k][n] 存，所以不能用 linear_small）。
+// 一两行的吸收：各头的 y [m, n] = x [m, k] W [k, n]（W 是 kv_b 里 W_UK 的几行，按 [k][n] 存，所以不能用 linear_small）。
 //
 // 权重只有几十 KiB 一个头，受限于延迟：一块一个头的 128 列，一个线程 8 列、隔 16 个 k 取一个，先发出全部的读；普通的
 // fp32 乘加，部分和按固定的次序相加，结果与网格无关。
@@ -10,7 +10,7 @@ namespace {
 
 using namespace dso;
 
-constexpr int ROWS = LINEAR_ROWS, WARPS = LINEAR_WARPS, THREADS = WARPS * WARP;
+constexpr int ROWS = ABSORB_ROWS, WARPS = LINEAR_WARPS, THREADS = WARPS * WARP;
 constexpr int COLUMNS = 128, EACH = 8, ACROSS = COLUMNS / EACH;              // 16 个线程一行权重
 constexpr int GROUPS = THREADS / ACROSS, DEPTH = 8, ROUND = GROUPS * DEPTH;  // 一轮 128 个 k
 static_assert(WARP == 2 * ACROSS, "一个 warp 两行权重");
@@ -63,8 +63,8 @@ __global__ __launch_bounds__(THREADS, 1) void mla_absorb_kernel(Params p) {
   const auto *x = static_cast<const uint16_t *>(p.x) + head * p.x_hs;
   int64_t width = p.n - first < COLUMNS ? p.n - first : COLUMNS;
   if (threadIdx.x < p.k) prefetch_l2(w + threadIdx.x * p.w_rs + first, width * 2);
-  grid_release();
   grid_wait();
+  grid_release();  // 不提早：后面的解码于是可以先读缓存（launch.cuh）
   float sum[ROWS][EACH] = {};
   accumulate<E>(p, column < p.n ? w + column : nullptr, x, sum);
 #pragma unroll

@@ -27,12 +27,18 @@ struct Place {
   int q_begin, q_len, row, slot, kv_len;
 };
 
+__device__ inline dso_span span_at(const dso_mla_inputs &in, int64_t index) {
+  const dso_span *span = in.spans + index;
+  return {load_l2(&span->q_begin), load_l2(&span->q_end), load_l2(&span->kv_begin),
+          load_l2(&span->kv_end)};
+}
+
 __device__ inline Place locate(const dso_mla_inputs &in, int64_t index) {
-  dso_span span = in.spans[index];
-  int64_t slots = in.s > 0 ? in.s : 1;
+  dso_span span = span_at(in, index);
+  int64_t slots = in.s > 0 ? in.s : 1, row = span.kv_begin / slots;
   auto narrow = [](int64_t x) { return static_cast<int>(x); };
-  return {narrow(span.q_begin), narrow(span.q_end - span.q_begin), narrow(span.kv_begin / slots),
-          narrow(span.kv_begin % slots), narrow(span.kv_end - span.kv_begin)};
+  return {narrow(span.q_begin), narrow(span.q_end - span.q_begin), narrow(row),
+          narrow(span.kv_begin - row * slots), narrow(span.kv_end - span.kv_begin)};
 }
 
 // 查询 i（span 内）可见的键数：causal 时右下对齐。

@@ -28,6 +28,8 @@ bool mma_ok(const dso_cuda_mla_decode_params *p) {
          reinterpret_cast<uintptr_t>(p->q_abs) % 16 == 0;
 }
 
+constexpr int log_of(int power) { return power == 1 ? 0 : 1 + log_of(power / 2); }
+
 struct Plan {
   DecodeArgs args;
   cudaError_t (*run)(const DecodeArgs &args, int *bytes, cudaStream_t stream);  // 走的路径
@@ -67,24 +69,24 @@ void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan
   int64_t most = p->most_rows < 1 ? 1 : p->most_rows;
   int64_t groups = ceil_div(most, DECODE_MOST_ROWS), wanted = ceil_div(most, groups);
   if (plan->run == run_decode_general) {
-    s.rows = GENERAL_ROWS, s.keys = GENERAL_KEYS;
-    while (s.keys > 1 && shared_bytes(*plan) > device.shared_limit) s.keys /= 2;
+    s.log_rows = log_of(GENERAL_ROWS), s.log_keys = log_of(GENERAL_KEYS);
+    while (s.log_keys > 0 && shared_bytes(*plan) > device.shared_limit) s.log_keys--;
     return;
   }
   if (plan->run == run_decode_sm90) {
-    s.keys = DECODE_KEYS_SM90;
+    s.log_keys = log_of(DECODE_KEYS_SM90);
     for (int rows : DECODE_ROWS_SM90)
-      if (s.rows < wanted) s.rows = rows;
+      if (s.log_rows == 0 || s.rows() < wanted) s.log_rows = log_of(rows);
     if (cluster_ok(p->in, device, groups))
-      plan->cluster = DECODE_CLUSTER_SM90, s.rows *= plan->cluster;
+      plan->cluster = DECODE_CLUSTER_SM90, s.log_rows += log_of(plan->cluster);
     return;
   }
-  s.keys = DECODE_KEYS;
+  s.log_keys = log_of(DECODE_KEYS);
   for (int rows : DECODE_ROWS) {
-    int old = s.rows;
-    s.rows = rows;
+    int old = s.log_rows;
+    s.log_rows = log_of(rows);
     if (old && shared_bytes(*plan) > device.shared_limit) {
-      s.rows = old;
+      s.log_rows = old;
       return;
     }
     if (rows >= wanted) return;
@@ -98,7 +100,7 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   *plan = {};
   plan->cluster = 1;
   plan->args.in = p->in, plan->args.q_abs = p->q_abs, plan->args.o = p->o;
-  plan->args.dtype = p->dtype;
+  plan->args.dtype = p->dtype, plan->args.settled = p->settled != 0;
   plan->run = !mma_ok(p)          ? run_decode_general
               : tma_ok(p, device) ? run_decode_sm90
                                   : run_decode_mma;
@@ -108,18 +110,20 @@ cudaError_t make_plan(const dso_cuda_mla_decode_params *p, Plan *plan) {
   Schedule &s = plan->args.schedule;
   s.minimum_units = plan->run == run_decode_sm90 ? DECODE_MIN_UNITS_SM90 : DECODE_MIN_UNITS;
   // 单位数的上界只用主机知道的形状；实际的在核里数。
-  int64_t groups = ceil_div(p->in.b * p->in.t * p->in.heads, s.rows) + p->in.n_spans;
-  int64_t units = groups * ceil_div(p->in.s, s.keys);
+  int64_t groups = ceil_div(p->in.b * p->in.t * p->in.heads, s.rows()) + p->in.n_spans;
+  int64_t units = groups * ceil_div(p->in.s, s.keys());
   int resident = (device.shared_limit + 1024) / (bytes + 1024);
   int64_t most = ceil_div(units, s.minimum_units);
   s.ctas = device.sms / plan->cluster * (resident < 1 ? 1 : resident);
   if (s.ctas > most) s.ctas = most < 1 ? 1 : static_cast<int>(most);
-  s.tracks = 1;
-  while (s.tracks < DECODE_TRACKS && 2 * s.tracks * s.rows <= p->most_rows + s.rows - 1 &&
-         2 * s.tracks <= s.ctas)
-    s.tracks *= 2;
-  s.ctas -= s.ctas % s.tracks;
-  plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows) * static_cast<size_t>(p->in.rank + 2) *
+  auto more_tracks = [&] {
+    int twice = 2 * s.tracks();
+    return twice <= DECODE_TRACKS && twice * s.rows() <= p->most_rows + s.rows() - 1 &&
+           twice <= s.ctas;
+  };
+  while (more_tracks()) s.log_tracks++;
+  s.ctas -= s.ctas % s.tracks();
+  plan->scratch = static_cast<size_t>(2 * s.ctas * s.rows()) * static_cast<size_t>(p->in.rank + 2) *
                       sizeof(float) +
                   static_cast<size_t>(s.ctas) * sizeof(Split);
   return cudaSuccess;
@@ -143,9 +147,9 @@ cudaError_t dso_cuda_mla_decode(const dso_cuda_mla_decode_params *p, void *scrat
   DecodeArgs &args = plan.args;
   const Schedule &s = args.schedule;
   args.part = static_cast<float *>(scratch);
-  args.part_m = args.part + 2 * s.ctas * s.rows * args.in.rank;
-  args.part_l = args.part_m + 2 * s.ctas * s.rows;
-  args.splits = reinterpret_cast<Split *>(args.part_l + 2 * s.ctas * s.rows);
+  args.part_m = args.part + 2 * s.ctas * s.rows() * args.in.rank;
+  args.part_l = args.part_m + 2 * s.ctas * s.rows();
+  args.splits = reinterpret_cast<Split *>(args.part_l + 2 * s.ctas * s.rows());
   if (args.in.n_spans > 0) error = plan.run(args, nullptr, stream);
   if (error != cudaSuccess) return error;
   return run_decode_combine(args, *p, stream);

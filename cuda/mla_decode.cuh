@@ -20,11 +20,12 @@ struct DecodeArgs {
   float *part_m, *part_l;  // [2 * CTA 数, rows]：最大值（以 2 为底的得分）、指数之和
   Split *splits;           // [CTA 数]
   Schedule schedule;
+  bool settled;  // 缓存与 spans 可以在 grid_wait 之前读（dso_cuda.h）
 };
 
 // 组内第 row 行可见的键的末尾（span 内），不超过 key_end；超出这组的行什么都看不见。
 __device__ inline int row_limit(const DecodeArgs &args, const Piece &piece, int row) {
-  int heads = static_cast<int>(args.in.heads), flat = piece.group * args.schedule.rows + row;
+  int heads = static_cast<int>(args.in.heads), flat = piece.group * args.schedule.rows() + row;
   if (flat >= piece.at.q_len * heads) return 0;
   int limit = visible_keys(args.in, piece.at, flat / heads);
   return limit < piece.key_end ? limit : piece.key_end;
@@ -32,9 +33,18 @@ __device__ inline int row_limit(const DecodeArgs &args, const Piece &piece, int 
 
 // 组内第 row 行在 [B*T, H] 里的展平下标；超出这组的为 -1。
 __device__ inline int64_t row_at(const DecodeArgs &args, const Piece &piece, int row) {
-  int64_t flat = piece.group * args.schedule.rows + row;
+  int64_t flat = piece.group * args.schedule.rows() + row;
   if (flat >= piece.at.q_len * args.in.heads) return -1;
   return piece.at.q_begin * args.in.heads + flat;
+}
+
+// 一组查询的第一段：记下要合并的。恰好一个线程。
+__device__ inline void record_split(const DecodeArgs &args, int cta, const Piece &piece) {
+  if (piece.key_begin > 0 || piece.whole) return;
+  int heads = static_cast<int>(args.in.heads), begin = piece.group << args.schedule.log_rows;
+  int left = piece.at.q_len * heads - begin;
+  args.splits[cta] = {piece.at.q_begin * heads + begin,
+                      left < args.schedule.rows() ? left : args.schedule.rows(), piece.last};
 }
 
 // 依次 run(一段)，整个 warp 一起；writer 是恰好一个线程，由它记下要合并的。一个 cluster 的几块合起来算一个 CTA。
@@ -44,12 +54,7 @@ __device__ void each_piece(const DecodeArgs &args, int cta, bool writer, Run run
   if (writer) args.splits[cta].rows = 0;
   Piece piece;
   while (next_piece(args.in, args.schedule, cta, &walk, &piece)) {
-    if (writer && piece.key_begin == 0 && !piece.whole) {
-      int rows = piece.at.q_len * static_cast<int>(args.in.heads);
-      int begin = piece.group * args.schedule.rows, left = rows - begin;
-      args.splits[cta] = {piece.at.q_begin * static_cast<int>(args.in.heads) + begin,
-                          left < args.schedule.rows ? left : args.schedule.rows, piece.last};
-    }
+    if (writer) record_split(args, cta, piece);
     run(piece);
   }
 }
@@ -62,7 +67,8 @@ __device__ inline void write_pair(const DecodeArgs &args, const Piece &piece, in
   bool second = column + 1 < args.in.rank;
   if (!piece.whole) {
     float *to = args.part +
-                static_cast<int64_t>(piece.slot * args.schedule.rows + row) * args.in.rank + column;
+                static_cast<int64_t>(piece.slot * args.schedule.rows() + row) * args.in.rank +
+                column;
     to[0] = a;
     if (second) to[1] = b;
     return;

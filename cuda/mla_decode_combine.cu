@@ -60,8 +60,8 @@ template <int V, int CHUNKS>
 __device__ Merged<V, CHUNKS> merge(const DecodeArgs &args, const Entry &entry, int row, int column,
                                    int part, int parts) {
   constexpr int BATCH = COMBINE_BATCH / CHUNKS;
-  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows;
-  const int tracks = args.schedule.tracks, last = row < entry.split.rows ? entry.split.last : -1;
+  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows();
+  const int tracks = args.schedule.tracks(), last = row < entry.split.rows ? entry.split.last : -1;
   const float *columns = args.part + column;
   Merged<V, CHUNKS> to;
   for (int cta = entry.cta + part * tracks; cta <= last; cta += parts * BATCH * tracks) {
@@ -143,7 +143,7 @@ __global__ __launch_bounds__(COMBINE_THREADS,
   grid_release();
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int group = thread / LANES, lane = thread % LANES, parts = 1 << log_parts;
-  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows;
+  const int rank = static_cast<int>(args.in.rank), rows = args.schedule.rows();
   const int across = (rank + COLUMNS - 1) / COLUMNS, each = GROUPS >> log_parts;
   int index = block * each + (group >> log_parts);
   Task task = task_at(index, rows, across, COLUMNS);                   // 除法多：在等的时候做
@@ -202,13 +202,13 @@ cudaError_t dso::run_decode_combine(const DecodeArgs &args, const dso_cuda_mla_d
       reinterpret_cast<uintptr_t>(args.part) % 16 == 0 && wide_ok(args.o, args.dtype, rank, 4);
   int columns = LANES * (wide ? 4 : 1), log_parts = 0;
   // 至多几组分开算、平均一组分成几段：估得不准只影响快慢与相加的次序。
-  int64_t groups = ceil_div(p.most_rows < 1 ? 1 : p.most_rows, s.rows) * args.in.n_spans;
+  int64_t groups = ceil_div(p.most_rows < 1 ? 1 : p.most_rows, s.rows()) * args.in.n_spans;
   if (groups > ctas) groups = ctas;
   int64_t tables = ctas ? ceil_div(ctas, COMBINE_THREADS) : 1,
           most = ceil_div(COMBINE_CTAS, tables);
-  int64_t tasks = groups * s.rows * ceil_div(rank, columns);
+  int64_t tasks = groups * s.rows() * ceil_div(rank, columns);
   bool many = wide && tasks > most * GROUPS;
-  if (many) tasks = groups * s.rows * ceil_div(rank, columns * COMBINE_WIDE);
+  if (many) tasks = groups * s.rows() * ceil_div(rank, columns * COMBINE_WIDE);
   while (!many && 1 << log_parts < GROUPS && (groups * COMBINE_BATCH << log_parts) < ctas)
     log_parts++;
   int64_t blocks = ceil_div(tasks << log_parts, GROUPS);

@@ -10,6 +10,7 @@ struct Few : Consumer<E, S> {
   static constexpr int ROWS = S::ROWS;
   using Base = Consumer<E, S>;
   using Base::args, Base::in, Base::shared, Base::ring, Base::warp, Base::lane, Base::tile;
+  using Base::queries;
 
   static constexpr int COLUMNS = ROWS / 4;  // 一个线程有几列查询
   float o[S::BOXES][ROWS / 2];
@@ -74,13 +75,12 @@ struct Few : Consumer<E, S> {
     }
   }
 
-  // Pᵀ 写成 [ROWS][64 个键]。
-  __device__ void store_p(const float (&s)[ROWS / 2]) const {
-    unsigned char *p = tile(ring) + S::BOXES * S::BOX;
+  // 转置着写成一块 [ROWS][64]：第 warp 个 16 行是它的 16 列。
+  __device__ void store_transposed(unsigned char *to, const float (&x)[ROWS / 2]) const {
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i += 4) {
-      uint32_t pairs[2] = {E::pack(s[i], s[i + 1]), E::pack(s[i + 2], s[i + 3])};
-      stmatrix_x2_trans(p + swizzled(i * 2 + lane % 8, warp * 16 + lane / 8 % 2 * 8), pairs);
+      uint32_t pairs[2] = {E::pack(x[i], x[i + 1]), E::pack(x[i + 2], x[i + 3])};
+      stmatrix_x2_trans(to + swizzled(i * 2 + lane % 8, warp * 16 + lane / 8 % 2 * 8), pairs);
     }
   }
 
@@ -100,43 +100,78 @@ struct Few : Consumer<E, S> {
     for (int box = 0; box < S::BOXES; box++) wgmma_settle(o[box]);
   }
 
+  // 归一化之后的 16 位结果已放在查询的位置上（同样的布局）：写出去，一次 16 字节。
+  __device__ void copy_out(const Lines &lines) const {
+    const int rank = static_cast<int>(in.rank), count = min_of(lines.count, ROWS);
+    auto *to = static_cast<uint16_t *>(args.o) + lines.first * rank;
+#pragma unroll 2
+    for (int i = static_cast<int>(threadIdx.x); i < count * S::BOXES * 8; i += GROUP) {
+      const int row = i / (S::BOXES * 8), chunk = i % (S::BOXES * 8);
+      if (chunk * 8 >= rank) continue;
+      *reinterpret_cast<uint4 *>(to + static_cast<int64_t>(row) * rank + chunk * 8) =
+          *reinterpret_cast<const uint4 *>(queries + chunk / 8 * S::QUERY_BOX +
+                                           swizzled(row, chunk % 8 * 8));
+    }
+  }
+
   __device__ void finish(const Piece &piece) {
     reduce_columns(l, [](float a, float b) { return a + b; });
+    const auto lines = lines_of<S>(args, piece);
+    if (piece.whole) {  // 之后没有 warp 还在读查询：结果放在它的位置上，转过来再写
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i++) {
-      int row = query_of(i);
-      if (!piece.whole && warp == 0 && lane < 4)
-        args.part_m[this->part_at(piece, row)] = m[i],
-                                         args.part_l[this->part_at(piece, row)] = l[i];
-      auto to = this->row_of(piece, row, warp * 16 + lane / 4, l[i]);
+      for (int i = 0; i < COLUMNS; i++) {
+        const float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
+#pragma unroll
+        for (int box = 0; box < S::BOXES; box++)
+          o[box][value_of(i)] *= inverse, o[box][value_of(i) + 2] *= inverse;
+      }
 #pragma unroll
       for (int box = 0; box < S::BOXES; box++)
+        store_transposed(queries + box * S::QUERY_BOX, o[box]);
+      named_barrier_sync(GROUP_BARRIER, GROUP);
+      copy_out(lines);
+    } else {
+      const int column = warp * 16 + lane / 4, room = static_cast<int>(in.rank) - column;
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-          to.write(box * BOX_COLUMNS + 8 * h, o[box][value_of(i) + 2 * h]);
+      for (int i = 0; i < COLUMNS; i++) {
+        const int row = query_of(i);
+        if (row >= lines.count) continue;
+        if (warp == 0 && lane < 4)
+          args.part_m[this->part_at(piece, row)] = m[i],
+                                           args.part_l[this->part_at(piece, row)] = l[i];
+        float *to = this->part_of(piece, row, column);
+#pragma unroll
+        for (int box = 0; box < S::BOXES; box++)
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+            if (const int offset = box * BOX_COLUMNS + 8 * h; offset < room)
+              to[offset] = o[box][value_of(i) + 2 * h];
+      }
     }
+    fence_proxy_async();  // 结果放过的位置，下一段由 TMA 写
+    this->release_queries();
     named_barrier_sync(GROUP_BARRIER, GROUP);  // 下一段要重写 floats
   }
 
   __device__ void run(const Piece &piece) {
+    const int mine = lane < ROWS ? row_limit(args, piece, lane) : 0;  // 要除：一个线程算一行
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++)
-      m[i] = -INFINITY, l[i] = 0.0f, limit[i] = row_limit(args, piece, query_of(i));
+      m[i] = -INFINITY, l[i] = 0.0f, limit[i] = __shfl_sync(ALL_LANES, mine, query_of(i));
 #pragma unroll
     for (int box = 0; box < S::BOXES; box++)
 #pragma unroll
       for (int i = 0; i < ROWS / 2; i++) o[box][i] = 0.0f;
-    this->load_queries(piece);
+    this->wait_queries();
     for (int block = 0; block < piece.units; block++) {
       int first = piece.key_begin + block * S::KEYS;
       float s[ROWS / 2];
-      this->template score<S::BOXES + 1>(ring, s, 0, true);
-      wgmma_commit();
+      this->score(ring, s);
       wgmma_wait<0>();
       wgmma_settle(s);
       softmax(piece, first, s);  // 其中的屏障之后，没有 warp 还在读旋转的键
-      store_p(s);
-      this->clean(piece, ring, first, 0, S::BOXES);
+      store_transposed(tile(ring) + S::BOXES * S::BOX, s);
+      this->clean(piece, ring, first);
       fence_proxy_async();
       named_barrier_sync(GROUP_BARRIER, GROUP);
       accumulate();

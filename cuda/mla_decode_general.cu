@@ -24,7 +24,7 @@ struct GeneralLayout {
 __device__ void general_keys(const DecodeArgs &args, const Piece &piece, int first, float *keys,
                              int stride) {
   const dso_mla_inputs &in = args.in;
-  int width = static_cast<int>(in.rank + in.rope_dim), count = args.schedule.keys;
+  int width = static_cast<int>(in.rank + in.rope_dim), count = args.schedule.keys();
   for (int i = static_cast<int>(threadIdx.x); i < count * width; i += GENERAL_THREADS) {
     int key = i / width, column = i % width;
     int slot = piece.at.slot + first + key, row = piece.at.row;
@@ -49,7 +49,7 @@ __device__ void general_scores(const DecodeArgs &args, const Piece &piece, int f
   const dso_mla_inputs &in = args.in;
   int row = static_cast<int>(threadIdx.x) / WARP, key = static_cast<int>(threadIdx.x) % WARP;
   int index = first + key;
-  bool seen = key < args.schedule.keys && index < row_limit(args, piece, row) &&
+  bool seen = key < args.schedule.keys() && index < row_limit(args, piece, row) &&
               slot_seen(in, piece.at, piece.at.slot + index);
   float s = -INFINITY;
   if (seen) {
@@ -92,14 +92,14 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
   for (int i = thread; i < GENERAL_ROWS * rank; i += GENERAL_THREADS) shared[at.o + i] = 0.0f;
   if (thread < GENERAL_ROWS) shared[at.m + thread] = -INFINITY, shared[at.l + thread] = 0.0f;
   for (int block = 0; block < piece.units; block++) {
-    int first = piece.key_begin + block * args.schedule.keys;
+    int first = piece.key_begin + block * args.schedule.keys();
     general_keys(args, piece, first, shared + at.k, at.k_stride);
     __syncthreads();
     general_scores(args, piece, first, shared, at);
     __syncthreads();
     for (int c = thread; c < rank; c += GENERAL_THREADS) {
       float sum[GENERAL_ROWS] = {};
-      for (int key = 0; key < args.schedule.keys; key++) {
+      for (int key = 0; key < args.schedule.keys(); key++) {
         float value = shared[at.k + key * at.k_stride + c];
 #pragma unroll
         for (int r = 0; r < GENERAL_ROWS; r++)
@@ -127,7 +127,7 @@ __device__ void general_piece(const DecodeArgs &args, const Piece &piece, float 
 
 __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeArgs args) {
   grid_wait();
-  GeneralLayout at(args.in, args.schedule.keys);
+  GeneralLayout at(args.in, args.schedule.keys());
   auto *shared = reinterpret_cast<float *>(dynamic_shared());
   each_piece(args, static_cast<int>(blockIdx.x), threadIdx.x == 0,
              [&](const Piece &piece) { general_piece(args, piece, shared, at); });
@@ -136,7 +136,7 @@ __global__ __launch_bounds__(GENERAL_THREADS, 2) void mla_decode_general(DecodeA
 }  // namespace
 
 cudaError_t dso::run_decode_general(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
-  int needed = GeneralLayout(args.in, args.schedule.keys).bytes;
+  int needed = GeneralLayout(args.in, args.schedule.keys()).bytes;
   if (bytes) {
     *bytes = needed;
     return cudaSuccess;

@@ -1,13 +1,12 @@
 // mla_decode 的 Hopper 路径，行多（64）：行是查询；一次一对块，第 w 组管第 w 块的得分与 P、两块的第 w 半的列。
 //
-// 一对块（甲、乙）里两组做的完全一样：
-//   各自的得分；各行的最大值互相看一眼，两块用同一个基准，O 至多缩放一次；
-//   P 一段（16 个键）算好就发出 O += P · V 的一段：自己的 P 在寄存器里，算下一段时这一段正在乘；
-//   P 写进共享内存，盖掉旋转的键；等到另一组的，O += 另一块的 P · V。
-// 绝大多数块不必缩放 O（128 个数，SOFTMAX_SLACK）。
-// 账（r = 512，每个 SM 每周期 1024 次乘加；一对块的周期）：得分 2 x 1152，P · V 4 x 512，共 4352；得分之后到第一段
-// P · V 之前张量核心闲着，约 400～500（每个调度器上两组各一个 warp，一对约 400 条指令）。
-// 缓冲只有两级，放行的次序与读进来的次序（Producer::load_blocks）对上：先放行的半块先读，得分也从那一半算起。
+// 一对块（甲、乙）里两组错开：一组在算 softmax 时，张量核心上是另一组的乘法。
+//   第 0 组：甲的得分，定下基准；P 先写进共享内存（盖掉甲的旋转的键），再 O += P · V；等到乙的 P，O += 乙的 P · V。
+//   第 1 组：发出乙的得分，不等；等到甲的 P，跟着发出 O += 甲的 P · V；得分算完，在甲的乘法背后算乙的 P，写出，再乘。
+// 两组都先甲后乙地换基准、缩放，同普通的在线 softmax：基准随 P 一起交给另一组，绝大多数块不必缩放（128 个数，
+// SOFTMAX_SLACK）。
+// 账（r = 512，每个 SM 每周期 1024 次乘加；一对块的周期）：得分 2 x 1152，P · V 4 x 512，共 4352；甲的 P 在乙的得分背后，
+// 乙的 P 在甲的 P · V 背后。缓冲只有两级：甲在乙的两份 P · V 之前就放行，下一对的甲在它们背后读进来。
 #pragma once
 
 #include "mla_decode_sm90.cuh"
@@ -34,18 +33,10 @@ struct Many : Consumer<E, S> {
       : Base(a), group(static_cast<int>(threadIdx.x) / GROUP), scale(score_scale(a.in)) {}
 
   __device__ int line_of(int h) const { return warp * 16 + lane / 4 + 8 * h; }
-  // 两组各自的最大值；一段结束时另有各自的 l。
-  __device__ float &top_of(int owner, int row) const { return shared.floats[owner * ROWS + row]; }
+  // 各组定下的基准；一段结束时另有各自的 l。
+  __device__ float &base_of(int owner, int row) const { return shared.floats[owner * ROWS + row]; }
   __device__ float &sum_of(int owner, int row) const {
     return shared.floats[(2 + owner) * ROWS + row];
-  }
-
-  // 自己那块的得分；从先读进来的那一半（自己当值用的）算起。
-  __device__ void score_own(Ring at, float (&s)[32]) {
-    this->template score<S::HALF>(at, s, group * S::HALF, true);
-    this->template score<S::HALF>(at, s, (1 - group) * S::HALF, false);
-    this->template score<1>(at, s, S::BOXES, false);
-    wgmma_commit();
   }
 
   // 看不见的得分换成 -INF；返回之后还要乘的系数（系数不是正数时最大值会变，先乘上）。
@@ -81,29 +72,43 @@ struct Many : Consumer<E, S> {
     }
   }
 
-  // 同另一组交换最大值，定下基准；返回旧结果要不要缩放（整个 warp 一致）。
-  __device__ bool rebase(const float (&top)[2], float (&keep)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      if (lane % 4 == 0) top_of(group, line_of(h)) = top[h];
-    named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);  // 之后也没有 warp 还在读旋转的键
+  // 由自己这块的最大值定下基准，l 换到新的基准；返回 O 要不要缩放（整个 warp 一致）。
+  __device__ bool decide(const float (&top)[2], float (&keep)[2]) {
     bool moved = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float next = fmaxf(top[h], top_of(1 - group, line_of(h)));
-      moved |= dso::rebase(next, &base[h], &keep[h]);
+      moved |= dso::rebase(top[h], &base[h], &keep[h]);
+      l[h] *= keep[h];
     }
     return __any_sync(ALL_LANES, moved);
   }
 
-  // 当值用的半块里看不见的行清零：先要这一对的得分都算完。
-  __device__ void clean_values(const Piece &piece, int block, bool pair, Ring mine, Ring other) {
-    const int first = piece.key_begin + block * S::KEYS;
-    const int own = first + group * S::KEYS, theirs = first + (1 - group) * S::KEYS;
-    bool cleaned = false;
-    if (pair || group == 0) cleaned |= this->clean(piece, mine, own, group * S::HALF, S::HALF);
-    if (pair || group == 1) cleaned |= this->clean(piece, other, theirs, group * S::HALF, S::HALF);
-    if (!cleaned) return;
+  // 跟上另一组定下的基准；返回同 decide。
+  __device__ bool follow(float (&keep)[2]) {
+    bool moved = false;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float next = base_of(1 - group, line_of(h));
+      keep[h] = 1.0f;
+      if (next == base[h]) continue;
+      keep[h] = fast_exp2(base[h] - next), base[h] = next, moved = true;
+      l[h] *= keep[h];
+    }
+    return __any_sync(ALL_LANES, moved);
+  }
+
+  // O 换到新的基准；没有还在累加 O 的 wgmma 时。
+  __device__ void rescale(const float (&keep)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int i = 0; i < RANK / 8; i++) o[i / 2 * 4 + 2 * h + i % 2] *= keep[h];
+  }
+
+  // 自己那块的得分算完之后：这组没有 warp 还在读旋转的键，当值用之前清掉看不见的行。
+  __device__ void settle_block(const Piece &piece, Ring at, int first) const {
+    named_barrier_sync(GROUP_BARRIER + group, GROUP);
+    if (!this->clean(piece, at, first)) return;
     fence_proxy_async();
     named_barrier_sync(GROUP_BARRIER + group, GROUP);
   }
@@ -112,40 +117,48 @@ struct Many : Consumer<E, S> {
     return uniform(mn_major(tile(at) + group * S::HALF * S::BOX, S::BOX));
   }
 
-  // 得分变成 P，一段一段地乘进 O。
-  __device__ void accumulate_own(Ring at, const float (&s)[32], float factor, Fragments &p) {
-    uint64_t v = values(at);
-    float minus[2] = {-finite_max(base[0]), -finite_max(base[1])};
+  // 第 k 段（16 个键）的得分变成 P。
+  __device__ void exponentials(const float (&s)[32], float factor, int k, Fragments &p) {
 #pragma unroll
-    for (int k = 0; k < SLICES; k++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) {  // 8 列的一半、行
-        const int h = j % 2, at_score = (k * 2 + j / 2) * 4 + 2 * h;
-        float x = fast_exp2(fmaf(s[at_score], factor, minus[h]));
-        float y = fast_exp2(fmaf(s[at_score + 1], factor, minus[h]));
-        l[h] += x + y;
-        p[k][j] = E::pack(x, y);
-      }
-      wgmma_fence();
-      wgmma<Base::BF16, 1>(o, p[k], advance(v, k * 16 * BOX_ROW), true);
+    for (int j = 0; j < 4; j++) {  // 8 列的一半、行
+      const int h = j % 2, at_score = (k * 2 + j / 2) * 4 + 2 * h;
+      const float minus = -finite_max(base[h]);
+      float x = fast_exp2(fmaf(s[at_score], factor, minus));
+      float y = fast_exp2(fmaf(s[at_score + 1], factor, minus));
+      l[h] += x + y;
+      p[k][j] = E::pack(x, y);
     }
+  }
+
+  // 发出 O += 自己那块的 P · V：P 在寄存器里。
+  __device__ void multiply_own(Ring at, const Fragments &p) {
+    const uint64_t v = values(at);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < SLICES; k++)
+      wgmma<Base::BF16, 1>(o, p[k], advance(v, k * 16 * BOX_ROW), true);
     wgmma_commit();
   }
 
-  // P 写成 [64][64 个键]，盖掉旋转的键，另一组等 READY_BARRIER。
+  // P 写成 [64][64 个键]，盖掉旋转的键，连同基准交给等 READY_BARRIER 的另一组。
   __device__ void publish(Ring at, const Fragments &p) const {
     // 块从 1024 字节对齐处起，往后 16 列就是整个偏移异或 32：四个地址不必各占一个寄存器。
     const int to =
         at.stage * S::STAGE + S::BOXES * S::BOX + swizzled(warp * 16 + lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int k = 0; k < SLICES; k++) stmatrix_x4(shared.stages + (to ^ k * 32), p[k]);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      if (lane % 4 == 0) base_of(group, line_of(h)) = base[h];
     fence_proxy_async();
     named_barrier_arrive(READY_BARRIER + group, S::CONSUMERS);
   }
 
-  // 另一组的一块：P 在共享内存里。
-  __device__ void accumulate_other(Ring at) {
+  // 等到另一组的 P，发出 O += P · V：P 在共享内存里。
+  __device__ void multiply_other(Ring at) {
     named_barrier_sync(READY_BARRIER + 1 - group, S::CONSUMERS);
+    float keep[2];
+    if (follow(keep)) rescale(keep);  // 此时 O 没有在算（自己那块的得分可能在）
     for (int box = 0; box < S::HALF; box += S::CHUNK) this->wait(at, group * S::HALF + box);
     uint64_t v = values(at), p = uniform(k_major(tile(at) + S::BOXES * S::BOX));
     wgmma_fence();
@@ -155,58 +168,103 @@ struct Many : Consumer<E, S> {
     wgmma_commit();
   }
 
-  // 一对块（MINE、OTHER 都是真），或一段最后单独的一块：第 0 组只有自己的，第 1 组只有另一组的。
-  template <bool MINE, bool OTHER>
-  __device__ void step(const Piece &piece, int block, Ring mine, Ring other) {
-    float s[32], top[2] = {-INFINITY, -INFINITY}, keep[2], factor = scale;
+  // 另一组的那块用完了：我的一半列，连同它的 P。
+  __device__ void release_other(Ring at) const {
+    this->release(at, group);
+    this->release(at, TAIL);
+  }
+
+  // 第 0 组；pair：后面还有乙。last：这一段最后一次用查询。
+  __device__ void lead(const Piece &piece, int first, Ring mine, Ring other, bool pair, bool last) {
+    float s[32], top[2], keep[2];
     Fragments p;
-    if constexpr (MINE) {
-      score_own(mine, s);
-      wgmma_wait<0>();
-      wgmma_settle(s);
-      factor = hide(piece, piece.key_begin + (block + group) * S::KEYS, s);
-      row_tops(s, factor, top);
-    }
-    bool moved = rebase(top, keep);
-    clean_values(piece, block, MINE && OTHER, mine, other);
-    if (moved) {
+    this->score(mine, s);
+    wgmma_wait<0>();
+    wgmma_settle(s);
+    if (last) this->release_queries();
+    const float factor = hide(piece, first, s);
+    row_tops(s, factor, top);
+    if (decide(top, keep)) rescale(keep);
+    settle_block(piece, mine, first);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        l[h] *= keep[h];
-#pragma unroll
-        for (int i = 0; i < RANK / 8; i++) o[i / 2 * 4 + 2 * h + i % 2] *= keep[h];
-      }
-    }
-    if constexpr (MINE) {
-      accumulate_own(mine, s, factor, p);
-      publish(mine, p);
-    }
-    if constexpr (OTHER) accumulate_other(other);
-    if constexpr (MINE) {
-      wgmma_wait<OTHER ? 1 : 0>();
-      this->release(mine, group);
-    }
-    if constexpr (OTHER) {
-      wgmma_wait<0>();
-      this->release(other, group);
-      this->release(other, TAIL);  // 旋转的键（P）由读 P 的一组放行
-    }
+    for (int k = 0; k < SLICES; k++) exponentials(s, factor, k, p);
+    publish(mine, p);
+    multiply_own(mine, p);
+    wgmma_wait<0>();
     wgmma_settle(o);
+    this->release(mine, group);
+    if (pair) {
+      multiply_other(other);
+      wgmma_wait<0>();
+      wgmma_settle(o);
+      release_other(other);
+    }
+  }
+
+  // 第 1 组；乙从第 first 个键起。last：这一段最后一次用查询。
+  __device__ void trail(const Piece &piece, int first, Ring mine, Ring other, bool last) {
+    float s[32], top[2], keep[2];
+    Fragments p;
+    this->score(mine, s);
+    multiply_other(other);
+    wgmma_wait<1>();
+    wgmma_settle(s);
+    if (last) this->release_queries();
+    const float factor = hide(piece, first, s);
+    row_tops(s, factor, top);
+    const bool moved = decide(top, keep);
+    settle_block(piece, mine, first);
+#pragma unroll
+    for (int k = 0; k < SLICES; k++) exponentials(s, factor, k, p);
+    publish(mine, p);
+    wgmma_wait<0>();
+    wgmma_settle(o);
+    release_other(other);
+    if (moved) rescale(keep);
+    multiply_own(mine, p);
+    wgmma_wait<0>();
+    wgmma_settle(o);
+    this->release(mine, group);
+  }
+
+  // 第 1 组；一段最后单独的一块。
+  __device__ void follow_last(Ring other, bool unused) {
+    if (unused) this->release_queries();
+    multiply_other(other);
+    wgmma_wait<0>();
+    wgmma_settle(o);
+    release_other(other);
   }
 
   __device__ void attend(const Piece &piece) {
-    int block = 0;
-    for (; block + 1 < piece.units; block += 2) {
+    for (int left = piece.units, first = piece.key_begin; left > 0; left -= 2) {
+      const bool pair = left > 1;
       const Ring second = ring.next(S::STAGES);
-      step<true, true>(piece, block, group == 0 ? ring : second, group == 0 ? second : ring);
-      ring = second.next(S::STAGES);
+      if (group == 0)
+        lead(piece, first, ring, second, pair, left <= 2);
+      else if (pair)
+        trail(piece, first + S::KEYS, second, ring, left <= 3);
+      else
+        follow_last(ring, piece.units == 1);
+      ring = pair ? second.next(S::STAGES) : second;
+      first += 2 * S::KEYS;
     }
-    if (block == piece.units) return;
-    if (group == 0)
-      step<true, false>(piece, block, ring, ring);
-    else
-      step<false, true>(piece, block, ring, ring);
-    ring = ring.next(S::STAGES);
+  }
+
+  // 一行归一化之后的 16 位结果，32 列一次：一组 4 个线程各有相邻的两列，换成各有相邻的 8 列，一次写 16 字节。
+  __device__ void write_row(uint16_t *to, const Lines &lines, int h, float inverse) const {
+    const int row = line_of(h), column = group * RANK / 2 + lane % 4 * 8;
+    to += static_cast<int64_t>(row) * in.rank + column;
+    const int room = row < lines.count ? static_cast<int>(in.rank) - column : 0;
+#pragma unroll
+    for (int i = 0; i < RANK / 4; i += 16) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        x[j] = E::pack(o[i + j * 4 + 2 * h] * inverse, o[i + j * 4 + 2 * h + 1] * inverse);
+      transpose_quad(x);
+      if (i * 2 < room) *reinterpret_cast<uint4 *>(to + i * 2) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
   }
 
   __device__ void finish(const Piece &piece) {
@@ -216,26 +274,45 @@ struct Many : Consumer<E, S> {
       if (lane % 4 == 0) sum_of(group, line_of(h)) = l[h];
     }
     named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
+    const auto lines = lines_of<S>(args, piece);
+    float total[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      int row = line_of(h);
-      float total = sum_of(0, row) + sum_of(1, row);
-      if (!piece.whole && group == 0 && lane % 4 == 0)
-        args.part_m[this->part_at(piece, row)] = base[h],
-                                         args.part_l[this->part_at(piece, row)] = total;
-      auto to = Base::row_of(piece, row, group * RANK / 2 + lane % 4 * 2, total);
+    for (int h = 0; h < 2; h++) total[h] = sum_of(0, line_of(h)) + sum_of(1, line_of(h));
+    if (piece.whole) {
+      auto *to = static_cast<uint16_t *>(args.o) + lines.first * in.rank;
 #pragma unroll
-      for (int i = 0; i < RANK / 4; i += 4) to.write_pair(i * 2, o[i + 2 * h], o[i + 2 * h + 1]);
+      for (int h = 0; h < 2; h++) {
+        const float inverse = total[h] == 0.0f ? 0.0f : 1.0f / total[h];
+        write_row(to, lines, h, inverse);
+      }
+    } else {
+      const int column = group * RANK / 2 + lane % 4 * 2;
+      const int room = static_cast<int>(in.rank) - column;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = line_of(h);
+        if (row >= lines.count) continue;
+        if (group == 0 && lane % 4 == 0)
+          args.part_m[this->part_at(piece, row)] = base[h],
+                                           args.part_l[this->part_at(piece, row)] = total[h];
+        float *to = this->part_of(piece, row, column);
+#pragma unroll
+        for (int i = 0; i < RANK / 4; i += 4)  // r 是 64 的倍数：一对不会只有一个在范围内
+          if (i * 2 < room)
+            *reinterpret_cast<float2 *>(to + i * 2) = make_float2(o[i + 2 * h], o[i + 2 * h + 1]);
+      }
     }
+    named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);  // 下一段要重写 l
   }
 
   __device__ void run(const Piece &piece) {
     open = in.kv_mask || !(scale > 0.0f) ? 0 : piece.key_end;
+    const Lines lines = lines_of<S>(args, piece);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int row = Base::of_group(line_of(h));
-      l[h] = 0.0f, base[h] = -INFINITY, limit[h] = row_limit(args, piece, row);
-      if (row_at(args, piece, row) >= 0 && limit[h] < open) open = limit[h];
+      l[h] = 0.0f, base[h] = -INFINITY;
+      limit[h] = row_limit(args, piece, first_row<S>() + line_of(h));
+      if (line_of(h) < lines.count && limit[h] < open) open = limit[h];  // 这组之外的行不写出，不管
     }
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) {
@@ -244,7 +321,7 @@ struct Many : Consumer<E, S> {
     }
 #pragma unroll
     for (int i = 0; i < RANK / 4; i++) o[i] = 0.0f;
-    this->load_queries(piece);
+    this->wait_queries();
     attend(piece);
     finish(piece);
   }

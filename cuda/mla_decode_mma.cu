@@ -344,7 +344,7 @@ cudaError_t run_mma(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
 
 template <class E, int RANK>
 cudaError_t pick_rows(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
-  switch (args.schedule.rows) {
+  switch (args.schedule.rows()) {
     case 16:
       return run_mma<E, RANK, 16>(args, bytes, stream);
     case 32:

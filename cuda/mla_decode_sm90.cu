@@ -8,18 +8,25 @@ using namespace dso;
 using namespace dso::decode;
 
 template <class S>
-__device__ void produce(const DecodeArgs &args, int cta, const CUtensorMap *latent,
-                        const CUtensorMap *rope) {
-  bool writer = threadIdx.x == S::CONSUMERS && (S::CTAS == 1 || cluster_rank() == 0);
-  int part = (static_cast<int>(threadIdx.x) - S::CONSUMERS) / WARP;
+__device__ void produce(const DecodeArgs &args, int cta, const CUtensorMap *queries,
+                        const CUtensorMap *latent, const CUtensorMap *rope) {
+  int part = __shfl_sync(ALL_LANES, (static_cast<int>(threadIdx.x) - S::CONSUMERS) / WARP, 0);
+  if (part == PARTS) {
+    bool writer = threadIdx.x % WARP == 0 && (S::CTAS == 1 || cluster_rank() == 0);
+    Scheduler<S>{args, args.in, queries, {}, {}, {}}.run(cta, writer);
+    return;
+  }
   Producer<S> producer{args.in, latent, rope, part, {}, {}};
-  each_piece(args, cta, writer, [&](const Piece &piece) { producer.run(piece); });
+  Piece piece;
+  for (Pieces<S> pieces; pieces.next(&piece);) producer.run(piece);
+  grid_wait();
 }
 
 template <class Consumer>
-__device__ void consume(const DecodeArgs &args, int cta) {
+__device__ void consume(const DecodeArgs &args) {
   Consumer consumer(args);
-  each_piece(args, cta, false, [&](const Piece &piece) { consumer.run(piece); });
+  Piece piece;
+  for (typename Consumer::Pieces pieces; pieces.next(&piece);) consumer.run(piece);
 }
 
 // 全部线程都到了才继续：别的 CTA 要写的共享内存、要到达的 mbarrier 都还在。
@@ -33,28 +40,52 @@ __device__ void sync_ctas() {
   }
 }
 
+// 划分先要读 spans：请 L2 先取前面的一些。
+__device__ void prefetch_spans(const dso_mla_inputs &in) {
+  constexpr int64_t MOST = 1024;
+  if (reinterpret_cast<uintptr_t>(in.spans) % 16 != 0) return;
+  const int64_t count = in.n_spans < MOST ? in.n_spans : MOST;
+  prefetch_l2(in.spans, static_cast<uint32_t>(count * static_cast<int64_t>(sizeof(dso_span))));
+}
+
 template <class E, int RANK, int ROWS, int CTAS>
 __global__ __launch_bounds__(Shape<RANK, ROWS, CTAS>::THREADS, 1) void mla_decode_sm90_kernel(
-    DecodeArgs args, const __grid_constant__ CUtensorMap latent,
-    const __grid_constant__ CUtensorMap rope) {
+    DecodeArgs args, const __grid_constant__ CUtensorMap queries,
+    const __grid_constant__ CUtensorMap latent, const __grid_constant__ CUtensorMap rope) {
   using S = Shape<RANK, ROWS, CTAS>;
   int thread = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x) / CTAS;
   if (thread == 0) Shared<S>().start();
+  if (thread == S::CONSUMERS) prefetch_spans(args.in);
   sync_ctas<S>();
-  grid_wait();
+  // settled：划分与读键的不等前一个核（吸收），各自到要用它的结果、要写的时候再等；消费者要用。
+  if (args.settled && thread >= S::CONSUMERS)
+    read_early();
+  else
+    grid_wait();
   if (thread >= S::CONSUMERS) {
     if constexpr (!S::FEW) registers_decrease<DECODE_PRODUCER_REGISTERS>();
-    if (thread < S::CONSUMERS + S::PRODUCERS) produce<S>(args, cta, &latent, &rope);
+    produce<S>(args, cta, &queries, &latent, &rope);
   } else if constexpr (S::FEW) {
-    consume<Few<E, S>>(args, cta);
+    consume<Few<E, S>>(args);
   } else {
     registers_increase<DECODE_CONSUMER_REGISTERS>();
-    consume<Many<E, S>>(args, cta);
+    consume<Many<E, S>>(args);
   }
   if constexpr (CTAS > 1) sync_ctas<S>();
 }
 
 // ---- 主机侧 ----
+
+// 吸收后的查询 [B*T*H, r / 64, 64]，一次 rows 行、boxes 个 64 列：写成 boxes 个块；界外填 0。
+cudaError_t query_map(CUtensorMap *map, const DecodeArgs &args, int rows, int boxes) {
+  const dso_mla_inputs &in = args.in;
+  return make_tensor_map(map, {args.q_abs,
+                               args.dtype,
+                               3,
+                               {BOX_COLUMNS, in.b * in.t * in.heads, in.rank / BOX_COLUMNS},
+                               {1, in.rank, BOX_COLUMNS},
+                               {BOX_COLUMNS, rows, boxes}});
+}
 
 // 潜变量 [B, S, r / 64, 64]，一次 chunk 个 64 列、64 个槽位：写成 chunk 个块；界外填 0。
 cudaError_t latent_map(CUtensorMap *map, const DecodeArgs &args, int chunk) {
@@ -86,20 +117,21 @@ cudaError_t run(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
     return cudaSuccess;
   }
   const dso_mla_inputs &in = args.in;
-  CUtensorMap latent, rope;
-  cudaError_t error = latent_map(&latent, args, S::CHUNK);
+  CUtensorMap queries, latent, rope;
+  cudaError_t error = query_map(&queries, args, ROWS, S::BOXES);
+  if (error == cudaSuccess) error = latent_map(&latent, args, S::CHUNK);
   if (error == cudaSuccess)  // 没有旋转部分时只从界外读
     error = in.rope_dim > 0 ? rope_map(&rope, args, in.rope, in.rope_dim, in.rope_bs, in.rope_ts)
                             : rope_map(&rope, args, in.latent, in.rank, in.latent_bs, in.latent_ts);
   if (error != cudaSuccess) return error;
   return launch_cluster(mla_decode_sm90_kernel<E, RANK, ROWS, CTAS>, CTAS,
                         dim3(static_cast<unsigned>(args.schedule.ctas * CTAS)), dim3(S::THREADS),
-                        static_cast<size_t>(S::BYTES), stream, args, latent, rope);
+                        static_cast<size_t>(S::BYTES), stream, args, queries, latent, rope);
 }
 
 template <class E, int RANK>
 cudaError_t pick_rows(const DecodeArgs &args, int *bytes, cudaStream_t stream) {
-  switch (args.schedule.rows) {
+  switch (args.schedule.rows()) {
     case 8:
       return run<E, RANK, 8>(args, bytes, stream);
     case 16:

@@ -1,10 +1,11 @@
 // 吸收式解码（Hopper）：TMA 把键成块拷进环形的缓冲，wgmma 累加；工作的划分、部分结果与合并同别的路径。
 //
-// 一块 64 个键读进来一次，既当键又当值；3 个 warp 是生产者，只发 TMA，其余是消费者（4 个 warp 一组）：
+// 一块 64 个键读进来一次，既当键又当值；一组 4 个 warp 里一个划分（依次找出各段）、3 个是生产者，只发 TMA，其余是消费者
+// （4 个 warp 一组）：
 //   行少（8、16、32）：键放在 wgmma 的 M 一维，Sᵀ [64, ROWS] = 块 · Qᵀ，Oᵀ [r, ROWS] += 块的前 r 列ᵀ · Pᵀ，
 //     头再少也不必补到 64 行；一个消费者组。
 //   行多（64）：S [64, 64] = Q · 块ᵀ，两个消费者组各管隔一块的得分与 softmax，O [64, r] 各管一半的列；
-//     两块一起走。
+//     一对块错开着走。
 // 缓冲里每 64 列一个块（tile_sm90.cuh）；最后一块先放旋转的键，得分算完之后原地换成 P。
 #pragma once
 
@@ -20,6 +21,7 @@ namespace dso::decode {
 constexpr int GROUP = 4 * WARP;  // 一个 wgmma 的线程数
 constexpr int PARTS = 3;         // 一级缓冲分开放行的部分：潜变量的前一半、后一半、旋转的键
 constexpr int TAIL = 2;
+constexpr int PIECES = 4;  // 提前找出几段
 // 具名屏障；GROUP、READY 一组一个：组内的，与“这组的 P 写好了”（写的组报到，另一组等）。
 constexpr int CONSUMERS_BARRIER = 1, GROUP_BARRIER = 2, READY_BARRIER = 4;
 
@@ -29,21 +31,27 @@ struct Shape {
   static constexpr int RANK = RANK_, ROWS = ROWS_, CTAS = CTAS_;
   static constexpr bool FEW = ROWS <= 32;
   static constexpr int GROUPS = FEW ? 1 : 2;
-  // 生产者一个 warp 管一部分；两个消费者组时占一组，好把它的寄存器让出来。
+  // 消费者之后是一组：生产者一个 warp 管一部分，最后一个 warp 划分。
   static constexpr int CONSUMERS = GROUPS * GROUP, PRODUCERS = PARTS * WARP;
-  static constexpr int THREADS = CONSUMERS + (FEW ? PRODUCERS : GROUP);
+  static constexpr int THREADS = CONSUMERS + GROUP;
+  static_assert(PRODUCERS + WARP == GROUP, "一组：生产者与划分的");
+  static constexpr int READERS = (CONSUMERS + PRODUCERS) / WARP;  // 几个 warp 要知道各段
   static constexpr int KEYS = DECODE_KEYS_SM90;
   static constexpr int BOXES = RANK / BOX_COLUMNS, HALF = BOXES / 2;
   // 潜变量一次 TMA 几个 64 列：多了发得少，少了先到的先算。
   static constexpr int CHUNK = HALF < 2 ? HALF : 2, CHUNKS = HALF / CHUNK;
   static constexpr int BOX = KEYS * BOX_ROW, QUERY_BOX = ROWS * BOX_ROW;
   static constexpr int STAGE = (BOXES + 1) * BOX, QUERIES = (BOXES + 1) * QUERY_BOX;
-  // 其余：4 个 ROWS 的浮点数，与每级的 mbarrier：一次 TMA 一个等到达的，一部分一个等放行的。
+  // 查询有几份：行少时下一段的先读进来，不必排在已经发出的几块键之后；行多时放不下。
+  static constexpr int ASKS = FEW ? 2 : 1;
+  // 其余：4 个 ROWS 的浮点数，找出来的各段，与 mbarrier：每级的，一次 TMA 一个等到达的、一部分一个等放行的；各段、查询的。
   static constexpr int FULLS = 2 * CHUNKS + 1;
   static constexpr int FLOATS = 4 * ROWS * 4, BARRIERS = (FULLS + PARTS) * 8;
-  static constexpr int FIT = (SHARED_SM90 - QUERIES - FLOATS) / (STAGE + BARRIERS);
+  static constexpr int REST =
+      ASKS * (QUERIES + 16) + FLOATS + PIECES * (static_cast<int>(sizeof(Piece)) + 16);
+  static constexpr int FIT = (SHARED_SM90 - REST) / (STAGE + BARRIERS);
   static constexpr int STAGES = FIT < DECODE_STAGES_SM90 ? FIT : DECODE_STAGES_SM90;
-  static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + QUERIES + FLOATS;
+  static constexpr int BYTES = STAGES * (STAGE + BARRIERS) + REST;
   static_assert(STAGES >= 2, "放不下两级");
   static constexpr int AHEAD = FEW || STAGES > 2 ? 0 : DECODE_AHEAD_SM90;
 };
@@ -58,23 +66,31 @@ struct Ring {
 
 template <class S>
 struct Shared {
-  unsigned char *stages, *queries;
+  unsigned char *stages;
   float *floats;
   uint64_t *barriers;
+  Piece *pieces;
 
   __device__ Shared() {
     stages = dynamic_shared();
-    queries = stages + S::STAGES * S::STAGE;
-    floats = reinterpret_cast<float *>(queries + S::QUERIES);
+    floats = reinterpret_cast<float *>(queries(S::ASKS));
     barriers = reinterpret_cast<uint64_t *>(floats + 4 * S::ROWS);
+    pieces = reinterpret_cast<Piece *>(asked(0) + 2 * S::ASKS);
   }
   __device__ unsigned char *stage(int i) const { return stages + i * S::STAGE; }
+  __device__ unsigned char *queries(int i) const { return stage(S::STAGES) + i * S::QUERIES; }
   __device__ uint64_t *full(int stage, int chunk) const {
     return barriers + stage * S::FULLS + chunk;
   }
   __device__ uint64_t *empty(int stage, int part) const {
     return full(S::STAGES, 0) + stage * PARTS + part;
   }
+  // 第 i 段找出来了；都读过了。
+  __device__ uint64_t *known(int i) const { return empty(S::STAGES, 0) + i; }
+  __device__ uint64_t *taken(int i) const { return known(PIECES + i); }
+  // 第 i 份查询到了；用完了。
+  __device__ uint64_t *asked(int i) const { return known(2 * PIECES) + i; }
+  __device__ uint64_t *answered(int i) const { return asked(S::ASKS + i); }
 
   // 一半潜变量由拿它当值的组放行，最后一块由读 P 的组放行（行少时只有一组）；一个 warp 报到一次，各 CTA 的都算。
   __device__ void start() const {
@@ -83,13 +99,137 @@ struct Shared {
       for (int part = 0; part < PARTS; part++)
         mbarrier_init(empty(i, part), S::CTAS * GROUP / WARP);
     }
+    for (int i = 0; i < PIECES; i++)
+      mbarrier_init(known(i), 1), mbarrier_init(taken(i), S::READERS);
+    for (int i = 0; i < S::ASKS; i++)  // 一次 TMA，与 WARP 个线程的 cp.async
+      mbarrier_init(asked(i), 1 + WARP), mbarrier_init(answered(i), S::CONSUMERS / WARP);
     mbarrier_init_fence();
   }
 };
 
-// ---- 生产者：几个 warp 各管一部分，整个 warp 找下一段，第一个线程发 TMA ----
+// 这个 CTA 管的第一行在组内是第几行：cluster 的各 CTA 依次接着。
+template <class S>
+__device__ int first_row() {
+  return S::CTAS == 1 ? 0 : cluster_rank() * S::ROWS;
+}
+
+// 一段里这个 CTA 的各行。
+struct Lines {
+  int inside;     // 第一行在 span 里的下标
+  int64_t first;  // 在 [B*T, H] 里的下标
+  int count;      // 至多几行：可能不是正数，也可能多于 ROWS
+};
+
+template <class S>
+__device__ Lines lines_of(const DecodeArgs &args, const Piece &piece) {
+  const int heads = static_cast<int>(args.in.heads);
+  const int inside = (piece.group << args.schedule.log_rows) + first_row<S>();
+  return {inside, static_cast<int64_t>(piece.at.q_begin) * heads + inside,
+          piece.at.q_len * heads - inside};
+}
+
+// ---- 划分：一个 warp 依次找出各段，读进各段的查询；其余的 warp 从共享内存里的环取 ----
 //
-// 发一次 TMA 连同算坐标要上百个周期，一个 warp 发全部就来不及：潜变量的前一半、后一半、旋转的键各由一个 warp 发。
+// 找一段要上千个周期，冷启动时指令还要从显存取：不必每个 warp 各找一遍，后面的几段也找在前面。查询也由它读，而且（有两份时）
+// 先读：生产者一知道就发出两级键，受限于显存时排在它们之后的读要等四五微秒。
+
+template <class S>
+struct Scheduler {
+  const DecodeArgs &args;
+  const dso_mla_inputs &in;
+  const CUtensorMap *queries;
+  Shared<S> shared;
+  Ring at, ask;
+
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % WARP; }
+
+  __device__ void put(const Piece &piece) {
+    mbarrier_wait(shared.taken(at.stage), at.parity ^ 1);
+    if (lane() == 0) {
+      shared.pieces[at.stage] = piece;
+      mbarrier_arrive(shared.known(at.stage));
+    }
+    at = at.next(PIECES);
+  }
+
+  // 吸收后的 r 列由 TMA 读：各行相连。越过这一组的是别的词元的，界外是 0：只影响不写出的行。
+  __device__ void read(const Piece &piece) {
+    mbarrier_wait(shared.answered(ask.stage), ask.parity ^ 1);
+    uint64_t *arrived = shared.asked(ask.stage);
+    unsigned char *to = shared.queries(ask.stage);
+    const Lines lines = lines_of<S>(args, piece);
+    if (elected()) {
+      mbarrier_expect(arrived, S::BOXES * S::QUERY_BOX);
+      tma_load(to, queries, arrived, 0, static_cast<int>(lines.first), 0);
+    }
+    read_tails(to + S::BOXES * S::QUERY_BOX, piece, lines);
+    mbarrier_arrive_copies(arrived);
+    ask = ask.next(S::ASKS);
+  }
+
+  // 旋转的 dr 列，不足的补 0：8 个线程一行，各管 8 列。地址只除一次，之后逐行往前走。
+  __device__ void read_tails(unsigned char *to, const Piece &piece, const Lines &lines) const {
+    constexpr int EACH = WARP / 8;
+    const int heads = static_cast<int>(in.heads), steps = static_cast<int>(in.t);
+    const int column = lane() % 8 * 8, begin = lines.inside + lane() / 8;
+    int token = begin / heads, head = begin - token * heads;
+    token += piece.at.q_begin;
+    int b = token / steps, t = token - b * steps;
+    const auto *base = static_cast<const uint16_t *>(in.q);
+    const auto *from = base + in.nope_dim + column + b * in.q_bs + t * in.q_ts + head * in.q_hs;
+#pragma unroll 2
+    for (int row = lane() / 8; row < S::ROWS; row += EACH) {
+      const bool ok = column < in.rope_dim && row < lines.count;
+      cp_async_16(to + swizzled(row, column), ok ? from : base, ok);
+      from += EACH * in.q_hs;
+      for (head += EACH; head >= heads; head -= heads) {
+        from += in.q_ts - heads * in.q_hs;
+        if (++t == steps) t = 0, from += in.q_bs - steps * in.q_ts;
+      }
+    }
+  }
+
+  // 最后一段之后是没有单位的一段。writer：恰好一个线程，记下要合并的。settled 时第一段的键已经可以读了，查询要等吸收。
+  __device__ void run(int cta, bool writer) {
+    Walk walk = start_walk(in, args.schedule, cta);
+    Piece piece;
+    bool more = next_piece(in, args.schedule, cta, &walk, &piece);
+    bool known = args.settled && more;
+    if (known) put(piece);
+    grid_wait();
+    if (writer) args.splits[cta].rows = 0;
+    while (more) {
+      if (writer) record_split(args, cta, piece);
+      read(piece);
+      if (!known) put(piece);
+      more = next_piece(in, args.schedule, cta, &walk, &piece);
+      known = more && S::ASKS == 1;  // 只有一份查询：要等上一段用完，键不必等
+      if (known) put(piece);
+    }
+    put(Piece{});
+  }
+};
+
+template <class S>
+struct Pieces {
+  Shared<S> shared;
+  Ring at;
+
+  // 下一段；没有了返回假。整个 warp 一起调用。
+  __device__ bool next(Piece *piece) {
+    mbarrier_wait(shared.known(at.stage), at.parity);
+    *piece = shared.pieces[at.stage];
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) mbarrier_arrive(shared.taken(at.stage));
+    at = at.next(PIECES);
+    return piece->units > 0;
+  }
+};
+
+// ---- 生产者：几个 warp 各管一部分 ----
+//
+// 发一次 TMA 连同算坐标要上百个周期，一个 warp 发全部就来不及：潜变量的前一半、后一半、旋转的键各由一个 warp 发。整个 warp
+// 走同样的路，坐标广播成一致的，只在发的时候选一个线程。
 // 有 cluster 时各 CTA 轮着发，一次写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的 mbarrier_expect
 // 先到也不要紧：还差那一次到达，这一相不会提前结束。
 
@@ -106,11 +246,13 @@ struct Producer {
   __device__ int tail() const { return in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS; }
 
   __device__ static int rank() { return S::CTAS == 1 ? 0 : cluster_rank(); }
+  __device__ static int same(int x) { return __shfl_sync(ALL_LANES, x, 0); }
 
-  // 一级缓冲里我的这一部分，从 slot 起的一块。
-  __device__ void load(const Piece &piece, Ring at, int slot) const {
+  // 一级缓冲里我的这一部分，第 row 行从 slot 起的一块。
+  __device__ void load(Ring at, int row, int slot) const {
+    const int first = part * S::CHUNKS, count = part == TAIL ? 1 : S::CHUNKS;
     mbarrier_wait(shared.empty(at.stage, part), at.parity ^ 1);
-    const int first = part * S::CHUNKS, count = part == TAIL ? 1 : S::CHUNKS, row = piece.at.row;
+    if (!elected()) return;
 #pragma unroll 1
     for (int i = first; i < first + count; i++) {
       uint64_t *full = shared.full(at.stage, i);
@@ -131,44 +273,33 @@ struct Producer {
     }
   }
 
-  // 一段里从第 block 块起的 count 块（到末尾为止）读进 L2，各 CTA 分着。
-  __device__ void prefetch(const Piece &piece, int block, int count) const {
+  // 从 slot 起的至多 count 块读进 L2，各 CTA 分着；由事最少的（读旋转的键的）来做。
+  __device__ void prefetch(int row, int slot, int count) const {
     if constexpr (S::AHEAD > 0) {
-      int slot = piece.at.slot + piece.key_begin + block * S::KEYS;
+      if (part != TAIL || !elected()) return;
 #pragma unroll 1
-      for (; count > 0 && block < piece.units; block++, count--, slot += S::KEYS) {
+      for (; count > 0; count--, slot += S::KEYS) {
 #pragma unroll 1
         for (int i = rank(); i < 2 * S::CHUNKS; i += S::CTAS)
-          tma_prefetch(latent, 0, slot, i * S::CHUNK, piece.at.row);
-        if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, piece.at.row);
+          tma_prefetch(latent, 0, slot, i * S::CHUNK, row);
+        if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, row);
       }
     }
   }
 
-  // 从第 block 块起的 count 块（一对，或一段最后的一块）：先读先放行的，第 i 块先放行的是第 i 组当值用的一半。
-  // 读前一半的在两块之间预读提前 AHEAD 块的：第二块还没有放行。
-  __device__ void load_blocks(const Piece &piece, int slot, int block, int count) const {
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-      const int which = part == 1 ? count - 1 - i : i;
-      load(piece, which ? ring.next(S::STAGES) : ring, slot + which * S::KEYS);
-      if (part == 0 && i == 0) prefetch(piece, block + S::AHEAD, count);
-    }
-  }
-
+  // 一段的各块，预读提前 AHEAD 块的。
   __device__ void run(const Piece &piece) {
-    int slot = piece.at.slot + piece.key_begin;
-    bool first = threadIdx.x % WARP == 0;
-    if (first && part == 0 && started)  // 上一段还没有算完，这一段的头几块已经可以读了
-      prefetch(piece, 0, S::AHEAD);
-#pragma unroll 1
-    for (int block = 0; block < piece.units; block += S::GROUPS, slot += S::GROUPS * S::KEYS) {
-      const int count = piece.units - block < S::GROUPS ? 1 : S::GROUPS;
-      if (first) load_blocks(piece, slot, block, count);
-      for (int i = 0; i < count; i++) ring = ring.next(S::STAGES);
-    }
+    const int row = same(piece.at.row), units = same(piece.units);
+    int slot = same(piece.at.slot + piece.key_begin);
+    if (started)  // 上一段还没有算完，这一段的头几块已经可以读了
+      prefetch(row, slot, min_of(S::AHEAD, units));
     started = true;
-    __syncwarp();
+#pragma unroll 1
+    for (int block = 0; block < units; block++, slot += S::KEYS) {
+      load(ring, row, slot);
+      if (block + S::AHEAD < units) prefetch(row, slot + S::AHEAD * S::KEYS, 1);
+      ring = ring.next(S::STAGES);
+    }
   }
 };
 
@@ -177,12 +308,14 @@ struct Producer {
 template <class E, class S>
 struct Consumer {
   static constexpr bool BF16 = E::dtype == DSO_BF16;
+  using Pieces = decode::Pieces<S>;
 
   const DecodeArgs &args;
   const dso_mla_inputs &in;
   Shared<S> shared;
-  Ring ring;
-  int warp, lane;  // warp 是组内的
+  Ring ring, ask;
+  unsigned char *queries = nullptr;  // 这一段的查询
+  int warp, lane;                    // warp 是组内的
 
   __device__ explicit Consumer(const DecodeArgs &a)
       : args(a),
@@ -190,13 +323,9 @@ struct Consumer {
         warp(static_cast<int>(threadIdx.x) % GROUP / WARP),
         lane(static_cast<int>(threadIdx.x) % WARP) {}
 
-  // 第 row 行在组内是第几行：cluster 的各 CTA 依次接着。
-  __device__ static int of_group(int row) {
-    return S::CTAS == 1 ? row : cluster_rank() * S::ROWS + row;
-  }
   // 第 row 行在部分结果里的下标。
   __device__ int part_at(const Piece &piece, int row) const {
-    return piece.slot * S::CTAS * S::ROWS + of_group(row);
+    return piece.slot * S::CTAS * S::ROWS + first_row<S>() + row;
   }
 
   __device__ unsigned char *tile(Ring at) const { return shared.stage(at.stage); }
@@ -205,102 +334,58 @@ struct Consumer {
     mbarrier_wait(shared.full(at.stage, box / S::CHUNK), at.parity);
   }
 
-  // 一组查询：吸收后的 r 列，再接旋转的 dr 列；不足的补 0。全部消费者一起。地址要几次除法：一个线程算一行，再广播。
-  __device__ void load_queries(const Piece &piece) {
-    constexpr int WARPS = S::CONSUMERS / WARP;
-    const int first = static_cast<int>(threadIdx.x) / WARP;
-    const auto *latents = static_cast<const uint16_t *>(args.q_abs);
-    const auto *ropes = static_cast<const uint16_t *>(in.q) + in.nope_dim;
-    int64_t mine =
-        lane < S::ROWS / WARPS ? row_at(args, piece, of_group(first + lane * WARPS)) : -1;
-    int64_t tail = mine < 0 ? 0 : query_at(in, mine / in.heads, mine % in.heads);
-    for (int i = 0; i < S::ROWS / WARPS; i++) {
-      const int row = first + i * WARPS;
-      const int64_t at = __shfl_sync(ALL_LANES, mine, i);
-      const auto *latent = latents + (at < 0 ? 0 : at * in.rank);
-      const auto *rope = ropes + __shfl_sync(ALL_LANES, tail, i);
-      for (int c = lane; c < (S::BOXES + 1) * 8; c += WARP) {
-        int column = c * 8;
-        bool part = column < S::RANK;
-        bool ok = at >= 0 && (part ? column < in.rank : column - S::RANK < in.rope_dim);
-        cp_async_16(shared.queries + c / 8 * S::QUERY_BOX + swizzled(row, c % 8 * 8),
-                    part ? latent + (ok ? column : 0) : rope + (ok ? column - S::RANK : 0), ok);
-      }
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_proxy_async();
-    named_barrier_sync(CONSUMERS_BARRIER, S::CONSUMERS);
+  // 等这一段的查询。
+  __device__ void wait_queries() {
+    mbarrier_wait(shared.asked(ask.stage), ask.parity);
+    fence_proxy_async();  // 旋转部分是 cp.async 写的
+    queries = shared.queries(ask.stage);
+  }
+  // 这个 warp 不再读这一段的查询。
+  __device__ void release_queries() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.answered(ask.stage));
+    ask = ask.next(S::ASKS);
   }
 
-  // 发出这一块的得分里从 first 起 COUNT 个 64 列的部分，start 时从 0 起算；行少时左边是键，行多时左边是查询。
+  // 发出这一块的得分；行少时左边是键，行多时左边是查询。
   // 到了一份就算一份，不等整块：缓冲只有两级，要等整块，刚放行的那一级来不及补上。
-  template <int COUNT, int R>
-  __device__ void score(Ring at, float (&s)[R], int first, bool start) {
-    uint64_t keys = uniform(k_major(tile(at) + first * S::BOX));
-    uint64_t queries = uniform(k_major(shared.queries + first * S::QUERY_BOX));
+  template <int R>
+  __device__ void score(Ring at, float (&s)[R]) {
+    uint64_t keys = uniform(k_major(tile(at))), asking = uniform(k_major(queries));
 #pragma unroll
-    for (int box = 0; box < COUNT; box++) {
-      if (box % S::CHUNK == 0) wait(at, first + box);
+    for (int box = 0; box <= S::BOXES; box++) {
+      if (box % S::CHUNK == 0) wait(at, box);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < BOX_ROW; k += 32) {
         uint64_t key = advance(keys, box * S::BOX + k);
-        uint64_t query = advance(queries, box * S::QUERY_BOX + k);
-        wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, !start || box + k > 0);
+        uint64_t query = advance(asking, box * S::QUERY_BOX + k);
+        wgmma<BF16, 0, 0>(s, S::FEW ? key : query, S::FEW ? query : key, box + k > 0);
       }
     }
+    wgmma_commit();
   }
 
   __device__ bool usable(const Piece &piece, int index) const {
     return index < piece.key_end && slot_seen(in, piece.at, piece.at.slot + index);
   }
 
-  // 范围之外与被遮住的键可能是 NaN：0 * NaN 不是 0，所以当值用之前清掉 [begin, begin + boxes) 块里的那几行。
+  // 范围之外与被遮住的键可能是 NaN：0 * NaN 不是 0，所以当值用之前清掉那几行。
   // 返回有没有要清的（整个 CTA 一致）；之后要 fence_proxy_async 与屏障。
-  __device__ bool clean(const Piece &piece, Ring at, int first, int begin, int boxes) const {
+  __device__ bool clean(const Piece &piece, Ring at, int first) const {
     if (first + S::KEYS <= piece.key_end && !in.kv_mask) return false;
     for (int key = warp; key < S::KEYS; key += GROUP / WARP) {
       if (usable(piece, first + key)) continue;
-      for (int c = lane; c < boxes * 8; c += WARP)
-        *reinterpret_cast<uint4 *>(tile(at) + (begin + c / 8) * S::BOX + key * BOX_ROW +
-                                   c % 8 * 16) = make_uint4(0, 0, 0, 0);
+      for (int c = lane; c < S::BOXES * 8; c += WARP)
+        *reinterpret_cast<uint4 *>(tile(at) + c / 8 * S::BOX + key * BOX_ROW + c % 8 * 16) =
+            make_uint4(0, 0, 0, 0);
     }
     return true;
   }
 
-  // 一行结果从 column 列起：完整的一段写归一化之后的 16 位，否则写部分结果。
-  struct Row {
-    uint16_t *whole;
-    float *part;
-    float inverse;
-    int room;  // 还有几列；这组之外的行是 0
-    __device__ void write(int offset, float x) const {
-      if (offset >= room) return;
-      if (whole)
-        whole[offset] = static_cast<uint16_t>(E::pack(x * inverse, 0.0f));
-      else
-        part[offset] = x;
-    }
-    // 相邻的两个，offset 是偶数：r 与 column 是 8 的倍数，所以对齐，也不会只有一个在范围内。
-    __device__ void write_pair(int offset, float x, float y) const {
-      if (offset >= room) return;
-      if (whole)
-        *reinterpret_cast<uint32_t *>(whole + offset) = E::pack(x * inverse, y * inverse);
-      else
-        *reinterpret_cast<float2 *>(part + offset) = make_float2(x, y);
-    }
-  };
-
-  __device__ Row row_of(const Piece &piece, int row, int column, float l) const {
-    int64_t at = row_at(args, piece, of_group(row));
-    Row to{nullptr, nullptr, l == 0.0f ? 0.0f : 1.0f / l,
-           at < 0 ? 0 : static_cast<int>(in.rank) - column};
-    if (piece.whole)
-      to.whole = static_cast<uint16_t *>(args.o) + (at < 0 ? 0 : at * in.rank + column);
-    else
-      to.part = args.part + static_cast<int64_t>(part_at(piece, row)) * in.rank + column;
-    return to;
+  // 没有归一化的结果：第 row 行从 column 列起写到哪里。
+  __device__ float *part_of(const Piece &piece, int row, int column) const {
+    return args.part + static_cast<int64_t>(part_at(piece, row)) * in.rank + column;
   }
 
   __device__ void release(Ring at, int part) const {

@@ -165,13 +165,16 @@ __global__ __launch_bounds__(Shape<BY_ROW, ROWS>::THREADS, 2) void mla_heads_ker
   constexpr int DEPTH = Shape<BY_ROW, ROWS>::DEPTH, STAGES = Shape<BY_ROW, ROWS>::STAGES;
   Block<E, BY_ROW, ROWS> block(p);
   const int chunks = (block.depth + DEPTH - 1) / DEPTH;
-  grid_release();
-  if constexpr (!BY_ROW) block.prefetch();
+  if constexpr (BY_ROW)
+    grid_release();
+  else
+    block.prefetch();
   const bool early = BY_ROW && p.settled;
 #pragma unroll
   for (int c = 0; c < STAGES; c++)
     if (early && c < chunks) block.template load_w<true>(c);
   grid_wait();
+  if constexpr (!BY_ROW) grid_release();  // 吸收：不提早，后面的解码于是可以先读缓存（launch.cuh）
 #pragma unroll
   for (int c = 0; c < STAGES; c++) {
     if (!early && c < chunks) block.template load_w<false>(c);

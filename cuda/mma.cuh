@@ -140,6 +140,21 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+// 一组 4 个线程里转置：之前第 q 个线程的 x[j]，之后是第 j 个线程的 x[q]。
+__device__ inline void transpose_quad(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool high = (threadIdx.x & static_cast<unsigned>(step)) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & step) continue;
+      uint32_t &low = x[i], &other = x[i + step];
+      const uint32_t found = __shfl_xor_sync(ALL_LANES, high ? low : other, step);
+      (high ? low : other) = found;
+    }
+  }
+}
+
 // 最大值还是 -inf（什么都没看见）时按 0 算：exp2(-inf - 0) = 0，而不是 NaN。
 __device__ inline float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
 

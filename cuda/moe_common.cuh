@@ -8,8 +8,6 @@
 
 namespace dso {
 
-__host__ __device__ inline int min_of(int a, int b) { return a < b ? a : b; }
-
 __device__ __forceinline__ const void *after(const void *p, int64_t bytes) {
   return p ? static_cast<const char *>(p) + bytes : nullptr;
 }

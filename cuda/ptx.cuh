@@ -32,6 +32,9 @@ __device__ inline void grid_wait() {
 #endif
 }
 
+// grid_wait 之前读的，不是前一个核写的：条件见 launch.cuh，主机模拟核对。
+__device__ inline void read_early() {}
+
 // 后一个核可以开始占位了：各块都走到（或退出）之后才真的启动，所以不会抢走本核还没开始的块的位置。
 __device__ inline void grid_release() {
 #if __CUDA_ARCH__ >= 900
@@ -58,6 +61,13 @@ __device__ inline void cp_async_16(void *to, const void *from, bool valid) {
 // 同样，但在 grid_wait 之前：读的早已写好，条件见 launch.cuh。
 __device__ inline void cp_async_16_early(void *to, const void *from, bool valid) {
   cp_async_16(to, from, valid);
+}
+
+// 只从 L2 读，不看 L1：grid_wait 之前读的，L1 里可能是更早的核留下的。
+__device__ inline int64_t load_l2(const int64_t *from) {
+  int64_t x;
+  asm volatile("ld.global.cg.b64 %0, [%1];" : "=l"(x) : "l"(from));
+  return x;
 }
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

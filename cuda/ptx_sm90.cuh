@@ -85,6 +85,19 @@ __device__ inline void mbarrier_arrive_at(uint64_t *barrier, int rank) {
       : "memory");
 }
 
+// 整个 warp 一起调用（各线程都在）：恰好一个线程得到真。编译器认得它：其中的 TMA 用标量寄存器，不必逐个线程地试。
+__device__ inline bool elected() {
+  uint32_t chosen;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
+
 // ---- TMA：一个线程发起，把 map 的一个框（坐标从最内一维起，界外填 0）拷进共享内存，写完记在 barrier 上 ----
 
 __device__ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x, int y) {

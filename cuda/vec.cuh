@@ -15,6 +15,8 @@ namespace dso {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+__host__ __device__ inline int min_of(int a, int b) { return a < b ? a : b; }
+
 template <int V>
 struct Vec {
   float v[V];

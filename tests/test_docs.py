@@ -159,7 +159,7 @@ def test_model_tables_agree_with_the_specs():
         ("至 96 行", "csrc/gemm.h", r"DSO_DOT_MAX_M = 96,"),
         ("看每 64 个分数", "csrc/sample_filter.c", r"BLOCK = 64,"),
         ("128 列", "csrc/gemm.h", r"DSO_NB = 128,"),
-        ("词元 x 头不多于 8192", "cuda/config.cuh", r"HEADS_PRODUCTS = 8192,"),
+        ("词元 x 头不多于 2048", "cuda/config.cuh", r"HEADS_PRODUCTS = 2048,"),
         ("16 列一个面板", "csrc/isa/isa.h", r"DSO_PANEL 16 "),
     ],
 )

@@ -75,10 +75,15 @@ def test_few_rows_use_our_kernel(monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "batch, steps, heads, dims",
-    [(1, 1, 3, (136, 16, 150, 24)), (4, 2, 2, (64, 0, 24, 8)), (3, 3, 2, (64, 16, 16, 16))],
+    [
+        (1, 1, 3, (136, 16, 150, 24)),
+        (1, 2, 2, (64, 0, 24, 8)),
+        (4, 2, 2, (64, 0, 24, 8)),
+        (3, 3, 2, (64, 16, 16, 16)),
+    ],
 )
 def test_absorb_and_values_of_few_rows(batch, steps, heads, dims, dtype):
-    """吸收与 W_UV 各头一起算：r、dn 不满一块与超过一块；9 行是 mla_heads.cu。"""
+    """吸收与 W_UV 各头一起算：r、dn 不满一块与超过一块；吸收 3 行起、W_UV 9 行起是 mla_heads.cu。"""
     case = attention(batch, steps, 40, heads, dims, dtype=dtype)
     got = ops.mla_decode(*on_device(case, True).args())
     torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(dtype))

@@ -163,13 +163,14 @@ def test_planted_fault_is_reported(bug, reason):
 
 
 def test_early_reads_need_a_kernel_that_waits_first():
-    """前两个核里有一个不在 grid_wait 之前放行，才可以在 grid_wait 之前拷贝。"""
+    """前两个核里有一个不在 grid_wait 之前放行，才可以在 grid_wait 之前拷贝早已写好的；前一个核写之前的，要它自己不提早。"""
     text = """
     #include "mma.cuh"
     using namespace dso;
     static void kernel(const float *x, int early) {
       if (early == 1) cp_async_16_early(dynamic_shared(), x, true);
       if (early == 2) grid_wait();
+      if (early == 3) read_early(), cp_async_16(dynamic_shared(), x, true);
       grid_release();
       grid_wait();
     }
@@ -178,12 +179,18 @@ def test_early_reads_need_a_kernel_that_waits_first():
     }
     """
     library, x = simulate(text), randn(4)
-    # 0、1 提早放行，1 另外先读；2 等到了才放行。
-    for order, code in (([2, 0, 1], 0), ([0, 2, 1], 0), ([2, 0, 0, 1], FAILED)):
-        assert [library.run(pointer(x), early) for early in order] == [0] * (len(order) - 1) + [
-            code
-        ]
-    assert "都在 grid_wait 之前放行" in library.dso_host_failure().decode()
+    both, last = "都在 grid_wait 之前放行", "前一个核在 grid_wait 之前放行"
+    # 0、1、3 提早放行，1、3 另外先读；2 等到了才放行。
+    for order, reason in (
+        ([2, 0, 1], None),
+        ([0, 2, 1], None),
+        ([2, 0, 0, 1], both),
+        ([0, 2, 3], None),
+        ([2, 0, 3], last),
+    ):
+        codes = [library.run(pointer(x), early) for early in order]
+        assert codes == [0] * (len(order) - 1) + [FAILED if reason else 0]
+        assert reason is None or reason in library.dso_host_failure().decode()
 
 
 def test_launch_limits():

@@ -21,6 +21,7 @@ inline uint32_t shared_address(const void *p) {
 // ---- 提前启动 ----
 
 inline void grid_wait() { cuda_host::wait_grid(); }
+inline void read_early() { cuda_host::read_early(); }
 inline void grid_release() { cuda_host::release_grid(); }
 
 inline void prefetch_l2(const void *from, uint32_t bytes) {
@@ -194,6 +195,11 @@ uint32_t select_bytes(uint32_t x) {
     if (from < 4) r |= (x >> (8 * from) & 255) << (8 * i);
   }
   return r;
+}
+
+inline int64_t load_l2(const int64_t *from) {
+  cuda_host::touch_global();
+  return *from;
 }
 
 template <class T, class From>

@@ -36,6 +36,8 @@ inline void cluster_wait() { cuda_host::cluster_wait(); }
 
 // ---- TMA ----
 
+inline bool elected() { return threadIdx.x % 32 == 0; }
+
 // 交错：地址的 [4, 4 + n) 位与 [7, 7 + n) 位异或；bytes 为 16 是不交错。
 inline size_t swizzle_address(size_t address, int bytes) {
   return address ^ ((address >> 7 & static_cast<size_t>(bytes / 16 - 1)) << 4);

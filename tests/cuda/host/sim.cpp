@@ -148,7 +148,7 @@ void start_cta(Cta &cta, dim3 at, int warps) {
   cta.proxy.reset(state.shared_bytes, state.count);
   for (int i = 0; i < state.count; i++) {
     Fiber &fiber = *cta.fibers[static_cast<size_t>(i)];
-    fiber.cta = &cta, fiber.reported = fiber.remote = fiber.waited = false;
+    fiber.cta = &cta, fiber.reported = fiber.remote = fiber.waited = fiber.early = false;
     fiber.done = false, fiber.ready = nullptr, fiber.linear = i;
     fiber.registers = REGISTERS / state.count / 8 * 8;  // 编译器至多给这么多（launch_bounds）
     fiber.copies = AsyncQueue{};
@@ -288,8 +288,13 @@ void touch_settled() {
     fail("grid_wait 之前读，而前两个核都在 grid_wait 之前放行");
 }
 
+void read_early() {
+  if (!state.current->waited && state.hasty[1]) fail("前一个核在 grid_wait 之前放行，不能先读");
+  state.current->early = true;
+}
+
 void touch_global() {
-  if (!state.current->waited) fail("grid_wait 之前碰了全局内存");
+  if (!state.current->waited && !state.current->early) fail("grid_wait 之前碰了全局内存");
 }
 
 void set_registers(int count, bool increase) {

@@ -94,11 +94,13 @@ void mbarrier_complete(void *barrier, int64_t bytes);  // 由 TMA 调用，不�
 void mbarrier_wait(void *barrier, int parity);
 
 // 提前启动的规矩（cuda/launch.cuh）：每个线程结束之前都要 wait_grid；拷贝、TMA 等看得见的全局访存（touch_global）
-// 也要在它之后。普通的读写看不见。touch_settled 可以在它之前，但前两个核里要有一个不在 grid_wait 之前放行。
+// 也要在它之后。普通的读写看不见。touch_settled 可以在它之前，但前两个核里要有一个不在 grid_wait 之前放行；read_early
+// 之后的 touch_global 也可以，但前一个核不能在 grid_wait 之前放行。
 void wait_grid();
 void release_grid();
 void touch_global();
 void touch_settled();
+void read_early();
 
 // 停到 ready() 为真。
 void wait_until(const std::function<bool()> &ready);

@@ -38,6 +38,7 @@ struct Fiber {
   bool reported = false;        // 到了 cluster 的屏障，还没有等
   bool remote = false;          // 最近一次到那里之后，动过别的 CTA 的共享内存
   bool waited = false;          // 走到过 grid_wait
+  bool early = false;           // 声明过在它之前读
   std::function<bool()> ready;  // 空的：可以运行
   AsyncQueue copies;
 };
