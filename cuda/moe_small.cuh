@@ -62,14 +62,17 @@ struct Rows {
 
 // 一个 warp 沿 K 的累加：SETS 份 16 行权重，NT 份 8 个词元。总有 AHEAD 步的读在途：用掉一步，随即读后面的一步。
 //
-// L1 按次序返回：读 x 命中了，也要排在前面还没到的权重之后，每一步都等一次显存。ONE（只有一个词元）：x 一圈读一次，与权重
-// 一起在途，一个线程 8 个 k，用时在 warp 里交换。
+// L1 按次序返回：读 x 命中了，也要排在前面还没到的权重之后，用时才读就每一步都等一次显存，在途的其实只有一步。所以放得下时
+// x 与权重一起提前读（HELD）；ONE（只有一个词元）：x 一圈读一次，一个线程 8 个 k，用时在 warp 里交换。
 template <class E, Kind K, int NT, int SETS, int AHEAD, bool ONE = false>
 struct Stream {
   using S = Step<K>;
   using M = Multiply<E, K, NT, SETS>;
   static_assert(AHEAD % S::per_group == 0, "一圈是整数个组");
   static constexpr int CHUNK = 8, STEP_CHUNKS = S::k / CHUNK;
+  // x 每段（8 个 k）每份 4 个寄存器，在途的几步都要留着：每步至多两段。
+  static constexpr int PIECES = S::lane_k / CHUNK;
+  static constexpr bool HELD = !S::int4 && !ONE && NT * PIECES <= 2;
   static_assert(!ONE || (NT == 1 && S::x_words == 4 && AHEAD * STEP_CHUNKS <= WARP),
                 "一次正好用一段，一圈每个线程至多一段");
 
@@ -84,6 +87,7 @@ struct Stream {
   float acc[SETS][NT][4] = {};
   int left;  // ONE：这一圈里本线程的一段距一行的末尾几个 k
   Words<4> held;
+  Words<S::x_words> ahead[HELD ? AHEAD : 1][NT][PIECES];  // HELD：与 w 同在途的 x
 
   // 从第 begin 步（per_group 的倍数）起 steps 步，共 depth 个 k；开始读权重。
   __device__ __forceinline__ Stream(const Rows (&from)[SETS], int begin, int steps, int depth) {
@@ -111,6 +115,8 @@ struct Stream {
     for (int t = 0; t < NT; t++)
       x[t] = tokens[t] + (ONE ? first - lane_offset<K>(lane() % 4) + lane() * CHUNK : first);
     if (ONE) hold(0);
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) fetch_x(u, u, u < count);
     int done = 0;
     for (; lap(done); done += AHEAD) advance();
     if (partial) last_step(count - done);
@@ -145,6 +151,18 @@ struct Stream {
       }
   }
 
+  __device__ __forceinline__ void fetch_x(int u, int at, bool valid) {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+          if (valid)
+            ahead[u][t][i] =
+                *reinterpret_cast<const Words<S::x_words> *>(x[t] + at * S::k + i * CHUNK);
+    }
+  }
+
   __device__ __forceinline__ void fetch_group(Group &to, int s, int side, int at, bool valid) {
     if (S::grouped) load_if(to.scale[side], rows[s].scale[side] + at, valid);
     if (S::int4) load_if(to.zero[side], rows[s].zero[side] + at, valid && zeros);
@@ -157,10 +175,12 @@ struct Stream {
       if (done + u >= count) return false;
       M::step(acc, w[u], group[u], [&](int t, int at) {
         if constexpr (ONE) return exchanged(u, at);
+        if constexpr (HELD) return ahead[u][t][at / CHUNK];
         return *reinterpret_cast<const Words<S::x_words> *>(x[t] + u * S::k + at);
       });
       if (ONE && u == AHEAD - 1) hold(AHEAD * S::k);
       fetch(u, AHEAD + u, done + AHEAD + u < count);
+      fetch_x(u, AHEAD + u, done + AHEAD + u < count);
     }
     return true;
   }
