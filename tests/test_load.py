@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_opt.errors import InputError
-from deepseek_opt.load import LoadCounter, in_backward, load_holders
+from deepseek_opt.load import LoadCounter, gathered, in_backward, load_holders
 
 
 def ints(*values):
@@ -122,3 +122,28 @@ def test_holders_are_the_module_and_its_patch():
     assert load_holders(patched) == [patched.__dict__["forward"]]
     assert load_holders(own) == [own]
     assert "3" in repr(own.load_counter)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gathered_counts_arrive_together(mode):
+    """块内的先记着，出块时一起加；同一个计数器用两次、训练的、丢弃的也对；出错的不加。"""
+    first, second = LoadCounter(3), LoadCounter(3)
+    counts = torch.tensor([1, 0, 2])
+    with mode():
+        for twice in (False, True):
+            with gathered():
+                first.add(counts, training=False)
+                second.add(counts, training=False)
+                if twice:
+                    first.add(counts, training=False)
+                assert second.snapshot().sum() == 3 * twice
+    with gathered():
+        second.add(counts, training=True)
+        second.add(counts, dropped=torch.tensor(4), training=False)
+    assert first.snapshot().tolist() == [3, 0, 6] and second.snapshot().tolist() == [4, 0, 8]
+    assert second.pending().tolist() == [1, 0, 2] and second.dropped() == 4
+    with pytest.raises(KeyError), gathered():
+        first.add(counts, training=False)
+        raise KeyError
+    first.add(counts, training=False)
+    assert first.snapshot().tolist() == [4, 0, 8]

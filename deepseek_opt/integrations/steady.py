@@ -20,6 +20,7 @@ from deepseek_opt.integrations.patch import patch_of
 from deepseek_opt.integrations.projections import effective_weight, is_hooked, is_rms_norm, norm_eps
 from deepseek_opt.integrations.router import RouterPatch, route
 from deepseek_opt.integrations.transformers import FUSED_ROWS, OPS, AttentionPatch
+from deepseek_opt.load import gathered
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -94,9 +95,10 @@ class SteadyModel:
         """tokens [R, T] -> 隐藏状态 [R, T, H]；normed 为最后的归一化之后的。"""
         x = self.embedding(tokens)
         ready = self.layers[0].norms[0](x)
-        for layer, after in zip(self.layers, self.after, strict=True):
-            x, part = layer.run(ready, x, angles, cache)
-            ready, x = after.added(part, x)
+        with gathered():
+            for layer, after in zip(self.layers, self.after, strict=True):
+                x, part = layer.run(ready, x, angles, cache)
+                ready, x = after.added(part, x)
         return ready if normed else x
 
 
