@@ -32,7 +32,8 @@ TARGETS: dict[Path, bool | str] = {
 BALANCE_BEGIN, BALANCE_END = "<!-- balance:begin -->", "<!-- balance:end -->"
 RETROFIT_BEGIN, RETROFIT_END = "<!-- retrofit:begin -->", "<!-- retrofit:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-GPU_FILES = (RESULTS / "gpu-h100.json", RESULTS / "gpu-h200.json")  # 新的在前
+# 新的在前
+GPU_FILES = tuple(RESULTS / f"gpu-{name}.json" for name in ("h200", "h100", "h200-second"))
 _BALANCE = ("max_over_mean", "entropy")
 _BALANCE_NAMES = {
     "none": "不均衡",

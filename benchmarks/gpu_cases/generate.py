@@ -21,7 +21,7 @@ from benchmarks.gpu_cases.timer import Clocked
 from deepseek_opt.generation import graphs
 from deepseek_opt.optimize import find_state
 
-BATCHES, CONTEXT = (1, 8), 4096
+BATCHES, CONTEXT = (1, 8, 64), 4096
 FAST_COUNTS, SLOW_COUNTS, QUICK_COUNTS = (8, 136), (2, 6), (2, 3)  # 短的、长的各生成几个词元
 SPEED, BANDWIDTH = Target(5.0, "倍于 transformers"), Target(0.75, "占拷贝带宽")
 

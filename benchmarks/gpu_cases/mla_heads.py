@@ -19,8 +19,8 @@ from benchmarks.gpu_cases.mla_inputs import Dims
 from benchmarks.gpu_cases.runner import Case, Env, Row, measure
 
 SLOTS = 64
-# 词元 x 头至多 8192 个是自己的核：每种头数最后一个是 cuBLAS
-BATCHES = {16: (16, 32, 64, 128, 256, 512, 640), 128: (16, 32, 64, 128)}
+# 词元 x 头至多 2048 个是自己的核：每种头数最后一个是 cuBLAS
+BATCHES = {16: (16, 32, 64, 128, 256), 128: (9, 16, 32, 64)}
 SHAPES = [(heads, batch) for heads, batches in BATCHES.items() for batch in batches]
 
 

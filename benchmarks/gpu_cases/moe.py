@@ -1,10 +1,12 @@
-"""moe_experts 与 moe_route：词元多时看算力，1 到 64 个词元时看读权重的带宽；对照是 torch._grouped_mm 与 transformers。
+"""moe_experts 与 moe_route：词元多时看算力，1 到 64 个词元时看读权重的带宽；对照是 torch._grouped_mm 与 transformers，词元多时
+另有一个 Triton 核。
 
 形状是 E=128、H=2048、I=768、K=8（Qwen3-30B-A3B 的一层）；路由是 256 个专家、8 组（DeepSeek-V3）。
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -105,12 +107,15 @@ def make_inputs(env: Env, dims: Dims, count: int) -> tuple[Tensor, Tensor, Tenso
 def _work(env: Env, dims: Dims, count: int, form: str, key: str) -> Work:
     weights = make_weights(env, dims, form)
     used = dims.experts * (1 - (1 - dims.top_k / dims.experts) ** count)  # 期望碰到几个专家
+    peers = _peers(weights, dims)
+    if count > max(FEW):
+        peers |= triton_peer(weights, env.device)
     return Work(
         key,
         torch.bfloat16,
         lambda: make_inputs(env, dims, count),
         partial(_ours, weights),
-        _peers(weights, dims),
+        peers,
         partial(_pairs, weights),
         bytes=weights.touched(1) * used,
         flops=6 * count * dims.top_k * dims.hidden * dims.inner,
@@ -149,6 +154,20 @@ def _peers(weights: Weights, dims: Dims) -> dict[str, Callable]:
         "torch._grouped_mm": partial(grouped, weights),
         "transformers": partial(transformers_experts, weights, dims=dims),
     }
+
+
+def triton_peer(weights: Weights, device: str) -> dict[str, Callable]:
+    """装了 triton 时的一个对照（用 16 位的权重）。"""
+    if device != "cuda" or importlib.util.find_spec("triton") is None:
+        return {}
+    return {"Triton": partial(_triton, weights)}
+
+
+def _triton(weights: Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:
+    """用到时才导入，导入不了也只是没有这个对照。"""
+    from benchmarks.gpu_cases.triton_moe import experts_forward
+
+    return experts_forward(x, indices, mix, weights.gate_up, weights.down)
 
 
 def grouped(weights: Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 _FILL = 1_000_003  # 随机块的长度取质数：平铺到矩阵里各行不重复
 STD = 0.02  # 矩阵的标准差
+_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,15 @@ def build_model(
 
 
 def build_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
-    """只有形状、不占内存的 DeepseekV3ForCausalLM。"""
+    """只有形状、不占内存的 DeepseekV3ForCausalLM；专家的修正偏置保持 fp32，同 transformers 载入的。"""
     from transformers import DeepseekV3ForCausalLM
 
     with torch.device("meta"):
-        return DeepseekV3ForCausalLM(config).to(dtype)
+        model = DeepseekV3ForCausalLM(config).to(dtype)
+        for module in model.modules():
+            if _BIAS in module._buffers:
+                module._buffers[_BIAS] = module._buffers[_BIAS].float()
+    return model
 
 
 def materialize(model: nn.Module, device: str = "cpu") -> nn.Module:
@@ -173,7 +178,7 @@ def fill_random(model: nn.Module) -> None:
         for piece in parameter.data.view(-1).split(_FILL):
             piece.copy_(block[: piece.numel()])
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(_BIAS):
             buffer.zero_()
 
 
