@@ -174,42 +174,10 @@ struct Many : Consumer<E, S> {
     this->release(at, TAIL);
   }
 
-  // 第 0 组；pair：后面还有乙。last：这一段最后一次用查询。
-  __device__ void lead(const Piece &piece, int first, Ring mine, Ring other, bool pair, bool last) {
-    float s[32], top[2], keep[2];
-    Fragments p;
-    this->score(mine, s);
-    wgmma_wait<0>();
-    wgmma_settle(s);
-    if (last) this->release_queries();
-    const float factor = hide(piece, first, s);
-    row_tops(s, factor, top);
-    if (decide(top, keep)) rescale(keep);
-    settle_block(piece, mine, first);
-#pragma unroll
-    for (int k = 0; k < SLICES; k++) exponentials(s, factor, k, p);
-    publish(mine, p);
-    multiply_own(mine, p);
-    wgmma_wait<0>();
-    wgmma_settle(o);
-    this->release(mine, group);
-    if (pair) {
-      multiply_other(other);
-      wgmma_wait<0>();
-      wgmma_settle(o);
-      release_other(other);
-    }
-  }
-
-  // 第 1 组；乙从第 first 个键起。last：这一段最后一次用查询。
-  __device__ void trail(const Piece &piece, int first, Ring mine, Ring other, bool last) {
-    float s[32], top[2], keep[2];
-    Fragments p;
-    this->score(mine, s);
-    multiply_other(other);
-    wgmma_wait<1>();
-    wgmma_settle(s);
-    if (last) this->release_queries();
+  // 自己那块的得分 s 算完之后：定下基准，P 写给另一组。返回 O 要不要缩放（keep）。
+  __device__ bool offer(const Piece &piece, int first, Ring mine, float (&s)[32], Fragments &p,
+                        float (&keep)[2]) {
+    float top[2];
     const float factor = hide(piece, first, s);
     row_tops(s, factor, top);
     const bool moved = decide(top, keep);
@@ -217,9 +185,11 @@ struct Many : Consumer<E, S> {
 #pragma unroll
     for (int k = 0; k < SLICES; k++) exponentials(s, factor, k, p);
     publish(mine, p);
-    wgmma_wait<0>();
-    wgmma_settle(o);
-    release_other(other);
+    return moved;
+  }
+
+  // 乘自己那块，用完放行。
+  __device__ void take_own(Ring mine, const Fragments &p, bool moved, const float (&keep)[2]) {
     if (moved) rescale(keep);
     multiply_own(mine, p);
     wgmma_wait<0>();
@@ -227,25 +197,55 @@ struct Many : Consumer<E, S> {
     this->release(mine, group);
   }
 
-  // 第 1 组；一段最后单独的一块。
-  __device__ void follow_last(Ring other, bool unused) {
-    if (unused) this->release_queries();
+  // 乘另一组的那块，用完放行。
+  __device__ void take_other(Ring other) {
     multiply_other(other);
     wgmma_wait<0>();
     wgmma_settle(o);
     release_other(other);
   }
 
+  // 第 0 组；pair：后面还有乙。last：这一段最后一次用查询。
+  __device__ void lead(const Piece &piece, int first, Ring mine, Ring other, bool pair, bool last) {
+    float s[32], keep[2];
+    Fragments p;
+    this->score(mine, s);
+    wgmma_wait<0>();
+    wgmma_settle(s);
+    if (last) this->release_queries();
+    const bool moved = offer(piece, first, mine, s, p, keep);
+    take_own(mine, p, moved, keep);
+    if (pair) take_other(other);
+  }
+
+  // 第 1 组；乙从第 first 个键起。last：这一段最后一次用查询。
+  __device__ void trail(const Piece &piece, int first, Ring mine, Ring other, bool last) {
+    float s[32], keep[2];
+    Fragments p;
+    this->score(mine, s);
+    multiply_other(other);
+    wgmma_wait<1>();
+    wgmma_settle(s);
+    if (last) this->release_queries();
+    const bool moved = offer(piece, first, mine, s, p, keep);
+    wgmma_wait<0>();
+    wgmma_settle(o);
+    release_other(other);
+    take_own(mine, p, moved, keep);
+  }
+
   __device__ void attend(const Piece &piece) {
     for (int left = piece.units, first = piece.key_begin; left > 0; left -= 2) {
       const bool pair = left > 1;
       const Ring second = ring.next(S::STAGES);
-      if (group == 0)
+      if (group == 0) {
         lead(piece, first, ring, second, pair, left <= 2);
-      else if (pair)
+      } else if (pair) {
         trail(piece, first + S::KEYS, second, ring, left <= 3);
-      else
-        follow_last(ring, piece.units == 1);
+      } else {
+        if (piece.units == 1) this->release_queries();  // 没有用过
+        take_other(ring);
+      }
       ring = pair ? second.next(S::STAGES) : second;
       first += 2 * S::KEYS;
     }
