@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_opt import LatentCache
 from tests.mla_layer_cases import HIDDEN, YARN, assert_like, expected, hidden, layer
 from tests.op_cases import QUANTIZED
+from tests.processes import one_process
 
 
 # ---- 数值 ----
@@ -268,15 +268,12 @@ def test_compile_fullgraph():
 
 
 def test_ddp_uses_every_parameter(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with one_process(tmp_path):
         model = nn.parallel.DistributedDataParallel(layer(bias=True))
         for _ in range(2):  # 第二次前向时，DDP 会因上一次没用到的参数而报错
             model(hidden(1, 4)).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
-    finally:
-        dist.destroy_process_group()
+        del model
 
 
 def test_trains_from_scratch():

@@ -10,6 +10,7 @@ from deepseek_opt.integrations.trainer import MTPCallback
 from deepseek_opt.mtp import HFAdapter
 
 from .mtp_models import NAMES, attached, hidden_of, make, tokens_of, transformers
+from .processes import one_process
 from .tolerances import tol
 
 
@@ -180,16 +181,12 @@ def test_ddp_gives_the_same_gradients(tmp_path):
     model, predictor = attached("llama", depth=2)
     model.train()
     tokens, grads = tokens_of(), []
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
+    with one_process(tmp_path):
         for module in (model, nn.parallel.DistributedDataParallel(model)):
             model.zero_grad()
             with MTPTraining(module):
                 module(input_ids=tokens, labels=tokens).loss.backward()
             grads.append({n: p.grad.clone() for n, p in predictor.named_parameters()})
-    finally:
-        torch.distributed.destroy_process_group()
+        del module
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
