@@ -29,7 +29,7 @@ namespace dso {
 // 一般地，前两个核里有一个不在 grid_wait 之前放行（没有 grid_release 的也是）：核 n 启动时，核 n - 1 的各块都已启动，核
 // n - 2 的都已放行或退出，所以更早的都结束了。这两个核都不写的，可以在 grid_wait 之前读（cp_async_16_early；mla_heads.cu
 // 的 W_UV）；主机模拟核对前一半。
-
+//
 // 更进一步，前一个核若在 grid_wait 之后才放行（或不放行），核 n 启动时更早的核都已结束：只要不是前一个核写的，都可以先读。解码
 // （mla_decode_sm90.cu）前面是吸收，只写 q_abs：缓存与 spans 不必等它。这样的线程先 read_early() 声明；普通的读要绕过 L1
 // （load_l2）。
