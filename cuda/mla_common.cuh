@@ -22,6 +22,9 @@ __device__ inline bool rebase(float next, float *base, float *keep) {
   return true;
 }
 
+// 归一化：除以指数之和；什么都没看见的是 0。
+__device__ inline float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
 // span 的键所在的行与槽位。词元数、槽位数都小于 2^31（绑定检查），只有乘上步长之后才需要 int64。
 struct Place {
   int q_begin, q_len, row, slot, kv_len;

@@ -38,13 +38,26 @@ __device__ inline int64_t row_at(const DecodeArgs &args, const Piece &piece, int
   return piece.at.q_begin * args.in.heads + flat;
 }
 
+// 一组查询里从第 skip 行起的各行。
+struct Lines {
+  int inside;     // 第一行在 span 里的下标
+  int64_t first;  // 在 [B*T, H] 里的下标
+  int count;      // 这个 span 里还有几行：可能不是正数，也可能多于一组
+};
+
+__device__ inline Lines lines_of(const DecodeArgs &args, const Piece &piece, int skip) {
+  const int heads = static_cast<int>(args.in.heads);
+  const int inside = (piece.group << args.schedule.log_rows) + skip;
+  return {inside, static_cast<int64_t>(piece.at.q_begin) * heads + inside,
+          piece.at.q_len * heads - inside};
+}
+
 // 一组查询的第一段：记下要合并的。恰好一个线程。
 __device__ inline void record_split(const DecodeArgs &args, int cta, const Piece &piece) {
   if (piece.key_begin > 0 || piece.whole) return;
-  int heads = static_cast<int>(args.in.heads), begin = piece.group << args.schedule.log_rows;
-  int left = piece.at.q_len * heads - begin;
-  args.splits[cta] = {piece.at.q_begin * heads + begin,
-                      left < args.schedule.rows() ? left : args.schedule.rows(), piece.last};
+  const Lines lines = lines_of(args, piece, 0);
+  args.splits[cta] = {static_cast<int>(lines.first), min_of(lines.count, args.schedule.rows()),
+                      piece.last};
 }
 
 // 依次 run(一段)，整个 warp 一起；writer 是恰好一个线程，由它记下要合并的。一个 cluster 的几块合起来算一个 CTA。
@@ -73,7 +86,7 @@ __device__ inline void write_pair(const DecodeArgs &args, const Piece &piece, in
     if (second) to[1] = b;
     return;
   }
-  float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  float inverse = inverse_of(l);
   store_one(args.o, args.dtype, at * args.in.rank + column, a * inverse);
   if (second) store_one(args.o, args.dtype, at * args.in.rank + column + 1, b * inverse);
 }

@@ -101,8 +101,6 @@ __device__ Merged<V, CHUNKS> merge(const DecodeArgs &args, const Entry &entry, i
   return to;
 }
 
-__device__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
-
 // 几组线程各加了几段：依次合起来。一个线程一次一列。
 template <int V>
 struct Gathered {

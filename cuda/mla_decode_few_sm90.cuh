@@ -120,7 +120,7 @@ struct Few : Consumer<E, S> {
     if (piece.whole) {  // 之后没有 warp 还在读查询：结果放在它的位置上，转过来再写
 #pragma unroll
       for (int i = 0; i < COLUMNS; i++) {
-        const float inverse = l[i] == 0.0f ? 0.0f : 1.0f / l[i];
+        const float inverse = inverse_of(l[i]);
 #pragma unroll
         for (int box = 0; box < S::BOXES; box++)
           o[box][value_of(i)] *= inverse, o[box][value_of(i) + 2] *= inverse;

@@ -281,10 +281,7 @@ struct Many : Consumer<E, S> {
     if (piece.whole) {
       auto *to = static_cast<uint16_t *>(args.o) + lines.first * in.rank;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const float inverse = total[h] == 0.0f ? 0.0f : 1.0f / total[h];
-        write_row(to, lines, h, inverse);
-      }
+      for (int h = 0; h < 2; h++) write_row(to, lines, h, inverse_of(total[h]));
     } else {
       const int column = group * RANK / 2 + lane % 4 * 2;
       const int room = static_cast<int>(in.rank) - column;

@@ -114,18 +114,9 @@ __device__ int first_row() {
 }
 
 // 一段里这个 CTA 的各行。
-struct Lines {
-  int inside;     // 第一行在 span 里的下标
-  int64_t first;  // 在 [B*T, H] 里的下标
-  int count;      // 至多几行：可能不是正数，也可能多于 ROWS
-};
-
 template <class S>
 __device__ Lines lines_of(const DecodeArgs &args, const Piece &piece) {
-  const int heads = static_cast<int>(args.in.heads);
-  const int inside = (piece.group << args.schedule.log_rows) + first_row<S>();
-  return {inside, static_cast<int64_t>(piece.at.q_begin) * heads + inside,
-          piece.at.q_len * heads - inside};
+  return dso::lines_of(args, piece, first_row<S>());
 }
 
 // ---- 划分：一个 warp 依次找出各段，读进各段的查询；其余的 warp 从共享内存里的环取 ----

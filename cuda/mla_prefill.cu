@@ -184,7 +184,7 @@ struct Attend {
       if (row >= at.q_len) continue;
       int64_t to = (at.q_begin + row) * in.heads + p.first_head + head;
       if (fragment_column() == 0) p.lse[to] = sum == 0.0f ? -INFINITY : m[i] / LOG2_E + logf(sum);
-      float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float inverse = inverse_of(sum);
 #pragma unroll
       for (int n = 0; n < DV / 8; n++) {
         int column = n * 8 + fragment_column();
@@ -310,7 +310,7 @@ __global__ __launch_bounds__(GENERAL_THREADS,
   }
   if (!real) return;
   int64_t out = (at.q_begin + query) * in.heads + p.first_head + head;
-  float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+  float inverse = inverse_of(l);
   if (lane == 0) p.lse[out] = l == 0.0f ? -INFINITY : m / LOG2_E + logf(l);
   for (int c = lane; c < to.dv; c += WARP)
     store_one(p.out, p.out_dtype, out * in.v_dim + c, o[c] * inverse);

@@ -332,7 +332,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float sum = quad_sum(l[h]);
-      inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      inverse[h] = inverse_of(sum);
       int64_t to = (at.q_begin + row + 8 * h) * in.heads + p.first_head + head;
       if (lane % 4 == 0 && row + 8 * h < at.q_len)
         p.lse[to] = sum == 0.0f ? -INFINITY : m[h] / LOG2_E + logf(sum);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -23,6 +24,11 @@ _SMI = (
     "power.limit",
     "temperature.gpu",
 )
+
+
+def has_triton(device: str) -> bool:
+    """有没有 Triton 的对照；不导入它。"""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu_cases import mla_inputs
 from benchmarks.gpu_cases.check import Pairs
+from benchmarks.gpu_cases.environment import has_triton
 from benchmarks.gpu_cases.mla_inputs import Dims
 from benchmarks.gpu_cases.row import Target
 from benchmarks.gpu_cases.runner import Case, Env, Row, Work, measure
@@ -64,7 +64,7 @@ def work(dims: Dims, env: Env, key: str) -> Work:
 def peers(dims: Dims, device: str) -> dict[str, Callable]:
     """torch 的吸收式；装了 triton 时另有 Triton 核。"""
     found = {"torch 吸收式 bmm": partial(absorbed, dims, attend_bmm)}
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_triton(device):
         found["Triton"] = partial(absorbed, dims, attend_triton)
     return found
 

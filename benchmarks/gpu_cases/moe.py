@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu_cases.check import Pairs
-from benchmarks.gpu_cases.environment import setting
+from benchmarks.gpu_cases.environment import has_triton, setting
 from benchmarks.gpu_cases.row import Target
 from benchmarks.gpu_cases.runner import Case, Env, Row, Work, measure
 from deepseek_opt import ops, reference
@@ -158,9 +157,7 @@ def _peers(weights: Weights, dims: Dims) -> dict[str, Callable]:
 
 def triton_peer(weights: Weights, device: str) -> dict[str, Callable]:
     """装了 triton 时的一个对照（用 16 位的权重）。"""
-    if device != "cuda" or importlib.util.find_spec("triton") is None:
-        return {}
-    return {"Triton": partial(_triton, weights)}
+    return {"Triton": partial(_triton, weights)} if has_triton(device) else {}
 
 
 def _triton(weights: Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:

@@ -6,17 +6,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from benchmarks.gpu_cases.triton_tune import Config, fastest
 
 LOG2E = 1.4426950408889634
 MIN_SPAN = 128  # 一段至少这么多词元，再短则合并的开销占多数
 # (BLOCK_N, num_warps, num_stages)；都在 sm_90 的 227 KiB 共享内存以内，没有溢出的寄存器。
 FEW_HEADS = ((64, 4, 3), (64, 4, 2), (64, 8, 3))
 MANY_HEADS = ((64, 8, 2), (32, 8, 3), (32, 8, 2))
-_chosen: dict[tuple[int, ...], tuple[int, int, int]] = {}
+_chosen: dict[tuple[int, ...], Config] = {}
 
 
 @triton.jit
@@ -95,11 +99,13 @@ def attend(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, scale: float
     q, turned = q.contiguous(), turned.contiguous()
     key = (q.shape[0], q.shape[1], latent.shape[1])
     if key not in _chosen:
-        _chosen[key] = _fastest(q, turned, latent, rope, scale)
+        configs = MANY_HEADS if q.shape[1] >= 64 else FEW_HEADS
+        run = partial(launch, q, turned, latent, rope, scale)
+        _chosen[key] = fastest(run, configs, q.device)
     return launch(q, turned, latent, rope, scale, _chosen[key])
 
 
-def launch(q, turned, latent, rope, scale: float, config: tuple[int, int, int]) -> Tensor:
+def launch(q, turned, latent, rope, scale: float, config: Config) -> Tensor:
     """按给出的块大小算一次。"""
     (batch, heads, rank), slots = q.shape, latent.shape[1]
     block_n, warps, stages = config
@@ -128,27 +134,3 @@ def _split(programs: int, slots: int, block_n: int, device: torch.device) -> tup
     wanted = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(slots, MIN_SPAN)))
     span = triton.cdiv(triton.cdiv(slots, wanted), block_n) * block_n
     return span, triton.cdiv(slots, span)
-
-
-def _fastest(q, turned, latent, rope, scale: float) -> tuple[int, int, int]:
-    """各候选量几次取最快；共享内存不够的略过。"""
-    configs = MANY_HEADS if q.shape[1] >= 64 else FEW_HEADS
-    if q.device.type != "cuda":
-        return configs[0]
-    found = []
-    for config in configs:
-        try:
-            times = [_seconds(q, turned, latent, rope, scale, config) for _ in range(3)]
-        except triton.runtime.errors.OutOfResources:
-            continue
-        found.append((min(times[1:]), config))
-    return min(found)[1]
-
-
-def _seconds(*args) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    launch(*args)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3

@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.gpu_cases.triton_tune import Config, fastest
+
 GROUP_ROWS = 8  # 相邻几块行一起走完各列：它们的 x 与权重在 L2 里
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)；第一个核每块的累加器是 BLOCK_M x 2 BLOCK_N。
 CONFIGS = ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 32, 8, 4))
-_chosen: dict[tuple[int, ...], tuple[int, ...]] = {}
+_chosen: dict[tuple[int, ...], Config] = {}
 
 
 @triton.jit
@@ -28,6 +30,13 @@ def _place(tiles, columns, GROUP: tl.constexpr):
     first = pid // size * GROUP
     rows = tl.minimum(tiles - first, GROUP)
     return first + pid % size % rows, pid % size // rows
+
+
+@triton.jit
+def _rows(tile, begin_ptr, end_ptr, BLOCK_M: tl.constexpr):
+    """一块的各行，以及是不是真的有。"""
+    row = tl.load(begin_ptr + tile) + tl.arange(0, BLOCK_M)
+    return row, row < tl.load(end_ptr + tile)
 
 
 @triton.jit
@@ -54,8 +63,7 @@ def up_kernel(
     expert = tl.load(expert_ptr + tile).to(tl.int64)
     if expert >= experts:
         return
-    row = tl.load(begin_ptr + tile) + tl.arange(0, BLOCK_M)
-    live = row < tl.load(end_ptr + tile)
+    row, live = _rows(tile, begin_ptr, end_ptr, BLOCK_M)
     token = tl.load(order_ptr + row, mask=live, other=0) // top_k
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -101,8 +109,7 @@ def down_kernel(
     expert = tl.load(expert_ptr + tile).to(tl.int64)
     if expert >= experts:
         return
-    row = tl.load(begin_ptr + tile) + tl.arange(0, BLOCK_M)
-    live = row < tl.load(end_ptr + tile)
+    row, live = _rows(tile, begin_ptr, end_ptr, BLOCK_M)
     slot = tl.load(order_ptr + row, mask=live, other=0)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -151,11 +158,12 @@ def experts_forward(
     """x [T, H]、indices 与 mix [T, k]、gate_up [E, 2 I, H]、down [E, H, I] -> [T, H]。"""
     key = (*indices.shape, *down.shape)
     if key not in _chosen:
-        _chosen[key] = _fastest(lambda config: launch(x, indices, mix, gate_up, down, config), x)
+        run = partial(launch, x, indices, mix, gate_up, down)
+        _chosen[key] = fastest(run, CONFIGS, x.device)
     return launch(x, indices, mix, gate_up, down, _chosen[key])
 
 
-def launch(x, indices, mix, gate_up, down, config: tuple[int, ...]) -> Tensor:
+def launch(x, indices, mix, gate_up, down, config: Config) -> Tensor:
     """按给出的块大小算一次。"""
     block_m, block_n, block_k, warps, stages = config
     (tokens, top_k), (experts, hidden, inner) = indices.shape, down.shape
@@ -171,26 +179,3 @@ def launch(x, indices, mix, gate_up, down, config: tuple[int, ...]) -> Tensor:
     up_kernel[up_grid](x, gate_up, h, *table, top_k, experts, **sizes, **options)
     down_kernel[down_grid](h, down, mix, out, *table, experts, **sizes, **options)
     return out.view(tokens, top_k, hidden).sum(1)
-
-
-def _fastest(run: Callable[[tuple[int, ...]], Tensor], x: Tensor) -> tuple[int, ...]:
-    """各候选量几次取最快；共享内存不够的略过。"""
-    if x.device.type != "cuda":
-        return CONFIGS[0]
-    found = []
-    for config in CONFIGS:
-        try:
-            times = [_seconds(run, config) for _ in range(3)]
-        except triton.runtime.errors.OutOfResources:
-            continue
-        found.append((min(times[1:]), config))
-    return min(found)[1]
-
-
-def _seconds(run: Callable, config: tuple[int, ...]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run(config)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3

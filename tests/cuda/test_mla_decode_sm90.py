@@ -164,11 +164,11 @@ def half(case, begin):
 
 
 @pytest.mark.parametrize(
-    "heads, steps, spans, shared",
-    [(128, 1, 1, True), (128, 2, 1, True), (70, 1, 2, True), (64, 2, 1, True)]
-    + [(64, 1, 1, False), (64, 3, 1, False), (16, 8, 3, False)],
+    "heads, steps, spans, shared, pieces",
+    [(128, 1, 1, True, 1), (128, 2, 1, True, 2), (70, 1, 2, True, 2), (64, 2, 1, True, 1)]
+    + [(64, 1, 1, False, 3), (64, 3, 1, False, 3), (16, 8, 3, False, 4)],
 )
-def test_two_ctas_share_what_they_read(heads, steps, spans, shared):
+def test_two_ctas_share_what_they_read(heads, steps, spans, shared, pieces):
     """键从 L2 只读一遍：一个 cluster 的读数是各读各的一半。spans 大于 1 时另有只有一个词元的 span。"""
     case = attention(1, steps + spans - 1, 130, heads, LARGE, dtype=BF16)
     first = torch.tensor([[0, steps, 0, 130]])
@@ -176,9 +176,8 @@ def test_two_ctas_share_what_they_read(heads, steps, spans, shared):
     check(case.but(spans=torch.cat([first, torch.tensor(rest, dtype=torch.long).view(-1, 4)])))
     groups = -(-steps * heads // 64) + (spans - 1) * -(-heads // 64)
     blocks, boxes = 3, 5  # 潜变量一次 128 列，旋转的键一次
-    keys = groups * blocks * boxes // (1 + shared)
-    queries = host_library.load().dso_host_boxes() - keys  # 一段一次：一组至少一段，至多一块一段
-    assert groups <= queries <= groups * blocks
+    queries = pieces * (1 + shared)  # 一段里各 CTA 读一次自己的
+    assert host_library.load().dso_host_boxes() == groups * blocks * boxes // (1 + shared) + queries
 
 
 @pytest.mark.parametrize("clusters", [1, 3])
