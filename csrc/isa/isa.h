@@ -79,6 +79,10 @@ typedef struct dso_isa {
   float (*vmax)(const float *x, int64_t n);  /* 最大值，含 NaN 时返回 NaN；n 为 0 时 -inf */
 } dso_isa;
 
+/* 指令集由低到高，后一级包含前一级；dso_cpu_level 是这台机器支持的最高一级。 */
+enum dso_level { DSO_SCALAR, DSO_AVX2, DSO_AVX512, DSO_AVX512_VNNI, DSO_AVX512_BF16, DSO_LEVELS };
+int dso_cpu_level(void);
+
 void dso_isa_init_scalar(dso_isa *isa);
 void dso_isa_init_avx2(dso_isa *isa);
 void dso_isa_init_avx512(dso_isa *isa);

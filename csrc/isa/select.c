@@ -1,76 +1,47 @@
-/* 载入时按 CPU 能力选指令集；环境变量 DEEPSEEK_OPT_ISA 可强制。 */
+/* 载入时按 CPU 能力（cpu.c）选指令集；环境变量 DEEPSEEK_OPT_ISA 可强制。 */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "isa.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <cpuid.h>
-#define DSO_X86 1
+static const char *const NAMES[DSO_LEVELS] = {"scalar", "avx2", "avx512", "avx512_vnni",
+                                              "avx512_bf16"};
+
+/* 各级怎样填表，由低到高逐级覆盖；没有编译的是 NULL。填表的函数也是用那一级的指令编译的（编译器用宽的寄存器搬指针），
+ * 所以 CPU 没有的一级不能调用。 */
+static void (*const FILL[DSO_LEVELS])(dso_isa *) = {
+    [DSO_SCALAR] = dso_isa_init_scalar,
+#if defined(DSO_HAVE_AVX2)
+    [DSO_AVX2] = dso_isa_init_avx2,
 #endif
+#if defined(DSO_HAVE_AVX512)
+    [DSO_AVX512] = dso_isa_init_avx512,
+#endif
+#if defined(DSO_HAVE_AVX512VNNI)
+    [DSO_AVX512_VNNI] = dso_isa_init_avx512vnni,
+#endif
+#if defined(DSO_HAVE_AVX512BF16)
+    [DSO_AVX512_BF16] = dso_isa_init_avx512bf16,
+#endif
+};
 
-enum { SCALAR, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, LEVELS };
-static const char *const NAMES[LEVELS] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
-
-static dso_isa table[LEVELS];
+static dso_isa table[DSO_LEVELS];
 static int best = -1; /* 本机可用的最高级别；-1 为尚未初始化 */
 static int current;
 
-#ifdef DSO_X86
-/* 操作系统保存了哪些寄存器（XCR0）：没有保存就不能用。 */
-static uint64_t saved_state(void) {
-  uint32_t lo, hi;
-  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
-  return ((uint64_t)hi << 32) | lo;
-}
-
-static int cpu_level(void) {
-  unsigned a, b, c, d, ext;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return SCALAR;
-  unsigned need = bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C;
-  if ((c & need) != need || (saved_state() & 6) != 6) return SCALAR;
-  if (!__get_cpuid_count(7, 0, &ext, &b, &c, &d) || !(b & bit_AVX2)) return SCALAR;
-  unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
-  if ((b & wide) != wide || (saved_state() & 0xe6) != 0xe6) return AVX2;
-  if (!(c & (1u << 11))) return AVX512;
-  if (ext < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return AVX512_VNNI;
-  return AVX512_BF16;
-}
-#else
-static int cpu_level(void) { return SCALAR; }
-#endif
-
+/* 编译了的最高级别：后一级编译了，前一级也编译了。 */
 static int compiled_level(void) {
-#if defined(DSO_HAVE_AVX512BF16)
-  return AVX512_BF16;
-#elif defined(DSO_HAVE_AVX512VNNI)
-  return AVX512_VNNI;
-#elif defined(DSO_HAVE_AVX512)
-  return AVX512;
-#elif defined(DSO_HAVE_AVX2)
-  return AVX2;
-#else
-  return SCALAR;
-#endif
+  int level = DSO_SCALAR;
+  while (level + 1 < DSO_LEVELS && FILL[level + 1]) level++;
+  return level;
 }
 
-static void fill_table(void) {
-  for (int level = 0; level < LEVELS; level++) dso_isa_init_scalar(&table[level]);
-#if defined(DSO_HAVE_AVX2)
-  dso_isa_init_avx2(&table[AVX2]);
-#endif
-#if defined(DSO_HAVE_AVX512)
-  dso_isa_init_avx512(&table[AVX512]);
-#endif
-#if defined(DSO_HAVE_AVX512VNNI)
-  table[AVX512_VNNI] = table[AVX512];
-  dso_isa_init_avx512vnni(&table[AVX512_VNNI]);
-#endif
-#if defined(DSO_HAVE_AVX512BF16)
-  table[AVX512_BF16] = table[AVX512_VNNI];
-  dso_isa_init_avx512bf16(&table[AVX512_BF16]);
-#endif
+static void fill_table(int most) {
+  for (int level = 0; level <= most; level++) {
+    if (level > 0) table[level] = table[level - 1];
+    FILL[level](&table[level]);
+  }
 }
 
 static int find(const char *name) {
@@ -82,9 +53,9 @@ static int find(const char *name) {
 /* 由绑定在载入时（单线程）第一次调用；此后表只读。 */
 static void init_once(void) {
   if (best >= 0) return;
-  fill_table();
-  int cpu = cpu_level(), built = compiled_level();
+  int cpu = dso_cpu_level(), built = compiled_level();
   best = cpu < built ? cpu : built;
+  fill_table(best);
   current = best;
   const char *forced = getenv("DEEPSEEK_OPT_ISA");
   if (!forced || !*forced) return;
@@ -103,9 +74,9 @@ const dso_isa *dso_isa_current(void) {
 const char *dso_isa_name(const dso_isa *isa) { return isa->name; }
 
 static const char *list_up_to(int level) {
-  static const char *const LISTS[LEVELS] = {"scalar", "scalar,avx2", "scalar,avx2,avx512",
-                                            "scalar,avx2,avx512,avx512_vnni",
-                                            "scalar,avx2,avx512,avx512_vnni,avx512_bf16"};
+  static const char *const LISTS[DSO_LEVELS] = {"scalar", "scalar,avx2", "scalar,avx2,avx512",
+                                                "scalar,avx2,avx512,avx512_vnni",
+                                                "scalar,avx2,avx512,avx512_vnni,avx512_bf16"};
   return LISTS[level];
 }
 

@@ -44,6 +44,7 @@ int list_isas(const dso_isa **isas, int most);
 void execute(const char *what, const dso_op *op, const void *params, const dso_isa *isa, buf **outs,
              int n_outs);
 
+void test_select(void);
 void test_isa(void);
 void test_dense(void);
 void test_rows(void);

@@ -5,6 +5,7 @@
 
 int main(int argc, char **argv) {
   seed_random(argc > 1 ? strtoull(argv[1], NULL, 10) : 1);
+  test_select();
   test_isa();
   test_dense();
   test_rows();
