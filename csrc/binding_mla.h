@@ -184,7 +184,7 @@ inline void fill_pages(const char *op, MlaInputs &m, const Tensor &latent, const
   expect(latent.size(1) > 0, op, "：latent 每页的槽位数（第 1 维）应大于 0。");
   m.pages = row_major(table);
   in.pages = static_cast<const int32_t *>(m.pages.const_data_ptr());
-  in.pages_bs = m.pages.stride(0), in.page_size = latent.size(1);
+  in.pages_bs = m.pages.stride(0), in.page_size = latent.size(1), in.page_count = latent.size(0);
 }
 
 // spans 要读的页都应存在；用不到的页号不看。页表在 CPU 上，spans 已经检查过。

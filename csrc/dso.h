@@ -199,9 +199,9 @@ typedef struct {
   float softmax_scale;
   int causal;
   /* 分页的缓存（只有 mla_decode）：latent、rope、scale 是 [页数, page_size, ...]，第 b 行的槽位 i 在
-   * 第 pages[b, i / page_size] 页；s 是页表的宽乘 page_size。NULL 为连续的缓存。 */
+   * 第 pages[b, i / page_size] 页，共 page_count 页；s 是页表的宽乘 page_size。NULL 为连续的缓存。 */
   const int32_t *pages;
-  int64_t pages_bs, page_size;
+  int64_t pages_bs, page_size, page_count;
 } dso_mla_inputs;
 
 typedef struct {

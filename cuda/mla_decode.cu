@@ -43,15 +43,23 @@ int shared_bytes(const Plan &plan) {
   return bytes;
 }
 
-// TMA 一次拷贝 64 个连续的槽位、潜变量整 64 列：不分页，各维的步长是正数。
+// 分页时一次 TMA 读一页里的几个槽位（2 的幂的对数）：除得尽页的大小，至多一块键。
+int log_box_of(const dso_mla_inputs &in) {
+  int log_box = 0;
+  while (1 << log_box < DECODE_KEYS_SM90 && in.page_size % (2 << log_box) == 0) log_box++;
+  return log_box;
+}
+
+// TMA 一次拷贝几个连续的槽位（分页时至少 8 个：128 字节交错的一轮）、潜变量整 64 列；各维的步长是正数。
 bool tma_ok(const dso_cuda_mla_decode_params *p, const Device &device) {
   const dso_mla_inputs &in = p->in;
+  const int64_t rows = in.pages ? in.page_count : in.b, slots = in.pages ? in.page_size : in.s;
   auto strides_ok = [&](int64_t bs, int64_t ts) {
-    return (bs > 0 || in.b == 1) && (ts > 0 || in.s == 1);
+    return (bs > 0 || rows == 1) && (ts > 0 || slots == 1);
   };
   return device.major == 9 && device.shared_limit >= SHARED_SM90 && in.latent_dtype == p->dtype &&
-         !in.pages && in.s > 0 && in.rank % 64 == 0 && in.rope_dim <= 64 &&
-         strides_ok(in.latent_bs, in.latent_ts) &&
+         (!in.pages || log_box_of(in) >= 3) && in.s > 0 && rows > 0 && in.rank % 64 == 0 &&
+         in.rope_dim <= 64 && strides_ok(in.latent_bs, in.latent_ts) &&
          (in.rope_dim == 0 || strides_ok(in.rope_bs, in.rope_ts));
 }
 
@@ -75,6 +83,7 @@ void choose_tile(const dso_cuda_mla_decode_params *p, const Device &device, Plan
   }
   if (plan->run == run_decode_sm90) {
     s.log_keys = log_of(DECODE_KEYS_SM90);
+    if (p->in.pages) s.log_box = log_box_of(p->in);
     for (int rows : DECODE_ROWS_SM90)
       if (s.log_rows == 0 || s.rows() < wanted) s.log_rows = log_of(rows);
     if (cluster_ok(p->in, device, groups))

@@ -42,7 +42,7 @@ struct Many : Consumer<E, S> {
   // 看不见的得分换成 -INF；返回之后还要乘的系数（系数不是正数时最大值会变，先乘上）。
   __device__ float hide(const Piece &piece, int first, float (&s)[32]) const {
     const bool positive = scale > 0.0f;
-    if (first + S::KEYS <= open) return scale;
+    if (first >= piece.skip && first + S::KEYS <= open) return scale;
     int column = lane % 4 * 2;
     unsigned seen[2];  // 64 个键哪些能用，从本线程的第一列起
 #pragma unroll

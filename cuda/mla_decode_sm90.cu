@@ -16,7 +16,7 @@ __device__ void produce(const DecodeArgs &args, int cta, const CUtensorMap *quer
     Scheduler<S>{args, args.in, queries, {}, {}, {}}.run(cta, writer);
     return;
   }
-  Producer<S> producer{args.in, latent, rope, part, {}, {}};
+  Producer<S> producer(args, latent, rope, part);
   Piece piece;
   for (Pieces<S> pieces; pieces.next(&piece);) producer.run(piece);
   grid_wait();
@@ -87,26 +87,41 @@ cudaError_t query_map(CUtensorMap *map, const DecodeArgs &args, int rows, int bo
                                {BOX_COLUMNS, rows, boxes}});
 }
 
-// 潜变量 [B, S, r / 64, 64]，一次 chunk 个 64 列、64 个槽位：写成 chunk 个块；界外填 0。
-cudaError_t latent_map(CUtensorMap *map, const DecodeArgs &args, int chunk) {
+// 缓存的各行（分页时是各页）：几行、一行几个槽位、一次 TMA 几个槽位。
+struct CacheRows {
+  int64_t rows, slots;
+  int box;
+};
+
+CacheRows rows_of(const DecodeArgs &args) {
   const dso_mla_inputs &in = args.in;
-  return make_tensor_map(map, {in.latent,
-                               args.dtype,
-                               4,
-                               {BOX_COLUMNS, in.s, in.rank / BOX_COLUMNS, in.b},
-                               {1, in.latent_ts, BOX_COLUMNS, in.latent_bs},
-                               {BOX_COLUMNS, DECODE_KEYS_SM90, chunk, 1}});
+  if (!in.pages) return {in.b, in.s, DECODE_KEYS_SM90};
+  return {in.page_count, in.page_size, 1 << args.schedule.log_box};
 }
 
-// 旋转的键 [B, S, width]，一次 64 列、64 个槽位；界外（含不足 64 的列）填 0。
+// 潜变量 [行, 槽位, r / 64, 64]，一次 chunk 个 64 列：写成 chunk 个块；界外填 0。框不满一块的高时一次 64 列。
+cudaError_t latent_map(CUtensorMap *map, const DecodeArgs &args, int chunk) {
+  const dso_mla_inputs &in = args.in;
+  const CacheRows cache = rows_of(args);
+  return make_tensor_map(map,
+                         {in.latent,
+                          args.dtype,
+                          4,
+                          {BOX_COLUMNS, cache.slots, in.rank / BOX_COLUMNS, cache.rows},
+                          {1, in.latent_ts, BOX_COLUMNS, in.latent_bs},
+                          {BOX_COLUMNS, cache.box, cache.box == DECODE_KEYS_SM90 ? chunk : 1, 1}});
+}
+
+// 旋转的键 [行, 槽位, width]，一次 64 列；界外（含不足 64 的列）填 0。
 cudaError_t rope_map(CUtensorMap *map, const DecodeArgs &args, const void *data, int64_t width,
                      int64_t bs, int64_t ts) {
+  const CacheRows cache = rows_of(args);
   return make_tensor_map(map, {data,
                                args.dtype,
                                3,
-                               {width, args.in.s, args.in.b},
+                               {width, cache.slots, cache.rows},
                                {1, ts, bs},
-                               {BOX_COLUMNS, DECODE_KEYS_SM90, 1}});
+                               {BOX_COLUMNS, cache.box, 1}});
 }
 
 template <class E, int RANK, int ROWS, int CTAS = 1>

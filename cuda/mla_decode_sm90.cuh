@@ -224,14 +224,64 @@ struct Pieces {
 // 有 cluster 时各 CTA 轮着发，一次写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的 mbarrier_expect
 // 先到也不要紧：还差那一次到达，这一相不会提前结束。
 
+//
+// 分页的缓存：一块键由几个框拼成，一个框是同一页里的 align 个槽位（页的大小除得尽，块从它的倍数起）。末尾之后没有可看的键
+// 的框不读：留在缓冲里的旧内容同界外的键一样，得分换成 -INF，当值用之前清掉。
+
+// 一段里各框在哪一页；整个 warp 一起，一个线程查一个框，提前一轮查。
+struct PageList {
+  const dso_mla_inputs &in;
+  int log_box;
+  int row = 0, first = 0, count = 0;  // 这一段的第一个槽位、框数
+  int base = 0, page = 0, offset = 0, next_page = 0, next_offset = 0;
+
+  __device__ PageList(const dso_mla_inputs &in, int log_box) : in(in), log_box(log_box) {}
+
+  __device__ void start(const Piece &piece) {
+    row = piece.at.row, first = piece.at.slot + piece.key_begin, base = 0;
+    count = (piece.key_end - piece.key_begin + (1 << log_box) - 1) >> log_box;
+    find(0, page, offset), find(WARP, next_page, next_offset);
+  }
+
+  // 第 index 个框的页、页内的槽位；index 只增不减，一次至多多走 WARP 个。
+  __device__ void at(int index, int *in_page, int *in_slot) {
+    if (index - base >= WARP) {
+      base += WARP, page = next_page, offset = next_offset;
+      find(base + WARP, next_page, next_offset);
+    }
+    *in_page = __shfl_sync(ALL_LANES, page, index - base);
+    *in_slot = __shfl_sync(ALL_LANES, offset, index - base);
+  }
+
+ private:
+  __device__ void find(int from, int &to, int &inside) const {
+    const int index = from + static_cast<int>(threadIdx.x) % WARP;
+    if (index >= count) return;
+    const int size = static_cast<int>(in.page_size), slot = first + (index << log_box);
+    const int nth = slot / size;
+    inside = slot - nth * size;
+    to = load_l2(in.pages + row * in.pages_bs + nth);
+  }
+};
+
 template <class S>
 struct Producer {
   const dso_mla_inputs &in;
   const CUtensorMap *latent, *rope;
-  int part;  // 管哪一部分
+  int part;               // 管哪一部分
+  PageList pages, later;  // 要读的；要预读的
   Shared<S> shared;
   Ring ring;
   bool started = false;
+
+  __device__ Producer(const DecodeArgs &args, const CUtensorMap *latent, const CUtensorMap *rope,
+                      int part)
+      : in(args.in),
+        latent(latent),
+        rope(rope),
+        part(part),
+        pages(args.in, args.schedule.log_box),
+        later(args.in, args.schedule.log_box) {}
 
   // 没有旋转部分时从界外读：TMA 填 0，得分的循环不必分两种。
   __device__ int tail() const { return in.rope_dim > 0 ? 0 : S::BOXES * BOX_COLUMNS; }
@@ -239,27 +289,69 @@ struct Producer {
   __device__ static int rank() { return S::CTAS == 1 ? 0 : cluster_rank(); }
   __device__ static int same(int x) { return __shfl_sync(ALL_LANES, x, 0); }
 
+  // 管的几次 TMA：从第 first_chunk() 个起的 chunks() 个。
+  __device__ int first_chunk() const { return part * S::CHUNKS; }
+  __device__ int chunks() const { return part == TAIL ? 1 : S::CHUNKS; }
+  __device__ bool mine(Ring at, int i) const { return (i + at.stage) % S::CTAS == rank(); }
+
+  // 第 i 次 TMA：从第 slot 个槽位、第 box 个 64 列起的一框，写到 to；row 是行，分页时是页。
+  __device__ void copy(unsigned char *to, uint64_t *full, int row, int slot, int box) const {
+    if constexpr (S::CTAS > 1) {
+      constexpr unsigned ALL = (1u << S::CTAS) - 1;
+      if (part == TAIL)
+        tma_load_multicast(to, rope, full, ALL, tail(), slot, row);
+      else
+        tma_load_multicast(to, latent, full, ALL, 0, slot, box, row);
+    } else if (part == TAIL) {
+      tma_load(to, rope, full, tail(), slot, row);
+    } else {
+      tma_load(to, latent, full, 0, slot, box, row);
+    }
+  }
+
   // 一级缓冲里我的这一部分，第 row 行从 slot 起的一块。
   __device__ void load(Ring at, int row, int slot) const {
-    const int first = part * S::CHUNKS, count = part == TAIL ? 1 : S::CHUNKS;
     mbarrier_wait(shared.empty(at.stage, part), at.parity ^ 1);
     if (!elected()) return;
 #pragma unroll 1
-    for (int i = first; i < first + count; i++) {
+    for (int i = first_chunk(); i < first_chunk() + chunks(); i++) {
       uint64_t *full = shared.full(at.stage, i);
-      unsigned char *to = shared.stage(at.stage) + i * S::CHUNK * S::BOX;
       mbarrier_expect(full, part == TAIL ? S::BOX : S::CHUNK * S::BOX);
-      if ((i + at.stage) % S::CTAS != rank()) continue;
-      if constexpr (S::CTAS > 1) {
-        constexpr unsigned ALL = (1u << S::CTAS) - 1;
-        if (part == TAIL)
-          tma_load_multicast(to, rope, full, ALL, tail(), slot, row);
-        else
-          tma_load_multicast(to, latent, full, ALL, 0, slot, i * S::CHUNK, row);
-      } else if (part == TAIL) {
-        tma_load(to, rope, full, tail(), slot, row);
-      } else {
-        tma_load(to, latent, full, 0, slot, i * S::CHUNK, row);
+      if (mine(at, i))
+        copy(shared.stage(at.stage) + i * S::CHUNK * S::BOX, full, row, slot, i * S::CHUNK);
+    }
+  }
+
+  // 一块键在各页里的框：从第 begin 个起至多几个。
+  __device__ int boxes_from(int begin) const {
+    const int left = pages.count - begin, most = S::KEYS >> pages.log_box;
+    return left < most ? left : most;
+  }
+  // 一框一次 TMA 几个 64 列：框不满一块的高时，各列的框不相连，逐个读。
+  __device__ int across() const { return S::KEYS >> pages.log_box == 1 ? S::CHUNK : 1; }
+
+  // 分页：同样的一块，从这一段的第 begin 个框起。
+  __device__ void load_pages(Ring at, int begin) {
+    const int boxes = boxes_from(begin), box_bytes = BOX_ROW << pages.log_box;
+    mbarrier_wait(shared.empty(at.stage, part), at.parity ^ 1);
+    if (elected()) {
+      const int bytes = boxes * box_bytes * (part == TAIL ? 1 : S::CHUNK);
+#pragma unroll 1
+      for (int i = first_chunk(); i < first_chunk() + chunks(); i++)
+        mbarrier_expect(shared.full(at.stage, i), bytes);
+    }
+#pragma unroll 1
+    for (int j = 0; j < boxes; j++) {
+      int page, slot;
+      pages.at(begin + j, &page, &slot);
+      if (!elected()) continue;
+      unsigned char *to = shared.stage(at.stage) + j * box_bytes;
+#pragma unroll 1
+      for (int i = first_chunk(); i < first_chunk() + chunks(); i++) {
+        if (!mine(at, i)) continue;
+        const int box = i * S::CHUNK, end = box + (part == TAIL ? 1 : S::CHUNK);
+        for (int b = box; b < end; b += across())
+          copy(to + b * S::BOX, shared.full(at.stage, i), page, slot, b);
       }
     }
   }
@@ -278,8 +370,45 @@ struct Producer {
     }
   }
 
+  // 分页：从第 begin 个框起的一块读进 L2，同上。
+  __device__ void prefetch_pages(int begin) {
+    if constexpr (S::AHEAD > 0) {
+      if (part != TAIL) return;
+      const int boxes = boxes_from(begin);
+#pragma unroll 1
+      for (int j = 0; j < boxes; j++) {
+        int page, slot;
+        later.at(begin + j, &page, &slot);
+        if (!elected()) continue;
+#pragma unroll 1
+        for (int box = rank() * across(); box < S::BOXES; box += S::CTAS * across())
+          tma_prefetch(latent, 0, slot, box, page);
+        if (rank() == 0 && in.rope_dim > 0) tma_prefetch(rope, 0, slot, page);
+      }
+    }
+  }
+
+  // 分页：一段的各块。
+  __device__ void run_pages(const Piece &piece) {
+    const int units = same(piece.units), each = S::KEYS >> pages.log_box;
+    pages.start(piece), later.start(piece);
+    for (int block = 0; started && block < min_of(S::AHEAD, units); block++)
+      prefetch_pages(block * each);
+    started = true;
+#pragma unroll 1
+    for (int block = 0; block < units; block++) {
+      load_pages(ring, block * each);
+      if (S::AHEAD > 0 && block + S::AHEAD < units) prefetch_pages((block + S::AHEAD) * each);
+      ring = ring.next(S::STAGES);
+    }
+  }
+
   // 一段的各块，预读提前 AHEAD 块的。
   __device__ void run(const Piece &piece) {
+    if (in.pages) {
+      run_pages(piece);
+      return;
+    }
     const int row = same(piece.at.row), units = same(piece.units);
     int slot = same(piece.at.slot + piece.key_begin);
     if (started)  // 上一段还没有算完，这一段的头几块已经可以读了
@@ -358,13 +487,14 @@ struct Consumer {
   }
 
   __device__ bool usable(const Piece &piece, int index) const {
-    return index < piece.key_end && slot_seen(in, piece.at, piece.at.slot + index);
+    return index >= piece.skip && index < piece.key_end &&
+           slot_seen(in, piece.at, piece.at.slot + index);
   }
 
   // 范围之外与被遮住的键可能是 NaN：0 * NaN 不是 0，所以当值用之前清掉那几行。
   // 返回有没有要清的（整个 CTA 一致）；之后要 fence_proxy_async 与屏障。
   __device__ bool clean(const Piece &piece, Ring at, int first) const {
-    if (first + S::KEYS <= piece.key_end && !in.kv_mask) return false;
+    if (first >= piece.skip && first + S::KEYS <= piece.key_end && !in.kv_mask) return false;
     for (int key = warp; key < S::KEYS; key += GROUP / WARP) {
       if (usable(piece, first + key)) continue;
       for (int c = lane; c < S::BOXES * 8; c += WARP)

@@ -19,6 +19,7 @@ struct Schedule {
   int log_rows, log_keys;
   int ctas, minimum_units;  // CTA 数（tracks 的倍数）、每个 CTA 至少几个单位
   int log_tracks;           // CTA c 在第 c % tracks 路上，是其中的第 c / tracks 个
+  int log_box;              // 一块键从 2^log_box 的倍数的槽位起；0 为从 span 的起点起
   __host__ __device__ int rows() const { return 1 << log_rows; }
   __host__ __device__ int keys() const { return 1 << log_keys; }
   __host__ __device__ int tracks() const { return 1 << log_tracks; }
@@ -29,11 +30,17 @@ struct Load {  // 一个 span 在一路上的工作量：从第 first 组起，�
   __device__ int64_t units() const { return static_cast<int64_t>(groups) * blocks; }
 };
 
+// 从 begin 起的一个 span，第一块里它之前有几个键。begin 可以是展平的：一行的槽位数也是 2^log_box 的倍数。
+__device__ inline int skipped(const Schedule &s, int64_t begin) {
+  return static_cast<int>(begin) & ((1 << s.log_box) - 1);
+}
+
 __device__ inline Load load_of(const dso_mla_inputs &in, const Schedule &s, int track,
                                int64_t index) {
   dso_span span = span_at(in, index);
   int rows = static_cast<int>(span.q_end - span.q_begin) * static_cast<int>(in.heads);
   int keys = static_cast<int>(span.kv_end - span.kv_begin);
+  if (keys > 0) keys += skipped(s, span.kv_begin);
   int groups = (rows + s.rows() - 1) >> s.log_rows;
   int first = (track - static_cast<int>(index)) & (s.tracks() - 1);
   return {first, (groups - first + s.tracks() - 1) >> s.log_tracks,
@@ -126,10 +133,10 @@ __device__ inline Walk start_walk(const dso_mla_inputs &in, const Schedule &s, i
   return walk;
 }
 
-// 一个 CTA 连续处理的一段：一组查询看 [key_begin, key_end)（span 内）。
+// 一个 CTA 连续处理的一段：一组查询看 [key_begin, key_end)（span 内）。at 的起点移到了 2^log_box 的倍数处，前 skip 个键不看。
 struct Piece {
   Place at;
-  int group, key_begin, key_end;
+  int group, key_begin, key_end, skip;
   int units;
   bool whole;  // 这组查询的全部键：直接写结果
   int slot;    // 部分结果槽
@@ -151,6 +158,8 @@ __device__ inline bool next_piece(const dso_mla_inputs &in, const Schedule &s, i
   int block = static_cast<int>(inside - static_cast<int64_t>(nth) * load.blocks);
   int last = load.blocks - block < room ? load.blocks : block + static_cast<int>(room);
   piece->at = locate(in, walk->index);
+  piece->skip = skipped(s, piece->at.slot);
+  piece->at.slot -= piece->skip, piece->at.kv_len += piece->skip;
   piece->group = load.first + (nth << s.log_tracks);
   piece->key_begin = block << s.log_keys;
   piece->key_end = last == load.blocks ? piece->at.kv_len : last << s.log_keys;

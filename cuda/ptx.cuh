@@ -70,6 +70,12 @@ __device__ inline int64_t load_l2(const int64_t *from) {
   return x;
 }
 
+__device__ inline int32_t load_l2(const int32_t *from) {
+  int32_t x;
+  asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(from));
+  return x;
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // 等到至多还有 LEFT 组没有完成。

@@ -1,8 +1,9 @@
-"""mla_decode：128 头看算力，16 头看带宽；对照是 torch 的吸收式（bmm）与一个 Triton 核。"""
+"""mla_decode：128 头看算力，16 头看带宽；对照是 torch 的吸收式（bmm）与一个 Triton 核。分页的缓存另有几项，对照是同样内容不分页的。"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,21 +23,31 @@ COMPUTE = Target(600.0, "TFLOP/s")
 BANDWIDTH = Target(0.80, "占拷贝带宽")
 MANY = [(128, slots << 10) for slots in (4, 8, 16, 32)]
 FEW = [(batch, slots << 10) for batch in (32, 64, 128) for slots in (1, 4, 8, 32)]
+PAGED = [(MANY_HEADS, 128, 4096), (FEW_HEADS, 64, 8192)]
+PAGES = (64, 16)  # 一页几个槽位
 
 
 def cases(_: Env) -> list[Case]:
     """每行一个新词元，bf16。"""
     shapes = [(MANY_HEADS, *shape) for shape in MANY] + [(FEW_HEADS, *shape) for shape in FEW]
+    plain = [(key_of(*shape), shape, 0) for shape in shapes]
+    paged = [(f"{key_of(*shape)}.page{size}", shape, size) for shape in PAGED for size in PAGES]
     return [
-        Case(f"mla_decode.h{heads}.b{batch}.s{slots}", partial(_run, Dims(batch, 1, slots, heads)))
-        for heads, batch, slots in shapes
+        Case(key, partial(_run, key, Dims(batch, 1, slots, heads), size))
+        for key, (heads, batch, slots), size in plain + paged
     ]
 
 
-def _run(dims: Dims, env: Env) -> Iterator[Row]:
-    many = dims.heads == MANY_HEADS
-    key = f"mla_decode.h{dims.heads}.b{dims.batch}.s{dims.slots}"
-    row = measure(env, work(mla_inputs.small(dims) if env.quick else dims, env, key))
+def key_of(heads: int, batch: int, slots: int) -> str:
+    return f"mla_decode.h{heads}.b{batch}.s{slots}"
+
+
+def _run(key: str, dims: Dims, page_size: int, env: Env) -> Iterator[Row]:
+    many, used = dims.heads == MANY_HEADS, mla_inputs.small(dims) if env.quick else dims
+    if page_size:
+        row = measure(env, paged_work(used, min(page_size, used.slots // 3), env, key))
+    else:
+        row = measure(env, work(used, env, key))
     if many:
         yield row.judge(row.tflops, COMPUTE.unit, COMPUTE)
     else:
@@ -58,6 +69,41 @@ def work(dims: Dims, env: Env, key: str) -> Work:
         flops=2 * dims.batch * dims.heads * dims.slots * (width + dims.rank),
         graph=True,
         details={"spans": str(spans.device)},
+    )
+
+
+def paged_work(dims: Dims, page_size: int, env: Env, key: str) -> Work:
+    """同样的一项，另有打乱次序的页与页表；参考与不分页的用原来的缓存。"""
+    plain = work(dims, env, key)
+
+    def make() -> tuple:
+        tensors = plain.make()
+        return (*tensors, *to_pages(page_size, *tensors[1:3]))
+
+    return replace(
+        plain,
+        make=make,
+        ours=partial(_paged, dims),
+        peers={"本库，不分页": lambda *args: _ours(dims, *args[:5])},
+        pairs=lambda args, out: _pairs(dims, args[:5], out),
+        details=plain.details | {"page_size": page_size},
+    )
+
+
+def to_pages(page_size: int, *caches: Tensor) -> list[Tensor]:
+    """各 [B, S, *] 的缓存换成打乱的页 [页数, page_size, *]，最后是页表 [B, S / page_size] int32。"""
+    batch, slots = caches[0].shape[:2]
+    order = torch.randperm(batch * slots // page_size, device=caches[0].device)
+    stores = [torch.empty_like(c).view(len(order), page_size, -1) for c in caches]
+    for store, cache in zip(stores, caches, strict=True):
+        store[order] = cache.view(len(order), page_size, -1)
+    return [*stores, order.view(batch, -1).to(torch.int32)]
+
+
+def _paged(dims: Dims, q, _latent, _rope, weight, spans, *paged: Tensor) -> Tensor:
+    latent, rope, table = paged
+    return ops.mla_decode(
+        q, latent, rope, None, weight, spans, None, dims.scale, dims.value, block_table=table
     )
 
 

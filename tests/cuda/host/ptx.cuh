@@ -197,7 +197,8 @@ uint32_t select_bytes(uint32_t x) {
   return r;
 }
 
-inline int64_t load_l2(const int64_t *from) {
+template <class T>
+T load_l2(const T *from) {
   cuda_host::touch_global();
   return *from;
 }
