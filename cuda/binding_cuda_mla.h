@@ -1,6 +1,7 @@
 // MLA 各算子的 CUDA 绑定共用：填写参数与 spans；吸收、核、W_UV 三步的解码。
 //
-// spans、offsets、block_table 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU），由核保证不越界。
+// spans、offsets、block_table 在 CPU 上时先检查内容再送到设备；已在设备上时不读（读要等 GPU）：offsets 由写缓存的核断言，
+// spans、block_table 由调用者保证。
 #pragma once
 
 #include "binding_cuda.h"
@@ -59,8 +60,9 @@ inline void use_device_spans(const char *op, DeviceInputs &m, const Tensor &span
   }
   set_spans(m);
   if (m.in.page_size == 0) return;
-  m.pages = torch::stable::to(m.pages, m.q.device());
+  m.pages = torch::stable::to(m.pages, m.q.device());  // 送过去的各行相连，不再是原来的步长
   m.in.pages = static_cast<const int32_t *>(m.pages.const_data_ptr());
+  m.in.pages_bs = m.pages.stride(0);
 }
 
 // offsets [B]：在 CPU 上就检查；返回设备上的。
@@ -80,7 +82,10 @@ inline void rotate(const char *op, const Tensor &x, Tensor &y, const Tensor &cos
   expect_device(op, "cos", cos, x);
   expect_device(op, "sin", sin, x);
   dso_rope_params p = rope_params(op, x, y, cos, sin, angles, turn);
-  check(op, dso_cuda_rope(&p, Launch(x).stream()));
+  const cudaError_t error = dso_cuda_rope(&p, Launch(x).stream());
+  expect(error != cudaErrorInvalidValue, op, "：x 的最后一维 ", x.size(3),
+         " 太大：CUDA 上至多 2048（各行按 16 字节对齐时 8192）。");
+  check(op, error);
 }
 
 // 计算用的类型：全是同一种 16 位就用它（潜变量可以是量化的），否则 fp32。

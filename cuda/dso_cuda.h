@@ -264,7 +264,8 @@ cudaError_t dso_cuda_moe_experts(const dso_cuda_moe_experts_params *p, cudaStrea
  * w h，in.o 放各行的 dx [行的上界, k]，in.y 是 dx [tokens, k]，不要时为 NULL。
  * gu：各行的 gate、up（in.saved 为空时），随后换成它们的梯度；路由行距 2 h_rs，gate 之后隔 h_rs（共享的接在后面，隔 shared.inner）
  * 是 up；没有门时行距 h_rs。16 位而且 paired 时 gate、up 相间，同权重。
- * grad 与 in.w 同样写，指针换成梯度的，不要的为 NULL；类型同权重。add：加到 gate、up、down 原有的值上。 */
+ * grad 与 in.w 同样写，指针换成梯度的，不要的为 NULL；类型同权重。add：路由专家的
+ * 加到 gate、up、down 原有的值上。 */
 typedef struct {
   dso_cuda_moe_experts_params in;
   dso_mat dy; /* [tokens, N] */

@@ -9,10 +9,11 @@ namespace {
 
 using namespace dso;
 
-constexpr int MOST_WARPS = 16;    // 一次 16 个词元：解码一步很少更多，多了就再走一轮
-constexpr int LEAST_WARPS = 4;    // 词元少时旋转查询的块也不至于太小
-constexpr int MOST_PAIRS = WARP;  // 旋转查询时一个线程至多一对；更宽的另排一个核
-constexpr int KEPT = 2;           // 一个词元的潜变量留在寄存器里：一个线程 2 个 8，至多 512 个
+constexpr int MOST_WARPS = 16;          // 一次 16 个词元：解码一步很少更多，多了就再走一轮
+constexpr int LEAST_WARPS = 4;          // 词元少时旋转查询的块也不至于太小
+constexpr int MOST_PAIRS = WARP;        // 旋转查询时一个线程至多一对；更宽的另排一个核
+constexpr int64_t MOST_TURNED = 65534;  // 网格的 y 至多 65535
+constexpr int KEPT = 2;  // 一个词元的潜变量留在寄存器里：一个线程 2 个 8，至多 512 个
 
 // 归一化之后的一行：各步的舍入同 rms_norm.cu。
 template <int V>
@@ -93,11 +94,13 @@ __device__ void rotate_query(const dso_rope_params &p, dso_dtype dtype, int64_t 
   store_one(p.y, dtype, at + pair_at(p.keep_pairs, half, i, 1), y * c + x * s);
 }
 
-// blockIdx.y 大于 0 的块旋转查询；返回是不是。
+// blockIdx.y 大于 0 的块旋转查询，极多时轮着做；返回是不是。
 __device__ bool rotates(const dso_cuda_mla_kv_write_params &k, dso_dtype dtype) {
   if (blockIdx.y == 0) return false;
-  int index = static_cast<int>((blockIdx.y - 1) * blockDim.y + threadIdx.y);
-  if (index < k.queries.t * k.queries.h) rotate_query(k.queries, dtype, blockIdx.x, index);
+  const int count = static_cast<int>(k.queries.t * k.queries.h);
+  const int step = static_cast<int>((gridDim.y - 1) * blockDim.y);
+  for (int i = static_cast<int>((blockIdx.y - 1) * blockDim.y + threadIdx.y); i < count; i += step)
+    rotate_query(k.queries, dtype, blockIdx.x, i);
   return true;
 }
 
@@ -235,6 +238,7 @@ cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStr
     if (error != cudaSuccess) return error;
     turned = 0;
   }
+  if (turned > MOST_TURNED) turned = MOST_TURNED;
   dim3 grid(static_cast<unsigned>(w.b), static_cast<unsigned>(1 + turned));
   dim3 block(WARP, static_cast<unsigned>(warps));
   bool wide = wide_latent(w) && wide_ok(p->norm, p->norm_dtype, w.rank);

@@ -47,6 +47,11 @@ __device__ __forceinline__ ExpertRows rows_of(const dso_cuda_moe_routing &r, int
   return {r.begin[e], r.begin[e + 1] - r.begin[e]};
 }
 
+// 专家 e 的权重的梯度加到原有的值上；共享专家的总是写：它们另外返回，不在 .grad 里。
+__device__ __forceinline__ bool adds(const BackwardParams &p, int64_t e) {
+  return p.add && e < p.in.routing.experts;
+}
+
 // 主机侧：专家数（连同共享的）；gate 与 up 合起来至多几列。
 inline int64_t experts_of(const dso_cuda_moe_routing &r) { return r.experts + (r.shared ? 1 : 0); }
 inline int64_t gate_up_columns(const dso_cuda_moe_experts_params &p) {

@@ -168,6 +168,7 @@ struct WeightTile {
   const BackwardParams &p;
   const dso_cuda_moe_experts_params &in;
   WeightStep step;
+  bool add;
   ExpertRows rows;
   Matrices to;
   int inner, first_row, first_column, height, width;
@@ -178,6 +179,7 @@ struct WeightTile {
       : p(params),
         in(params.in),
         step(s),
+        add(adds(params, e)),
         rows(rows_of(params.in.routing, e)),
         to(params.grad, params.in.routing.experts, e),
         first_row(row),
@@ -191,7 +193,7 @@ struct WeightTile {
 
   __device__ bool wanted() const {
     return (step == DOWN_WEIGHT ? to.down.mat.data : to.gate.mat.data) && first_row < height &&
-           first_column < width;
+           first_column < width && !(add && rows.rows == 0);
   }
 
   __device__ float left(int m, int k) const {
@@ -218,7 +220,7 @@ struct WeightTile {
     if (up) m -= inner;
     int64_t at = to.gate.transposed ? n * rs + m * columns_step : m * rs + n;
     dso_dtype dtype = to.gate.mat.dtype;  // 三个相同
-    if (p.add) x += load_one(data, dtype, at);
+    if (add) x += load_one(data, dtype, at);
     store_one(const_cast<void *>(data), dtype, at, x);
   }
 
@@ -245,7 +247,7 @@ __global__ __launch_bounds__(THREADS, 2) void moe_weights_general(BackwardParams
   int each = row_blocks * column_blocks, at = static_cast<int>(blockIdx.x) % each;
   WeightTile tile(p, step, blockIdx.x / each, at % row_blocks * ROWS, at / row_blocks * COLUMNS, a,
                   b);
-  if (tile.wanted() && !(p.add && tile.rows.rows == 0)) tile.run();
+  if (tile.wanted()) tile.run();
 }
 
 }  // namespace

@@ -202,7 +202,7 @@ struct WeightProduct {
   const BackwardParams &p;
   const dso_cuda_moe_experts_params &in;
   WeightStep step;
-  bool transposed, paired;
+  bool transposed, paired, add;
   int inner;
   ExpertRows rows;
   dso_expert grad;
@@ -215,7 +215,7 @@ struct WeightProduct {
         rows(rows_of(params.in.routing, e)),
         grad(expert_at(params.grad, params.in.routing.experts, e)) {
     bool routed = e < in.routing.experts;
-    transposed = in.w.transposed && routed, paired = in.w.paired && routed;
+    transposed = in.w.transposed && routed, paired = in.w.paired && routed, add = adds(p, e);
     inner = static_cast<int>(expert_at(in.w, in.routing.experts, e).inner);
     if (step == GATE_UP_WEIGHT) {
       GradientRow g = gradient_row(p, rows.begin);
@@ -244,7 +244,7 @@ struct WeightProduct {
   // 要不要算从 (m, n) 起的一块。
   __device__ __forceinline__ bool wanted(int m, int n) const {
     return (step == DOWN_WEIGHT ? grad.down.data : grad.gate.data) && m < left.columns &&
-           n < right.columns && !(p.add && rows.rows == 0);
+           n < right.columns && !(add && rows.rows == 0);
   }
 
   // 第 m 行第 n 列起的 8 个结果；它们在 gate 或 up 的同一边。
@@ -261,7 +261,7 @@ struct WeightProduct {
     }
     void *data = const_cast<void *>(base);
     int64_t at = m * rs + n;
-    if (p.add) {
+    if (add) {
       Vec<8> old = load<8>(data, E::dtype, at);
 #pragma unroll
       for (int j = 0; j < 8; j++) v.v[j] += old.v[j];

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -62,7 +63,24 @@ def _cpu_path() -> Path:
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return "装着的 torch 不带 CUDA。"
-    return load_error() or _try_load(_FOLDER / CUDA_LIBRARY)
+    path = _FOLDER / CUDA_LIBRARY
+    return load_error() or _try_load(path) or _old_driver(path)
+
+
+def _old_driver(path: Path) -> str | None:
+    """驱动比库里静态链接的 CUDA 运行库（版本随编译用的 nvcc）老一个大版本，核启动不了：原因；能用为 None。"""
+    try:
+        driver = int(torch._C._cuda_getDriverVersion())
+    except (AttributeError, RuntimeError):
+        return None
+    runtime = ctypes.CDLL(str(path)).dso_cuda_runtime_version()
+    if driver == 0 or driver // 1000 >= runtime // 1000:  # 0：没有驱动，也就没有 CUDA 张量
+        return None
+    built, most = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime, driver))
+    return (
+        f"{path.name} 是用 CUDA {built} 编译的，而驱动最高支持 CUDA {most}："
+        f"请升级驱动，或用 CUDA {driver // 1000} 的 nvcc 重新编译安装。"
+    )
 
 
 def load() -> bool:

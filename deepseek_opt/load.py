@@ -69,7 +69,8 @@ class LoadCounter:
 
     两套计数：累计的（:meth:`snapshot`，供统计，eval 也计）与待用的（:meth:`pending`，只有训练时的前向
     才计，:func:`~deepseek_opt.update_expert_bias` 用过即清零）。激活检查点在反向里的重算两套都不计。
-    累加只是一次 O(E) 的原地加法：不求导，不同步设备，可以在多个线程里调用。深拷贝、pickle 得到清零的新计数器。
+    累加只是一次 O(E) 的原地加法：不求导，不同步设备，可以在多个线程里调用
+    （几个 CUDA 流同时加同一个计数器时可能少计）。深拷贝、pickle 得到清零的新计数器。
 
     参数
     ----

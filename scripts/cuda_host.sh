@@ -21,7 +21,7 @@ fi
 # 逐个造数据的、CPU 线程数的、看分布的、很大的只在 CPU 上跑；MoE 的各种布局与奇数形状 tests/cuda 里有。
 LD_PRELOAD="${libraries[*]}" "$python" -c 'from tests.cuda import host_library; host_library.load()'
 cuda=({simulator,simulator_sm90,simulator_rings,orders,paths,layer,linear_small,mla_heads}.py
-    {gpu,gpu_mtp,gpu_moe,gpu_moe_backward,moe_orders}.py)
+    {gpu,gpu_mtp,gpu_moe,gpu_moe_backward,gpu_training,moe_orders}.py)
 operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
 hopper=({orders,mla_decode_sm90,mla_decode_paged_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py

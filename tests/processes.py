@@ -13,13 +13,13 @@ from torch import distributed as dist
 
 
 @contextmanager
-def one_process(folder: Path) -> Iterator[None]:
-    """块内有只含本进程的 gloo 组；用到它的（DDP）要在出块之前放掉。
+def one_process(folder: Path, backend: str = "gloo") -> Iterator[None]:
+    """块内有只含本进程的组；用到它的（DDP）要在出块之前放掉。
 
     组的最后一个引用留在这里：它析构时让出 GIL。DDP 的不让，而 gloo 的线程可能正等着 GIL，就都停在那里。
     """
     store = dist.FileStore(str(folder / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     group = dist.group.WORLD
     try:
         yield

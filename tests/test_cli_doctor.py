@@ -346,6 +346,7 @@ def test_cuda_library_not_built(fake):
     [
         ("undefined symbol: aoti_torch_x", None, "太旧：需要 torch ≥ 2.10"),
         ("version `GLIBC_2.38' not found", None, "请在这台机器上重新编译"),
+        ("_C_cuda.so 是用 CUDA 13.0 编译的，而驱动最高支持 CUDA 12.4", None, "请升级驱动"),
         ("没有找到本地库", "没有找到本地库", "请先解决上面的本地库"),
     ],
 )

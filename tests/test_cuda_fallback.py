@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +73,31 @@ def test_old_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     monkeypatch.setattr(_native, "_has_kernel", lambda name, device: True)
     assert _native._missing.__wrapped__("cuda", ("linear",), False) is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "ok"), [(12080, False), (13000, True), (13020, True), (14000, True), (0, True)]
+)
+def test_old_driver_is_named(monkeypatch, driver, ok):
+    """驱动老一个大版本：库能载入，核却启动不了。没有驱动时照常：没有 CUDA 张量。"""
+    library = SimpleNamespace(dso_cuda_runtime_version=lambda: 13000)
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda path: library)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    reason = _native._old_driver(Path("_C_cuda.so"))
+    if ok:
+        assert reason is None
+    else:
+        assert "CUDA 13.0 编译的" in reason and "最高支持 CUDA 12.8：请升级驱动" in reason
+
+
+def test_driver_cannot_be_asked(monkeypatch):
+    """只有 CPU 的 torch 没有查驱动的函数，也不去碰那个库。"""
+
+    def broken():
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", broken, raising=False)
+    assert _native._old_driver(Path("没有这个库")) is None
 
 
 def test_whole_model_runs_without_kernels(monkeypatch):

@@ -321,6 +321,8 @@ def _load_hint(native: ModuleType, reason: str) -> str:
     """编译好的 CUDA 库加载不了时怎么办。"""
     if native.load_error() is not None:
         return "请先解决上面的本地库"
+    if "驱动" in reason:
+        return "请升级驱动；torch 自己能用不等于本库能用，两者用的 CUDA 版本可以不同"
     if "undefined symbol" in reason:
         wanted = f"torch ≥ {_dot(MINIMUM_TORCH)}"
         return f"装着的 torch 里没有这个符号，多半太旧：需要 {wanted}，请升级；或者{_REBUILD}"

@@ -5,7 +5,9 @@ dr = qk_rope_head_dim（可为 0），dn = qk_nope_head_dim，dv = v_head_dim。
 bfloat16 或 float16，半精度一律以 fp32 累加。潜变量是 kv_a_layernorm 之后的，旋转键是旋转之后的，
 与 transformers 缓存的一致。
 
-每个函数对非法输入抛出 ValueError，消息指明参数、期望与实际，且不改动任何张量。
+每个函数对非法输入抛出 ValueError，消息指明参数、期望与实际，且不改动任何张量。内容（spans、offsets、下标、页号）在 CPU 上时也检查；
+在 CUDA 上时不读（读要等设备）：写到缓存之外的位置、负的下标由核断言（此后这个进程里的 CUDA 不能再用），spans 与页号要由
+调用者保证在范围之内。
 """
 
 from __future__ import annotations

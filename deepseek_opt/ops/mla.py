@@ -115,7 +115,7 @@ def mla_decode(
         latent: [B, S, r]，浮点，或量化的 int8、float8_e4m3fn；rope: [B, S, dr]。
         scale: 量化的潜变量的每词元尺度 [B, S] fp32，否则 None。
         kv_b_weight: [H * (dn + dv), r]，每头先 dn 行 W_UK、后 dv 行 W_UV（nn.Linear 的布局）。
-        spans: [n, 4] int64（CPU），每行 (q_begin, q_end, kv_begin, kv_end)，展平到 B*T、B*S 的下标；
+        spans: [n, 4] int64（CPU，或与 q 同设备），每行 (q_begin, q_end, kv_begin, kv_end)，展平到 B*T、B*S 的下标；
             见 :func:`make_spans` 与 :func:`spans_from_cu_seqlens`。
         kv_mask: [B, S] bool，True 可见；None 表示 span 内都可见。
         softmax_scale: 得分的系数，通常是 (dn + dr) ** -0.5 乘 YaRN 的修正。

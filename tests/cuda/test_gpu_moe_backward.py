@@ -128,9 +128,11 @@ def test_lists(joint, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("way", LAYOUTS[::2], ids=NAMES[::2])
 def test_accumulates_into_the_gradient(way, dtype):
-    """加进已有的 .grad：没有词元的专家的原值不变。"""
-    index = skewed(150, 5)
-    case = experts((150, 40, 48, 24), 5, dtype=dtype, layout=way, bias=True, indices=index)
+    """加进已有的 .grad：没有词元的专家的原值不变；共享专家的另外返回，不加。"""
+    options = {"layout": way, "bias": True, "indices": skewed(150, 5)}
+    if way.gated and not way.transposed:
+        options["shared"] = 4
+    case = experts((150, 40, 48, 24), 5, dtype=dtype, **options)
     case, grad = on_device(case), randn(150, 24, dtype=dtype).to(DEVICE)
     plain = case.gradients(grad, recompute=True)
     old = [torch.randn_like(case.gate_up), torch.randn_like(case.down)]
@@ -139,7 +141,9 @@ def test_accumulates_into_the_gradient(way, dtype):
     for name, got, one in zip(("gate_up", "down"), into, old, strict=True):
         close(got.cpu(), (one.double() + plain[name].double()).cpu(), dtype, name)
         assert torch.equal(got[4], one[4])
-    for name, got in zip(("x", "weights", "gate_up_bias", "down_bias"), found, strict=False):
+    apart = ["x", "weights", "gate_up_bias", "down_bias"]
+    apart += [f"shared[{i}]" for i in range(len(case.shared))]
+    for name, got in zip(apart, found, strict=False):
         assert torch.equal(got, plain[name]), name
 
 

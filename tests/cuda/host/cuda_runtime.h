@@ -8,6 +8,7 @@
 
 #include "sim.h"
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
