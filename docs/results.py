@@ -34,6 +34,23 @@ RETROFIT_BEGIN, RETROFIT_END = "<!-- retrofit:begin -->", "<!-- retrofit:end -->
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 # 新的在前
 GPU_FILES = tuple(RESULTS / f"gpu-{name}.json" for name in ("h200", "h100", "h200-second"))
+GPU_HEAD_BEGIN, GPU_HEAD_END = "<!-- gpu-headlines:begin -->", "<!-- gpu-headlines:end -->"
+# README 里列的
+_STEP = "解码一步，V2-Lite 结构的 3 层，已缓存 4096，bf16，"
+GPU_HEADLINES = {
+    "decode_step.b1.bandwidth": f"{_STEP}1 行",
+    "decode_step.b8.bandwidth": f"{_STEP}8 行",
+    "decode_step.b64.bandwidth": f"{_STEP}64 行",
+    "mla_decode.h128.b128.s8192": "mla_decode，128 个头，128 行，已缓存 8192",
+    "mla_decode.h16.b128.s8192": "mla_decode，16 个头，128 行，已缓存 8192",
+    "mla_prefill.h16.s8192.forward": "mla_prefill，16 个头，8192 个词元",
+    "moe.decode.bf16.t64": "128 个专家选 8，64 个词元，bf16",
+    "moe.decode.int8.t64": "128 个专家选 8，64 个词元，int8",
+    "moe.forward.t32768": "128 个专家选 8，32768 个词元，bf16",
+    "moe.train.t32768": "同上，前向加反向",
+    "moe13b.b1": "130 亿参数的 MoE（每词元 13 亿）解码一步，1 行",
+    "moe13b.b8": "同上，8 行",
+}
 _BALANCE = ("max_over_mean", "entropy")
 _BALANCE_NAMES = {
     "none": "不均衡",
@@ -237,6 +254,32 @@ def gpu(paths: Sequence[Path] = GPU_FILES) -> str:
     return "\n".join([GPU_BEGIN, NOTICE, "", *lines, GPU_END])
 
 
+def gpu_headlines(paths: Sequence[Path] = GPU_FILES) -> str:
+    """README 里的几项：时间、占屋顶线、对各对照的倍数；每项取最新的读数。"""
+    found: dict[str, tuple[str, dict]] = {}
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        card = f"{document['device'].split()[1]}，{document['date'][:10]}"
+        for row in document["rows"]:
+            found.setdefault(row["key"], (card, row))
+    lines = ["| 工作 | 微秒 | 占屋顶线 | 快几倍 | 卡、日期 |", "|---|---|---|---|---|"]
+    for key, label in GPU_HEADLINES.items():
+        card, row = found[key]
+        share = "—" if row.get("roofline") is None else f"{row['roofline']:.0%}"
+        lines.append(f"| {label} | {row['us']:,.0f} | {share} | {_peers(row)} | {card} |")
+    return "\n".join([GPU_HEAD_BEGIN, NOTICE, "", *lines, "", GPU_HEAD_END])
+
+
+def _peers(row: dict) -> str:
+    """各对照与倍数。"""
+    return (
+        "、".join(
+            f"{p['name']} {p['speedup']:.2f}x" for p in row.get("peers", []) if p.get("speedup")
+        )
+        or "—"
+    )
+
+
 def gpu_table(document: dict, rows: list[dict]) -> list[str]:
     """一张卡的：读数、占屋顶线、要求、对各对照的倍数。"""
     roofline = document["roofline"]
@@ -252,9 +295,6 @@ def gpu_table(document: dict, rows: list[dict]) -> list[str]:
     for row in rows:
         value, target, share = (row.get(key) for key in ("value", "target", "roofline"))
         reading = f"{_number(value, row['unit'])}" if value is not None else "—"
-        peers = (
-            f"{p['name']} {p['speedup']:.2f}x" for p in row.get("peers", []) if p.get("speedup")
-        )
         cells = [
             row["key"],
             "—" if row.get("us") is None else f"{row['us']:,.0f}",
@@ -262,7 +302,7 @@ def gpu_table(document: dict, rows: list[dict]) -> list[str]:
             "—" if share is None else f"{share:.0%}",
             "—" if target is None else f"≥ {target:g}",
             {True: "是", False: "**否**", None: "—"}[row.get("met")],
-            "、".join(peers) or "—",
+            _peers(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -277,6 +317,7 @@ def others(text: str) -> str:
     """换掉均衡、retrofit 与 GPU 的区块。"""
     text = replaced(text, BALANCE_BEGIN, BALANCE_END, balance)
     text = replaced(text, GPU_BEGIN, GPU_END, gpu)
+    text = replaced(text, GPU_HEAD_BEGIN, GPU_HEAD_END, gpu_headlines)
     return replaced(text, RETROFIT_BEGIN, RETROFIT_END, retrofit)
 
 
