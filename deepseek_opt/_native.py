@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from deepseek_opt.driver import driver_version
 from deepseek_opt.errors import InputError, UnsupportedError
 
 CPU_LIBRARY = "_C.abi3.so"
@@ -69,17 +70,12 @@ def _load_cuda() -> str | None:
 
 def _old_driver(path: Path) -> str | None:
     """驱动比库里静态链接的 CUDA 运行库（版本随编译用的 nvcc）老一个大版本，核启动不了：原因；能用为 None。"""
-    try:
-        driver = int(torch._C._cuda_getDriverVersion())
-    except (AttributeError, RuntimeError):
+    driver, built = driver_version(), ctypes.CDLL(str(path)).dso_cuda_runtime_version()
+    if driver == (0, 0) or driver[0] >= built // 1000:  # 没有驱动，也就没有 CUDA 张量
         return None
-    runtime = ctypes.CDLL(str(path)).dso_cuda_runtime_version()
-    if driver == 0 or driver // 1000 >= runtime // 1000:  # 0：没有驱动，也就没有 CUDA 张量
-        return None
-    built, most = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime, driver))
     return (
-        f"{path.name} 是用 CUDA {built} 编译的，而驱动最高支持 CUDA {most}："
-        f"请升级驱动，或用 CUDA {driver // 1000} 的 nvcc 重新编译安装。"
+        f"{path.name} 是用 CUDA {built // 1000}.{built % 1000 // 10} 编译的，而驱动最高支持 "
+        f"CUDA {driver[0]}.{driver[1]}：请升级驱动，或用 CUDA {driver[0]} 的 nvcc 重新编译安装。"
     )
 
 

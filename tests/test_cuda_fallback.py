@@ -17,6 +17,7 @@ from deepseek_opt import (
     OptimizationProfile,
     _native,
     attach_mtp,
+    driver,
     generate,
     ops,
     optimize,
@@ -75,29 +76,36 @@ def test_old_gpu_is_named(monkeypatch):
     assert _native._missing.__wrapped__("cuda", ("linear",), False) is None
 
 
-@pytest.mark.parametrize(
-    ("driver", "ok"), [(12080, False), (13000, True), (13020, True), (14000, True), (0, True)]
-)
-def test_old_driver_is_named(monkeypatch, driver, ok):
+@pytest.mark.parametrize("version", [(12, 8), (13, 0), (13, 2), (14, 0), (0, 0)])
+def test_old_driver_is_named(monkeypatch, version):
     """驱动老一个大版本：库能载入，核却启动不了。没有驱动时照常：没有 CUDA 张量。"""
     library = SimpleNamespace(dso_cuda_runtime_version=lambda: 13000)
     monkeypatch.setattr(_native.ctypes, "CDLL", lambda path: library)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(_native, "driver_version", lambda: version)
     reason = _native._old_driver(Path("_C_cuda.so"))
-    if ok:
-        assert reason is None
-    else:
+    if version == (12, 8):
         assert "CUDA 13.0 编译的" in reason and "最高支持 CUDA 12.8：请升级驱动" in reason
+    else:
+        assert reason is None
 
 
-def test_driver_cannot_be_asked(monkeypatch):
-    """只有 CPU 的 torch 没有查驱动的函数，也不去碰那个库。"""
+@pytest.mark.parametrize("code, want", [(0, (13, 2)), (3, (0, 0))])
+def test_driver_is_asked(monkeypatch, code, want):
+    def ask(version):
+        version._obj.value = 13020
+        return code
 
-    def broken():
-        raise RuntimeError("no driver")
+    library = SimpleNamespace(cuDriverGetVersion=ask)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
+    assert driver.driver_version() == want
 
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", broken, raising=False)
-    assert _native._old_driver(Path("没有这个库")) is None
+
+def test_no_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    assert driver.driver_version() == (0, 0)
 
 
 def test_whole_model_runs_without_kernels(monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from deepseek_opt.driver import driver_version
+
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
 MINIMUM_TRANSFORMERS = (5, 17)
@@ -263,9 +265,7 @@ def _device_check(torch: Any) -> Check:
 
 def _no_gpu(torch: Any) -> tuple[str, str]:
     """torch 带 CUDA 却用不了 GPU：原因与建议。"""
-    driver = _driver_version(torch)
-    if driver is None:
-        return "但没有可用的 GPU", "如果有 NVIDIA GPU，请检查驱动（nvidia-smi）"
+    driver = driver_version()
     if driver == (0, 0):
         return (
             "但没有找到 NVIDIA 驱动",
@@ -283,15 +283,6 @@ def _no_gpu(torch: Any) -> tuple[str, str]:
     else:
         hint = "nvidia-smi 应当能列出 GPU；容器里要把 GPU 传进来（docker 用 --gpus all）"
     return f"驱动正常（支持 CUDA {_dot(driver)}），但看不见 GPU", hint
-
-
-def _driver_version(torch: Any) -> tuple[int, int] | None:
-    """驱动支持的最高 CUDA 版本；没有驱动是 (0, 0)，查不出是 None。"""
-    try:
-        version = int(torch._C._cuda_getDriverVersion())
-    except (AttributeError, RuntimeError):
-        return None
-    return version // 1000, version % 1000 // 10
 
 
 def _device_name(torch: Any, index: int) -> str:

@@ -152,7 +152,9 @@ def check_verified(accepted: Sequence[int], following: Sequence[int]) -> None:
         if token >= 0:
             continue
         what = (
-            "草稿的 draft_probs 不是正的有限数" if count else "logits（或 probs）含 NaN，或全是 0"
+            "草稿不在词表里，或它的 draft_probs 不是正的有限数"
+            if count
+            else "logits（或 probs）含 NaN，或全是 0"
         )
         raise InputError(f"核对草稿：第 {row} 行第 {-1 - token} 个位置的{what}")
 
