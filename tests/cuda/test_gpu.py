@@ -260,6 +260,20 @@ def test_mla_decode_paged(dims, cache, page_size, where):
     torch.testing.assert_close(got.cpu().double(), case.exact()[0], **tol(torch.bfloat16))
 
 
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_mla_decode_paged_rows(heads, page_size):
+    """各行从页的中间起、长短不一；行少、行多与一个 cluster 的路径。"""
+    slots = page_size * -(-250 // page_size)
+    begin, end = [3, 100, 63, 0], [slots, 181, 64, 200]
+    shape = (4, 1, slots, heads, (512, 64, 16, 16))
+    case = attention(*shape, dtype=torch.bfloat16, begin=begin, end=end)
+    want = case.exact()[0]
+    args = (a.to(DEVICE) if torch.is_tensor(a) else a for a in paged(case, page_size))
+    got = ops.mla_decode(*args)
+    torch.testing.assert_close(got.cpu().double(), want, **tol(torch.bfloat16))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", PREFILLS, ids=str)
