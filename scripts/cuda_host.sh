@@ -15,7 +15,7 @@ if [ "$#" -gt 0 ]; then
     run "$@"
     exit
 fi
-# 先一起编译好，再分给两个进程；最后当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
+# 先一起编译好，再分给两个进程；再当作 Hopper 跑一遍，形状合适的走 *_sm90.cu。
 # fp16 与 bf16 是同样的模板：算子的测试里只跑 bf16，tests/cuda 里两种都有（MoE 反向的 fp16 只在 Hopper 那一遍，MLA 的只在
 # sm_80 那一遍，采样前的处理只在不带 top-k、top-p 时）。写 torch.float16：float16 也会选中 bfloat16。
 # 逐个造数据的、CPU 线程数的、看分布的、很大的只在 CPU 上跑；MoE 的各种布局与奇数形状 tests/cuda 里有。
@@ -26,6 +26,9 @@ operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefi
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
 hopper=({orders,mla_decode_sm90,mla_decode_paged_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
     {gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+# 整个模型与各层的用法：替换、训练、生成都走到同样的绑定与核。
+models=({gradients,moe_layer,mla_attention,moe_optimize,moe_quantize_shared,own_moe}.py
+    {optimize_layers,transformers_models,generate_steady}.py)
 once='not (moe_backward and torch.float16) and not (sample_filter and torch.float16 and top)'
 few='not torch.float16 and not any_shape and not adversarial and not thread_count and not distribution'
 few+=' and not biased and not sampled_drafts and not activation_no_less and not 400-dtype'
@@ -36,4 +39,5 @@ status=0
 run "${parallel[@]}" -k "$once" "${cuda[@]/#/tests/cuda/test_}" || status=$?
 run "${parallel[@]}" -k "$few" "${operators[@]/#/tests/test_}" || status=$?
 DSO_HOST_MAJOR=9 run "${parallel[@]}" -k "$wgmma" "${hopper[@]/#/tests/cuda/test_}" || status=$?
+DSO_HOST_MAJOR=9 run "${parallel[@]}" "${models[@]/#/tests/test_}" || status=$?
 exit "$status"
