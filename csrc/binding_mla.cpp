@@ -135,7 +135,8 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
   if (b * t > 0) execute(dso_mla_decode, &p);
   Tensor y = linear(out, o_weight, o_bias);
-  for (int64_t i = 0; i < b; i++) starts[i] += t;  // 最后才前移：中途失败（内存不足）时什么也没有写入
+  for (int64_t i = 0; i < b; i++)
+    starts[i] += t;  // 最后才前移：中途失败（内存不足）时什么也没有写入
   return y;
 }
 
