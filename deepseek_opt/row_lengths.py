@@ -332,8 +332,9 @@ class RowLengths:
     def _take(self, moves: _Moves) -> None:
         have = self.row_lengths()
         taken = [(as_bits(b).index_select(0, moves.index), b.dtype) for b in self.buffers()]
+        offsets = self._offsets[moves.index]  # 要分配的都在改动之前
         self.replace([bits.view(dtype) for bits, dtype in taken])
-        self._offsets = self._offsets[moves.index]
+        self._offsets = offsets
         self._measure([have[row] for row in moves.rows])
 
     def _measure(self, rows: list[int]) -> None:

@@ -23,21 +23,19 @@ class Allocations:
 
 
 @contextmanager
-def failing_allocation(nth: int, name: str = "new_empty") -> Iterator[Allocations]:
-    """块内第 nth 次 ``aten::<name>``（绑定里的分配都经过 new_empty）内存不足；在 CPU 上，也在主机模拟里。"""
+def failing_allocation(nth: int, key: str = "CPU") -> Iterator[Allocations]:
+    """块内第 nth 次 ``new_empty``（绑定里的分配多半经过它）内存不足；key 是 CPU（主机模拟也是）或 CUDA。"""
     seen = Allocations()
-    packet = getattr(torch.ops.aten, name)
 
     def counted(self, size, dtype=None, layout=None, device=None, pin_memory=None):
         del layout, pin_memory
         seen.count += 1
         if seen.count == nth:
             raise torch.OutOfMemoryError(MESSAGE)
-        make = torch.zeros if name == "new_zeros" else torch.empty
-        return make(size, dtype=dtype or self.dtype, device=device or self.device)
+        return torch.empty(size, dtype=dtype or self.dtype, device=device or self.device)
 
     library = torch.library.Library("aten", "IMPL")
-    library.impl(packet.default, counted, "CPU")
+    library.impl(torch.ops.aten.new_empty.default, counted, key)
     try:
         yield seen
     finally:

@@ -347,29 +347,30 @@ def test_recognition(error, answer):
     assert device_memory.is_out_of_memory(error, CPU) is answer
 
 
-def test_recognition_by_the_allocator(monkeypatch):
+def test_recognition_by_the_allocator():
     """torch 没有给出原因时（2.13 以前）看 GPU 的分配器失败过没有；设备已经出错的不算。"""
     failures, broken = [2], []
-    monkeypatch.setattr(device_memory, "_ooms", {0: 2})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _index: {"num_ooms": failures[0]})
-    monkeypatch.setattr(device_memory, "capturing", lambda _device: False)
 
     def synchronize(_device):
         if broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    for name in ("new_empty", "mm"):
-        error = RuntimeError(f"deepseek_opt：torch 的 aten::{name} 失败：原因不明")
-        assert not device_memory.is_out_of_memory(error, CUDA)
+    with pytest.MonkeyPatch.context() as patch:  # 测试结束之前就换回：收尾也要问 torch.cuda
+        patch.setattr(device_memory, "_ooms", {0: 2})
+        patch.setattr(device_memory, "capturing", lambda _device: False)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "memory_stats", lambda _index: {"num_ooms": failures[0]})
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        for name in ("new_empty", "mm"):
+            error = RuntimeError(f"deepseek_opt：torch 的 aten::{name} 失败：原因不明")
+            assert not device_memory.is_out_of_memory(error, CUDA)
+            failures[0] += 1
+            assert device_memory.is_out_of_memory(error, CUDA)
+            assert not device_memory.is_out_of_memory(error, CUDA)  # 这一次的算过了
         failures[0] += 1
-        assert device_memory.is_out_of_memory(error, CUDA)
-        assert not device_memory.is_out_of_memory(error, CUDA)  # 这一次的算过了
-    failures[0] += 1
-    broken.append(True)
-    assert not device_memory.is_out_of_memory(error, CUDA)
+        broken.append(True)
+        assert not device_memory.is_out_of_memory(error, CUDA)
 
 
 def test_growing_on_the_cpu(monkeypatch):
