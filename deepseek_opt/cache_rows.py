@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.row_lengths import Mark, RowLengths, measured, to_device, write_offsets
+from deepseek_opt.row_lengths import NEVER, Mark, RowLengths, measured, to_device, write_offsets
 
 
 def crop_rows(cache: Any, lengths: Sequence[int], on_device: Tensor | None = None) -> None:
@@ -95,7 +95,7 @@ class CachePoint:
     def restore(self) -> None:
         """各行去掉这以来写入的；这以来才分配的释放。不抛出：调用者正要抛出的才是原因。"""
         for index, layer in enumerate(getattr(self.cache, "layers", ())):
-            _unwind(layer, self._marks[index] if index < len(self._marks) else Mark())
+            _unwind(layer, self._marks[index] if index < len(self._marks) else NEVER)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +110,7 @@ def _mark(layer: Any) -> Mark | None:
     if not _concatenated(layer):
         return None
     length = layer.get_seq_length()
-    return Mark(length, held=length > 0)
+    return length, None, length > 0
 
 
 def _unwind(layer: Any, mark: Mark | None) -> None:
@@ -119,8 +119,9 @@ def _unwind(layer: Any, mark: Mark | None) -> None:
     if isinstance(layer, RowLengths):
         layer.unwind(mark)
     elif _concatenated(layer):
-        extra = layer.get_seq_length() - mark.length
-        if extra > 0 and not mark.held:
+        length, _, held = mark
+        extra = layer.get_seq_length() - length
+        if extra > 0 and not held:
             layer.keys = layer.values = None
             layer.is_initialized = False
         elif extra > 0:

@@ -92,11 +92,14 @@ def shapes_of(args: Iterable[Any]) -> str:
 
 
 def capturing(device: torch.device) -> bool:
-    """device 的当前流是不是正在录 CUDA graph。"""
+    """device 的当前流是不是正在录 CUDA graph；出错之后也要问，所以不抛出。"""
     if not _usable(device):
         return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    try:
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # 设备已经出错
+        return False
 
 
 def _usable(device: torch.device) -> bool:

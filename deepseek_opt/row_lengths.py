@@ -44,12 +44,9 @@ class Parts(NamedTuple):
         return self.rows * capacity * token
 
 
-class Mark(NamedTuple):
-    """一层在某一时刻：最长的一行，各行比它短多少，有没有分配过。见 :meth:`RowLengths.unwind`。"""
-
-    length: int = 0
-    short: list[int] | None = None
-    held: bool = False
+# 一层在某一时刻：最长的一行，各行比它短多少，有没有分配过。每次前向每层记一次，所以只是元组。
+Mark = tuple[int, list[int] | None, bool]
+NEVER: Mark = (0, None, False)
 
 
 class _Moves(NamedTuple):
@@ -182,7 +179,7 @@ class RowLengths:
 
     def mark(self) -> Mark:
         """此刻的长度；写入中途失败时 :meth:`unwind` 退回到这里。不读设备。"""
-        return Mark(self._length, self._short, self._offsets is not None)
+        return self._length, self._short, self._offsets is not None
 
     def unwind(self, mark: Mark) -> None:
         """退回 mark：这以来只写入过（没有换过行），才分配的释放。
@@ -190,10 +187,11 @@ class RowLengths:
         设备上的 :attr:`offsets` 也总是按 mark 重写：写了一半的一步可能已经前移了它，而主机还不知道。只写固定地址上的
         几个数，不另分配。正在录 CUDA graph 时设备上什么都没有做，不写。不抛出：调用者正要抛出的才是原因。
         """
-        if not mark.held:
+        length, short, held = mark
+        if not held:
             self.reset()
         elif self._offsets is not None:
-            self.settle(mark.length, mark.short)
+            self.settle(length, short)
             try:
                 self._rewrite_offsets()
             except RuntimeError as error:  # 设备已经出错：上面的内容反正不能用了

@@ -124,13 +124,14 @@ class LatentDynamicLayer(RowNames, LatentLayer, DynamicLayer):
         if self._plain is None:
             return LatentLayer.mark(self)
         length = self.get_seq_length()
-        return Mark(length, held=length > 0)
+        return length, None, length > 0
 
     def unwind(self, mark: Mark) -> None:
-        if self._plain is None or not mark.held:
+        length, _, held = mark
+        if self._plain is None or not held:
             LatentLayer.unwind(self, mark)
         else:  # 这以来拼接的截去
-            self._plain = [t if t is None else t[..., : mark.length, :] for t in self._plain]
+            self._plain = [t if t is None else t[..., :length, :] for t in self._plain]
 
     def prepare(self, latent: Tensor, rope: Tensor) -> None:
         """检查并保证容量；先把普通张量搬进缓冲区。"""

@@ -15,7 +15,7 @@ from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
 from deepseek_opt.memo import TensorMemo
 from deepseek_opt.ops.spans import row_spans
-from deepseek_opt.row_lengths import Mark, to_device
+from deepseek_opt.row_lengths import NEVER, Mark, to_device
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Past:
 
     longest: int
     rows: Tensor | None = None
-    mark: Mark = Mark()
+    mark: Mark = NEVER
 
 
 class MLAAttention(LatentProjections):

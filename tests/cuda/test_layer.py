@@ -151,7 +151,7 @@ def test_failed_launches_change_nothing(monkeypatch):
     assert torch.equal(mine[20], args[20] + 1)
 
 
-def test_torch_calls_are_named(monkeypatch):
+def test_torch_calls_are_named():
     """交给 torch 的矩阵乘放不下（cuBLAS 的工作区）：认得出，说得出是哪一个。"""
 
     def fail(*_args, **_kwargs):
