@@ -2,6 +2,8 @@
 // 只有 binding*.cpp 见得到 torch。
 #pragma once
 
+#include "binding_torch.h"  // 要在 torch 的头文件之前
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -134,8 +134,10 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   Tensor out = torch::stable::new_empty(q, {b, t, heads * d.v_dim});
   dso_mla_params p{m.in, out.mutable_data_ptr(), nullptr};
   if (b * t > 0) execute(dso_mla_decode, &p);
-  for (int64_t i = 0; i < b; i++) starts[i] += t;
-  return linear(out, o_weight, o_bias);
+  Tensor y = linear(out, o_weight, o_bias);
+  for (int64_t i = 0; i < b; i++)
+    starts[i] += t;  // 最后才前移：中途失败（内存不足）时什么也没有写入
+  return y;
 }
 
 Tensor mla_decode(const Tensor &q, const Tensor &latent, const Tensor &rope_keys,

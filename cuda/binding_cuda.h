@@ -19,8 +19,14 @@ inline void check(const char *op, cudaError_t error) {
                            cudaGetErrorString(error) + "。");
 }
 
+// 派发到这里的总有一个张量在设备上；x 却不在。要在 Launch(x) 之前：那里没有设备可切换。
+inline void expect_on_device(const char *op, const Tensor &x) {
+  expect(on_device(x), op, "：全部张量应在同一设备上，实际有的在 CPU 上，有的在 CUDA 设备上。");
+}
+
 // t 应与 like 在同一设备上。
 inline void expect_device(const char *op, const char *name, const Tensor &t, const Tensor &like) {
+  expect_on_device(op, like);
   const bool same = on_device(t) && t.get_device() == like.get_device();
   expect(same, op, "：", name, " 应与其他张量同在设备 cuda:", static_cast<int>(like.get_device()),
          " 上，实际在 ", on_device(t) ? "另一块 GPU" : "CPU", " 上。");
@@ -54,7 +60,8 @@ class NoGrad {
 // 以下交给 torch（cuBLAS）；都是写进 out 的那一种：autocast 不管它们，类型就是我们给的。
 template <size_t N>
 void call_out(const char *name, const char *overload, std::array<StableIValue, N> stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS)
+    torch_failed(name);
   torch::stable::detail::to<Tensor>(stack[0]);  // 收下返回的引用
 }
 

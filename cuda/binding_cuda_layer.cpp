@@ -28,6 +28,24 @@ std::pair<Tensor, Tensor> projected(const LayerArgs &a, const LayerDims &d, int6
           torch::stable::view(joint, {d.b, d.t, a.kv_a.size(0)})};
 }
 
+// 写缓存的核已经前移了 offsets（在主机上的不是它前移的，为空）：之后的步骤抛出（内存不足、启动失败）就撤回，缓存与调用
+// 之前相同。撤回也启动不了的，设备已经出错。
+class Advanced {
+ public:
+  Advanced(int64_t *offsets, int64_t b, int64_t t, cudaStream_t stream)
+      : offsets_(offsets), b_(b), t_(t), stream_(stream) {}
+  Advanced(const Advanced &) = delete;
+  Advanced &operator=(const Advanced &) = delete;
+  ~Advanced() {
+    if (offsets_) dso_cuda_mla_kv_rewind(offsets_, b_, t_, stream_);
+  }
+  void keep() { offsets_ = nullptr; }
+
+ private:
+  int64_t *offsets_, b_, t_;
+  cudaStream_t stream_;
+};
+
 Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
                         const std::optional<Tensor> &q_a_bias, const std::optional<Tensor> &q_norm,
                         double q_eps, const Tensor &q_weight, const std::optional<Tensor> &q_bias,
@@ -75,9 +93,12 @@ Tensor mla_layer_decode(const Tensor &hidden, const std::optional<Tensor> &q_a,
   if (d.rope_dim > 0) p.queries = rope_params(op, turned, turned, cos, sin, angles, a.turn);
   if (!spans) p.spans = static_cast<dso_span *>(m.spans.mutable_data_ptr());
   if (!on_host(offsets)) p.advance = static_cast<int64_t *>(offsets.mutable_data_ptr());
-  check(op, dso_cuda_mla_kv_write(&p, Launch(hidden).stream()));
+  const Launch launch(hidden);
+  check(op, dso_cuda_mla_kv_write(&p, launch.stream()));
+  Advanced advanced(p.advance, d.b, d.t, launch.stream());
   Tensor out = torch::stable::view(decode(op, m), {d.b, d.t, heads * d.v_dim});
   Tensor y = linear(out, o_weight, o_bias);
+  advanced.keep();
   if (on_host(offsets)) {
     auto *host = static_cast<int64_t *>(offsets.mutable_data_ptr());
     for (int64_t i = 0; i < d.b; i++) host[i] += d.t;

@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> moe_experts_list(const Tensor &x, const Tensor &indic
                                             std::string activation, double alpha, double limit,
                                             bool gated, bool save) {
   const char *op = "moe_experts_list";
+  expect_on_device(op, x);
   const NoGrad off;
   const Launch launch(x);
   DeviceExperts m;

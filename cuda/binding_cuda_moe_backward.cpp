@@ -120,6 +120,7 @@ Grads moe_experts_backward(const Tensor &grad, const Tensor &x, const Tensor &in
                            bool interleaved, bool gated, bool need_x, bool need_experts,
                            bool need_shared, std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward";
+  expect_on_device(op, x);
   const NoGrad off;
   const Launch launch(x);
   const Layout layout{transposed, interleaved, gated};
@@ -147,6 +148,7 @@ OtherGrads moe_experts_backward_into(const Tensor &grad, const Tensor &x, const 
                                      bool need_shared, const Tensor &gate_up_grad,
                                      const Tensor &down_grad, std::optional<Tensor> saved) {
   const char *op = "moe_experts_backward_into";
+  expect_on_device(op, x);
   const NoGrad off;
   const Launch launch(x);
   const Layout layout{transposed, interleaved, gated};
@@ -177,6 +179,7 @@ ListGrads moe_experts_list_backward(const Tensor &grad, const Tensor &x, const T
                                     double limit, bool gated, bool need_x, bool need_experts,
                                     bool need_shared, std::optional<Tensor> saved) {
   const char *op = "moe_experts_list_backward";
+  expect_on_device(op, x);
   const NoGrad off;
   const Launch launch(x);
   DeviceExperts m, d;

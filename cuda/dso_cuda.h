@@ -46,6 +46,9 @@ typedef struct {
 
 cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStream_t stream);
 
+/* 撤回上面的前移：offsets [b] 各减 t。只在之后的步骤失败时用。 */
+cudaError_t dso_cuda_mla_kv_rewind(int64_t *offsets, int64_t b, int64_t t, cudaStream_t stream);
+
 /* 行极少的 y = x weightᵀ + bias：x [m, k]，16 位，各权重与它同类型，行都能按 16 字节读（dso_cuda_linear_fits）。
  * 没有第二个时 part[1].n 为 0；gated 时两个的 n 相同，part[0].y = silu(第一个) * 第二个，part[1].y 不用。batch 个（各头）
  * 同样的乘法一起算时，x、权重、y 各相隔 *_step 个元素。 */

@@ -219,6 +219,12 @@ __global__ void mla_kv_write_kept(dso_cuda_mla_kv_write_params k) {
   }
 }
 
+__global__ void mla_kv_rewind_kernel(int64_t *offsets, int64_t b, int64_t t) {
+  grid_wait();
+  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < b) offsets[i] -= t;
+}
+
 bool keeps(const dso_cuda_mla_kv_write_params &k, bool turns) {
   const dso_mla_cache_write_params &p = k.write;
   return bytes_of(p.latent_dtype) == 2 && k.norm_dtype == p.latent_dtype &&
@@ -248,4 +254,10 @@ cudaError_t dso_cuda_mla_kv_write(const dso_cuda_mla_kv_write_params *p, cudaStr
         block, 0, stream, *p);
   if (wide) return launch(mla_kv_write_kernel<8>, grid, block, 0, stream, *p);
   return launch(mla_kv_write_kernel<1>, grid, block, 0, stream, *p);
+}
+
+cudaError_t dso_cuda_mla_kv_rewind(int64_t *offsets, int64_t b, int64_t t, cudaStream_t stream) {
+  if (b == 0) return cudaSuccess;
+  dim3 grid(static_cast<unsigned>(ceil_div(b, WARP))), block(WARP);
+  return launch(mla_kv_rewind_kernel, grid, block, 0, stream, offsets, b, t);
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_opt.row_lengths import RowLengths, measured, to_device, write_offsets
+from deepseek_opt.row_lengths import NEVER, Mark, RowLengths, measured, to_device, write_offsets
 
 
 def crop_rows(cache: Any, lengths: Sequence[int], on_device: Tensor | None = None) -> None:
@@ -83,24 +83,55 @@ def select_rows(cache: Any, kept: Sequence[int]) -> None:
 
 
 class CachePoint:
-    """一次前向之前的缓存；前向中途失败时 :meth:`restore` 退回到这里。只管本库的层。"""
+    """一次前向之前的缓存；前向中途失败时 :meth:`restore` 退回到这里。
+
+    本库的层，与 transformers 的 DynamicLayer（拼接的，多出的截去）；别的（滑动窗口的、StaticCache……）不动。
+    """
 
     def __init__(self, cache: Any):
         self.cache = cache
-        self.length = 0 if cache is None else cache.get_seq_length()
-        # 有内容的必有缓冲区，只有空的要看（分配过的留着）
-        look = isinstance(self.length, int) and self.length == 0
-        self._held = {id(layer) for layer in _own_layers(cache) if layer.buffers()} if look else ()
+        self._marks = [_mark(layer) for layer in getattr(cache, "layers", ())]
 
     def restore(self) -> None:
-        """各行去掉这以来写入的；这以来才分配的释放。"""
-        for layer in _own_layers(self.cache):
-            layer.unwind(self.length, self.length > 0 or id(layer) in self._held)
+        """各行去掉这以来写入的；这以来才分配的释放。不抛出：调用者正要抛出的才是原因。"""
+        for index, layer in enumerate(getattr(self.cache, "layers", ())):
+            _unwind(layer, self._marks[index] if index < len(self._marks) else NEVER)
 
     @property
     def nbytes(self) -> int:
         """此刻占用的字节数。"""
         return sum(layer.nbytes for layer in _own_layers(self.cache))
+
+
+def _mark(layer: Any) -> Mark | None:
+    """layer 的长度；不管的层为 None。"""
+    if isinstance(layer, RowLengths):
+        return layer.mark()
+    if not _concatenated(layer):
+        return None
+    length = layer.get_seq_length()
+    return length, None, length > 0
+
+
+def _unwind(layer: Any, mark: Mark | None) -> None:
+    if mark is None:
+        return
+    if isinstance(layer, RowLengths):
+        layer.unwind(mark)
+    elif _concatenated(layer):
+        length, _, held = mark
+        extra = layer.get_seq_length() - length
+        if extra > 0 and not held:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        elif extra > 0:
+            layer.crop(-extra)
+
+
+def _concatenated(layer: Any) -> bool:
+    """transformers 的 DynamicLayer 自己，不含它的子类；不为此导入 transformers。"""
+    kind = type(layer)
+    return kind.__name__ == "DynamicLayer" and kind.__module__ == "transformers.cache_utils"
 
 
 def _own_layers(cache: Any) -> list[RowLengths]:

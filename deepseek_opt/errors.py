@@ -154,7 +154,7 @@ class MemoryBudgetError(DeepSeekOptError, MemoryError):
 
 
 class DeviceMemoryError(DeepSeekOptError, OutOfMemoryError):
-    """设备的内存不够；抛出时缓存已退回调用之前，模型可以接着用。
+    """设备的内存不够；抛出时缓存已退回调用之前（失败的是本库的层、基础模型的前向时），模型可以接着用。
 
     属性（单位：字节；不知道的为 None）：
         required_bytes: 这次要分配的。

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_opt.device_memory import out_of_memory
+from deepseek_opt import log
+from deepseek_opt.device_memory import capturing, is_out_of_memory, out_of_memory
 from deepseek_opt.errors import InputError
 from deepseek_opt.memo import TensorMemo
 
@@ -41,6 +42,11 @@ class Parts(NamedTuple):
         """一共多少字节。"""
         token = sum(math.prod(tail) * dtype.itemsize for tail, dtype in self.tails)
         return self.rows * capacity * token
+
+
+# 一层在某一时刻：最长的一行，各行比它短多少，有没有分配过。每次前向每层记一次，所以只是元组。
+Mark = tuple[int, list[int] | None, bool]
+NEVER: Mark = (0, None, False)
 
 
 class _Moves(NamedTuple):
@@ -121,7 +127,9 @@ class RowLengths:
         capacity = _rounded(max(length, 2 * self.capacity or length + ROUND), limit)
         try:
             fresh = parts.allocate(capacity, make)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, parts.device):
+                raise
             fresh = None
         if fresh is None:  # 出了 except，上面的分配已经归还
             fresh = self._allocate_least(least, parts, make)
@@ -135,7 +143,9 @@ class RowLengths:
     def _allocate_least(self, capacity: int, parts: Parts, make: Any) -> list[Tensor]:
         try:
             return parts.allocate(capacity, make)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, parts.device):
+                raise
             shapes = "、".join(str([parts.rows, capacity, *tail]) for tail, _ in parts.tails)
             what = f"{self.name}缓存要增长到每行 {capacity} 个词元（{shapes}），原有内容没有改动"
             size = parts.nbytes(capacity)
@@ -167,12 +177,25 @@ class RowLengths:
         self._untidy = self._short is not None
         return self._length
 
-    def unwind(self, length: int, held: bool) -> None:
-        """最长的一行退回 length，撤去这以来各行一起写入的；held 为当时有没有缓冲区，没有就释放。"""
+    def mark(self) -> Mark:
+        """此刻的长度；写入中途失败时 :meth:`unwind` 退回到这里。不读设备。"""
+        return self._length, self._short, self._offsets is not None
+
+    def unwind(self, mark: Mark) -> None:
+        """退回 mark：这以来只写入过（没有换过行），才分配的释放。
+
+        设备上的 :attr:`offsets` 也总是按 mark 重写：写了一半的一步可能已经前移了它，而主机还不知道。只写固定地址上的
+        几个数，不另分配。正在录 CUDA graph 时设备上什么都没有做，不写。不抛出：调用者正要抛出的才是原因。
+        """
+        length, short, held = mark
         if not held:
             self.reset()
-        elif self._length > length:
-            self.crop(length - self._length)
+        elif self._offsets is not None:
+            self.settle(length, short)
+            try:
+                self._rewrite_offsets()
+            except RuntimeError as error:  # 设备已经出错：上面的内容反正不能用了
+                log.LOGGER.error("%s缓存在设备上的位置没有退回：%s", self.name, error)
 
     def tidy(self) -> None:
         """要给外面看之前：短的行在 [长度, 最大长度) 的槽位清零，免得视图里出现未初始化的数。"""
@@ -295,11 +318,21 @@ class RowLengths:
 
     # ---- 内部 ----
 
+    def _rewrite_offsets(self) -> None:
+        """设备上的 offsets 改成主机上的长度；录制时不写。"""
+        if capturing(self._offsets.device):
+            return
+        if self._short is None:
+            self._offsets.fill_(self._length)
+        else:
+            self._offsets.copy_(torch.tensor(self.row_lengths()))
+
     def _take(self, moves: _Moves) -> None:
         have = self.row_lengths()
         taken = [(as_bits(b).index_select(0, moves.index), b.dtype) for b in self.buffers()]
+        offsets = self._offsets[moves.index]  # 要分配的都在改动之前
         self.replace([bits.view(dtype) for bits, dtype in taken])
-        self._offsets = self._offsets[moves.index]
+        self._offsets = offsets
         self._measure([have[row] for row in moves.rows])
 
     def _measure(self, rows: list[int]) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
 import deepseek_opt as dso
+from deepseek_opt import device_memory
 from deepseek_opt.benchmarks import mtp_models
+from deepseek_opt.errors import DeviceMemoryError
 from deepseek_opt.generation import graphs
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.plan import keep_length
 from deepseek_opt.optimize import find_state
 
 from .fake_graphs import Graph, install
+from .faults import MESSAGE, failing_allocation
 from .generation_cases import EOS, FULL, generator_model, prompts
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -224,3 +229,39 @@ def test_processors_are_not_recorded(model):
         out = model.generate(**inputs, **{**OPTIONS, **options})
         torch.manual_seed(1)
         assert torch.equal(out, plain(model, inputs, **options)) and Graph.replays == before
+
+
+def test_out_of_memory_lets_go_of_what_is_kept(model):
+    """内存不足（哪一次前向、哪一次生成都算）：留着的放掉；之后照常，重新录。"""
+    inputs = prompts(2, 6, 1)
+    wanted = plain(model, inputs)
+    other = copy.deepcopy(model)
+    for failing in (other.model, other, model.model):  # 别的模型的也算
+        model.generate(**inputs, **OPTIONS)
+        assert graphs._KEPT in model.mtp.__dict__
+        with failing_allocation(1), pytest.raises(DeviceMemoryError), torch.no_grad():
+            failing(inputs["input_ids"][:, :1])
+        assert graphs._KEPT not in model.mtp.__dict__
+    assert torch.equal(model.generate(**inputs, **OPTIONS), wanted)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_out_of_memory_in_a_generation(model, monkeypatch, ours):
+    """录好之后的一步放不下：一句中文，什么都不留着；再生成一次结果不变。"""
+    inputs = prompts(2, 6, 1)
+    wanted = model.generate(**inputs, **OPTIONS)
+    kept = weakref.ref(model.mtp.__dict__[graphs._KEPT])
+
+    def fail(*_args):
+        if ours:
+            raise device_memory.out_of_memory("算子", torch.device("cpu"), RuntimeError())
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr(Graph, "replay", fail)
+    with pytest.raises(DeviceMemoryError, match="算子" if ours else r"生成，词元 \[2, \d+\]"):
+        model.generate(**inputs, **OPTIONS)
+    monkeypatch.undo()
+    gc.collect()
+    assert graphs._KEPT not in model.mtp.__dict__ and kept() is None
+    install(monkeypatch)
+    assert torch.equal(model.generate(**inputs, **OPTIONS), wanted)

@@ -2,7 +2,8 @@
 
 一步的张量都在固定的地址上（缓存、各行的个数、窗口），每种（起草几个，窗口多宽）录一个：第一次照常计算（各库借此
 准备好），第二次录，之后重放。行数不变：结束的行留在批里不再前进（:meth:`StepGraphs.park`）。录好的随 predictor
-留到下一次生成，同样多的行、参数的地址没变就接着用；至多留一份。
+留到下一次生成，同样多的行、参数的地址没变就接着用；至多留一份。设备的内存不够（DeviceMemoryError，不论是哪次前向、
+哪次生成的）时，留在那个设备上的都放掉，下一次重录。
 
 能录的条件（:func:`obstacle`）：真的 CUDA 设备，各层由本库的算子直接计算（integrations/steady.py），没有 MTP 或只有
 一个物理的 MTP 层，选词元只是设备上的计算（贪心，或随机数在一步之前取好的采样；不看已有的词元，不返回分数）。
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from deepseek_opt import log
 from deepseek_opt.cache_rows import settle_rows
+from deepseek_opt.device_memory import capturing, on_shortage
 from deepseek_opt.generation.adaptive import MAX_DRAFTS
 from deepseek_opt.generation.drafter import Window
 from deepseek_opt.generation.step import Found, Step
@@ -35,6 +38,8 @@ _KEPT_SHARE = 16  # 留着的缓存至多占设备内存的几分之一
 _GROW = 1024  # 缓存一次至少多留这么多词元：增长要换缓冲区，录好的都作废
 
 _recording = threading.Lock()
+_holding = threading.Lock()
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()  # 留着录好的 predictor
 _streams: dict[torch.device, Any] = {}
 
 
@@ -65,11 +70,28 @@ def step_graphs(plan: Any, step: Step) -> Iterator[StepGraphs | None]:
     found.end()
     if not plan.hands_out and found.nbytes <= _kept_bytes(plan.rows.device):
         plan.predictor.__dict__[_KEPT] = found
+        with _holding:
+            _holders.add(plan.predictor)
 
 
 def forget(predictor: Any) -> None:
     """不再留着录好的与它的缓存。"""
     predictor.__dict__.pop(_KEPT, None)
+
+
+def release(device: torch.device) -> None:
+    """device 的内存不够：各模型留在它上面的都放掉。正在用的已经取走，不在其中；正在录时不动。"""
+    if capturing(device):
+        return
+    with _holding:
+        found = list(_holders)
+    for predictor in found:
+        kept = predictor.__dict__.get(_KEPT)
+        if kept is not None and kept.step.last.device == device:
+            forget(predictor)
+
+
+on_shortage(release)
 
 
 def obstacle(plan: Any) -> str | None:

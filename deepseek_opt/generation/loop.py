@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepseek_opt.errors import InputError
+from deepseek_opt.device_memory import shortage
+from deepseek_opt.errors import DeviceMemoryError, InputError
 from deepseek_opt.generation.adaptive import DraftLength
 from deepseek_opt.generation.collect import Collected
 from deepseek_opt.generation.graphs import step_graphs
@@ -78,8 +79,26 @@ class Loop:
         return self.target.cache_of_one(length)
 
     def run(self) -> int:
-        """生成完；返回最长的行生成了几个。"""
+        """生成完；返回最长的行生成了几个。抛出 DeviceMemoryError：设备的内存不够。"""
         self._require_vocabulary()
+        try:
+            self._generate()
+        except (RuntimeError, MemoryError) as error:
+            better = shortage(f"生成，词元 {list(self.rows.tokens.shape)}", self.rows.device, error)
+            if better is None and not isinstance(error, DeviceMemoryError):
+                raise
+            self.step = self.graphs = None  # 这次的缓存、录好的也放掉
+            if better is None:
+                raise
+            raise better from error
+        length = max(self.plan.stopping.ended.values())
+        self.plan.chooser.finish(length)
+        self.plan.predictor.draft_statistics.last = self.rows.drafted(length)
+        if self.plan.streamer is not None:
+            self.plan.streamer.end()
+        return length
+
+    def _generate(self) -> None:
         adapter = self.plan.predictor.adapter
         with torch.no_grad(), _below_autograd(), adapter.generating(), _current(self.rows.device):
             with step_graphs(self.plan, self.step) as self.graphs:
@@ -88,12 +107,6 @@ class Loop:
                 self.step.chooser = self.plan.chooser
                 self._prefill()
                 self._decode()
-        length = max(self.plan.stopping.ended.values())
-        self.plan.chooser.finish(length)
-        self.plan.predictor.draft_statistics.last = self.rows.drafted(length)
-        if self.plan.streamer is not None:
-            self.plan.streamer.end()
-        return length
 
     def _prefill(self) -> None:
         tokens, lengths = self.rows.packed()

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from deepseek_opt.cache_layer import LatentLayer
 from deepseek_opt.errors import InputError
+from deepseek_opt.row_lengths import Mark
 
 
 class RowNames:
@@ -118,6 +119,19 @@ class LatentDynamicLayer(RowNames, LatentLayer, DynamicLayer):
     def length(self) -> int:
         """各行长度的最大值。"""
         return self.get_seq_length()
+
+    def mark(self) -> Mark:
+        if self._plain is None:
+            return LatentLayer.mark(self)
+        length = self.get_seq_length()
+        return length, None, length > 0
+
+    def unwind(self, mark: Mark) -> None:
+        length, _, held = mark
+        if self._plain is None or not held:
+            LatentLayer.unwind(self, mark)
+        else:  # 这以来拼接的截去
+            self._plain = [t if t is None else t[..., :length, :] for t in self._plain]
 
     def prepare(self, latent: Tensor, rope: Tensor) -> None:
         """检查并保证容量；先把普通张量搬进缓冲区。"""

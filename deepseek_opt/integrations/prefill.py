@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepseek_opt.cache_rows import CachePoint
-from deepseek_opt.device_memory import out_of_memory
+from deepseek_opt.device_memory import shortage
 from deepseek_opt.errors import DeviceMemoryError
 from deepseek_opt.integrations.patch import Patch
 
@@ -48,22 +47,23 @@ class PrefillPatch(Patch):
         point = CachePoint(kwargs.get("past_key_values"))
         try:
             return self._forward(kwargs)
-        except torch.OutOfMemoryError as error:
-            raise self._recovered(error, point, kwargs) from error
+        except BaseException as error:  # 连同 Ctrl-C：写了一部分层的缓存之后接着用，结果是错的
+            held = point.nbytes
+            point.restore()
+            better = self._explained(error, held, _source(kwargs))
+            if better is None:
+                raise
+            raise better from error
 
-    def _recovered(
-        self, error: torch.OutOfMemoryError, point: CachePoint, kwargs: dict[str, Any]
-    ) -> DeviceMemoryError:
-        """各帧里的激活先放掉，缓存退回这次调用之前。"""
-        traceback.clear_frames(error.__traceback__)
-        held = point.nbytes
-        point.restore()
-        source = _source(kwargs)
+    def _explained(self, error: BaseException, held: int, source: Any) -> DeviceMemoryError | None:
+        """内存不够时说明是哪个前向；已经说明了的、别的错误为 None。"""
+        if not isinstance(source, Tensor):
+            return None
         what = (
             f"{self.name or type(self.module).__name__} 的前向，输入 {list(source.shape)}，"
             f"缓存 {held} 字节，已退回调用之前"
         )
-        return out_of_memory(what, source.device, error)
+        return shortage(what, source.device, error)
 
     def _forward(self, kwargs: dict[str, Any]) -> Any:
         source = _source(kwargs)

@@ -249,7 +249,12 @@ class AttentionPatch(Patch):
         cache = (layer.latent, layer.rope, layer.scale, layer.offsets, spans, kv_mask)
         scaling = float(getattr(self.module, self.spec.scaling))
         paired = self.spec.rope_complex
-        out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads, paired)
+        mark = layer.mark()
+        try:
+            out = ops.mla_layer_decode(hidden, *projections, *cache, scaling, heads, paired)
+        except BaseException:
+            layer.unwind(mark)  # 算子在设备上前移位置，失败在那之后时主机还不知道
+            raise
         layer.advance(hidden.shape[1])
         return out
 

@@ -15,7 +15,7 @@ from deepseek_opt.errors import InputError, MemoryBudgetError, UnsupportedError
 from deepseek_opt.layers.projections import LatentProjections, checked_mask
 from deepseek_opt.memo import TensorMemo
 from deepseek_opt.ops.spans import row_spans
-from deepseek_opt.row_lengths import to_device
+from deepseek_opt.row_lengths import NEVER, Mark, to_device
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class _Past:
     """已缓存的词元数：longest 为各行最大值；rows [B] 只在各行不同、或不在 CPU 上时给出，与缓存同设备。
 
     不在 CPU 上时位置与可见范围由 rows 在设备上算：不往设备送东西，也能录进 CUDA graph。
-    held 为缓存的这一层有没有分配过。
+    mark 是缓存的这一层，写入之后失败时退回到那里。
     """
 
     longest: int
     rows: Tensor | None = None
-    held: bool = False
+    mark: Mark = NEVER
 
 
 class MLAAttention(LatentProjections):
@@ -123,25 +123,23 @@ class MLAAttention(LatentProjections):
         packed = None if cu_seqlens is None else _packed_spans(cu_seqlens, hidden)
         batch, steps = hidden.shape[:2]
         past = _Past(0) if cache is None else self._past(cache, hidden)
-        kv_mask = self._kv_mask(
-            attention_mask, key_padding_mask, (batch, past.longest + steps), hidden
-        )
+        total = past.longest + steps
+        kv_mask = self._kv_mask(attention_mask, key_padding_mask, (batch, total), hidden)
         rotation = self._rotation(self._positions(position_ids, cu_seqlens, past, hidden))
         latent, rope = self._latents(hidden, rotation)
         if packed is not None:
             q = self._queries(hidden, rotation)
             return self._attend(q, latent, rope, None, packed, None, self.causal)
-        keys = (latent, rope, None)
-        if cache is not None:
-            keys = self._store(cache, latent, rope, past)
-        if kv_mask is not None and keys[0].shape[1] > kv_mask.shape[1]:
-            unused = keys[0].shape[1] - kv_mask.shape[1]  # 缓存的容量大于已用的槽位
-            kv_mask = nn.functional.pad(kv_mask, (0, unused))
+        if cache is None:
+            return self._in_chunks(hidden, rotation, (latent, rope, None), kv_mask, past)
         try:
+            keys = self._store(cache, latent, rope, past)
+            unused = keys[0].shape[1] - total  # 缓存的容量大于已用的槽位
+            if kv_mask is not None and unused > 0:
+                kv_mask = nn.functional.pad(kv_mask, (0, unused))
             return self._in_chunks(hidden, rotation, keys, kv_mask, past)
-        except torch.OutOfMemoryError:
-            if cache is not None:
-                cache.layer(self.layer_idx).unwind(past.longest, past.held)
+        except BaseException:
+            cache.layer(self.layer_idx).unwind(past.mark)
             raise
 
     def _store(self, cache: LatentCache, latent: Tensor, rope: Tensor, past: _Past) -> tuple:
@@ -229,7 +227,7 @@ class MLAAttention(LatentProjections):
         self._check_limits(len(cache), layer, hidden)
         held = layer.latent is not None
         moving = held and (layer.ragged or not hidden.is_cpu)  # 写入时 offsets 原地前移
-        return _Past(layer.length, layer.offsets.clone() if moving else None, held)
+        return _Past(layer.length, layer.offsets.clone() if moving else None, layer.mark())
 
     def _check_limits(self, layers: int, layer: LatentLayer, hidden: Tensor) -> None:
         """config 的 max_cache_length 与 memory_budget_bytes（各层平分）；都在写入之前。"""

@@ -4,7 +4,7 @@
 # pylint: disable=unused-argument
 from __future__ import annotations
 
-from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake, for_given
+from deepseek_opt.op_rules.register import autocast, autograd, fake, for_given, run
 
 # ---- fake：只推导形状与 dtype ----
 
@@ -61,7 +61,9 @@ def _linear_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = (*ctx.needs_input_grad, False)[:3]
     need_bias = need_bias and ctx.has_bias
-    dx, dw, db = OPS.linear_backward(grad.contiguous(), x, weight, need_x, need_weight, need_bias)
+    dx, dw, db = run(
+        "linear_backward", grad.contiguous(), x, weight, need_x, need_weight, need_bias
+    )
     grads = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
     return for_given(ctx, grads)
 
@@ -71,7 +73,7 @@ def _swiglu_setup(ctx, inputs, output):
 
 
 def _swiglu_backward(ctx, grad):
-    return OPS.swiglu_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
+    return run("swiglu_mlp_backward", grad.contiguous(), *ctx.saved_tensors)
 
 
 def _norm_setup(ctx, inputs, output):
@@ -80,7 +82,7 @@ def _norm_setup(ctx, inputs, output):
 
 
 def _norm_backward(ctx, grad):
-    dx, dw = OPS.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    dx, dw = run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors, ctx.eps)
     return dx, dw, None
 
 
@@ -90,7 +92,7 @@ def _add_norm_setup(ctx, inputs, output):
 
 
 def _add_norm_backward(ctx, grad, grad_total):
-    dx, dw = OPS.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    dx, dw = run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors, ctx.eps)
     dx = dx + grad_total
     return dx, dx, dw, None
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake, for_given
+from deepseek_opt.op_rules.register import autocast, autograd, fake, for_given, run
 
 # ---- fake：只推导形状与 dtype ----
 
@@ -85,7 +85,7 @@ def _rope_setup(ctx, inputs, output):
 def _rope_backward(ctx, grad):
     cos, sin = ctx.saved_tensors
     turn = (ctx.interleaved, not ctx.inverse, ctx.keep_pairs)
-    dx = OPS.rope(grad.contiguous(), cos, sin, *turn)
+    dx = run("rope", grad.contiguous(), cos, sin, *turn)
     return for_given(ctx, (dx, None, None, None, None, None))
 
 
@@ -100,8 +100,18 @@ def _prefill_setup(ctx, inputs, output):
 
 def _prefill_backward(ctx, grad, _grad_lse):
     q, latent, rope, kv_b, spans, kv_mask, out, lse = ctx.saved_tensors
-    dq, dlatent, drope, dkv_b = OPS.mla_prefill_backward(
-        grad.contiguous(), q, latent, rope, kv_b, spans, kv_mask, out, lse, *ctx.options
+    dq, dlatent, drope, dkv_b = run(
+        "mla_prefill_backward",
+        grad.contiguous(),
+        q,
+        latent,
+        rope,
+        kv_b,
+        spans,
+        kv_mask,
+        out,
+        lse,
+        *ctx.options,
     )
     return for_given(ctx, (dq, dlatent, drope, None, dkv_b, None, None, None, None, None))
 

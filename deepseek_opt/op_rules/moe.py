@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from deepseek_opt.gradients import accumulation_targets
-from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake, for_given
+from deepseek_opt.op_rules.register import autocast, autograd, fake, for_given, run
 
 # moe_experts 的参数位置；之后是 _OPTIONS 个选项，再是 save。
 _X, _WEIGHTS, _GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS, _SHARED = 0, 2, 3, 4, 5, 6, 7
@@ -95,10 +95,10 @@ def _experts_backward(ctx, grad, _):
     targets = accumulation_targets(inputs[_GATE_UP], inputs[_DOWN])
     if targets is None:
         needs = (given[_X], any(given[i] for i in experts), need_shared)
-        dx, dw, dgu, dd, dgub, ddb, ds = OPS.moe_experts_backward(*call, *needs, saved)
+        dx, dw, dgu, dd, dgub, ddb, ds = run("moe_experts_backward", *call, *needs, saved)
     else:
-        dx, dw, dgub, ddb, *ds = OPS.moe_experts_backward_into(
-            *call, given[_X], need_shared, *targets, saved
+        dx, dw, dgub, ddb, *ds = run(
+            "moe_experts_backward_into", *call, given[_X], need_shared, *targets, saved
         )
         dgu = dd = None  # 已经加进 .grad
     found = {_X: dx, _WEIGHTS: dw, _GATE_UP: dgu, _GATE_UP_BIAS: dgub, _DOWN: dd, _DOWN_BIAS: ddb}
@@ -159,8 +159,16 @@ def _list_backward(ctx, grad, _):
     lists = [[next(remaining) for _ in range(size)] for size in ctx.sizes]
     wanted = [_any(w) for w in ctx.needs_input_grad[_LISTS]]
     needs = (ctx.needs_input_grad[_X], any(wanted[:-1]), wanted[-1])
-    dx, dw, *found = OPS.moe_experts_list_backward(
-        grad.contiguous(), x, indices, weights, *lists, *ctx.options, *needs, saved
+    dx, dw, *found = run(
+        "moe_experts_list_backward",
+        grad.contiguous(),
+        x,
+        indices,
+        weights,
+        *lists,
+        *ctx.options,
+        *needs,
+        saved,
     )
     pairs = zip(found, wanted, ctx.sizes, strict=True)
     grads = [list(group) if want else [None] * size for group, want, size in pairs]
@@ -209,11 +217,11 @@ def _route_backward(ctx, d_logits, d_weights, *_unused):
     nothing = (None,) * (ctx.count - 3)
     if d_logits is None and d_weights is None:
         return (None, None, None, *nothing)
-    grad = OPS.moe_route_backward(d_logits, d_weights, logits, indices, *ctx.rule)
+    grad = run("moe_route_backward", d_logits, d_weights, logits, indices, *ctx.rule)
     bias = grad.sum(0).to(ctx.bias_dtype) if need_bias else None
     if weight is None:
         return (grad.to(x.dtype) if need_x else None, None, bias, *nothing)
-    dx, dw, _ = OPS.linear_backward(grad, x, weight, need_x, need_weight, False)
+    dx, dw, _ = run("linear_backward", grad, x, weight, need_x, need_weight, False)
     return (dx if need_x else None, dw if need_weight else None, bias, *nothing)
 
 

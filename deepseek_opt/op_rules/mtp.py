@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from deepseek_opt.op_rules.register import OPS, autocast, autograd, fake
+from deepseek_opt.op_rules.register import autocast, autograd, fake, run
 
 # ---- fake：只推导形状与 dtype ----
 
@@ -52,7 +52,7 @@ def _input_setup(ctx, inputs, output):
 def _norm_gradient(grad, x, norm, eps, need_x, need_norm):
     if not (need_x or need_norm):
         return None, None
-    dx, dnorm = OPS.rms_norm_backward(grad, x, norm, eps)
+    dx, dnorm = run("rms_norm_backward", grad, x, norm, eps)
     return dx if need_x else None, dnorm if need_norm else None
 
 
@@ -61,9 +61,9 @@ def _input_backward(ctx, grad):
     e, h, e_norm, h_norm, weight = ctx.saved_tensors
     need_e, need_h, need_en, need_hn, need_w, _ = ctx.needs_input_grad
     need_rows = need_e or need_h or need_en or need_hn
-    halves = (OPS.rms_norm(e, e_norm, ctx.eps), OPS.rms_norm(h, h_norm, ctx.eps))
+    halves = (run("rms_norm", e, e_norm, ctx.eps), run("rms_norm", h, h_norm, ctx.eps))
     rows = torch.cat(halves, -1)
-    drows, dw, _ = OPS.linear_backward(grad.contiguous(), rows, weight, need_rows, need_w, False)
+    drows, dw, _ = run("linear_backward", grad.contiguous(), rows, weight, need_rows, need_w, False)
     de = dh = den = dhn = None
     if need_rows:
         left, right = drows.split(e.shape[-1], -1)

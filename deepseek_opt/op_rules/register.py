@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from deepseek_opt.errors import mixed_devices
+from deepseek_opt.device_memory import is_out_of_memory, out_of_memory, shapes_of
+from deepseek_opt.op_calls import argument_names, call, mixed_places
 
 OPS = torch.ops.deepseek_opt
 _NS = "deepseek_opt::"
 
 
-# 张量在设备上时这些参数仍可以在 CPU 上：绑定核对之后再送到设备。
-_ON_HOST = {"mla_cache_write": ("offsets",), "mla_decode": ("spans", "block_table")}
-_SPANS = ("spans",)
+def run(name: str, *args: Any) -> Any:
+    """规则里（反向的计算）执行算子 name：失败时与前向一样说得清。"""
+    return call(name, getattr(OPS, name).default, args)
 
 
 def fake(name: str):
@@ -25,27 +26,16 @@ def fake(name: str):
     def register(rule):
         @functools.wraps(rule)
         def checked(*args, **kwargs):
-            _require_one_device(name, args, kwargs)
+            others = (kwargs.get(argument) for argument in argument_names(name)[len(args) :])
+            mixed = mixed_places(name, (*args, *others))
+            if mixed is not None:
+                raise mixed
             return rule(*args, **kwargs)
 
         torch.library.register_fake(_NS + name)(checked)
         return rule
 
     return register
-
-
-def _require_one_device(name: str, args: tuple, kwargs: dict) -> None:
-    names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    loose = _ON_HOST.get(name, _SPANS)
-    found = [
-        (argument, leaf.device)
-        for argument, value in given.items()
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor) and not (argument in loose and leaf.is_cpu)
-    ]
-    if len({device for _, device in found}) > 1:
-        raise ValueError(mixed_devices(name, found))
 
 
 def for_given(ctx, grads):
@@ -55,9 +45,26 @@ def for_given(ctx, grads):
 
 def autograd(name: str, backward, setup, *, has_backward_op: bool = True) -> None:
     """登记 name 的反向；反向本身是算子 ``<name>_backward`` 时，对它再求导会报错，而不是丢掉梯度。"""
-    torch.library.register_autograd(_NS + name, backward, setup_context=setup)
+    torch.library.register_autograd(_NS + name, _guarded(name, backward), setup_context=setup)
     if has_backward_op:
         torch.library.register_autograd(f"{_NS}{name}_backward", _refuse(f"{name}_backward"))
+
+
+def _guarded(name, backward):
+    """反向里不是本库的算子（梯度变成连续的、相加）放不下时，也是 DeviceMemoryError。"""
+
+    @functools.wraps(backward)
+    def guarded(ctx, *grads):
+        try:
+            return backward(ctx, *grads)
+        except (RuntimeError, MemoryError) as error:
+            device = next((g.device for g in grads if isinstance(g, Tensor)), None)
+            if device is None or not is_out_of_memory(error, device):
+                raise
+            what = f"算子 {name} 的反向，梯度的形状 {shapes_of(grads)}"
+            raise out_of_memory(what, device, error) from error
+
+    return guarded
 
 
 def _refuse(name):

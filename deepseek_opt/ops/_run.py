@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from deepseek_opt import _native, log
-from deepseek_opt.device_memory import is_out_of_memory, out_of_memory, shapes_of
-from deepseek_opt.errors import InputError, UnsupportedError, mixed_devices
+from deepseek_opt import _native
+from deepseek_opt.errors import UnsupportedError
+from deepseek_opt.op_calls import call
 
 _READY = _native.load()
 if _READY:
@@ -27,19 +25,7 @@ def run(name: str, *args):
     """
     if not _READY:
         raise UnsupportedError(f"本地算子库不可用：{_native.load_error()}")
-    op = getattr(_OPS, name).default
-    try:
-        if log.debugging():
-            return log.timed(name, _native.isa(), op, args)
-        return op(*args)
-    except NotImplementedError as error:
-        raise _no_kernel(name, op, args) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        first = next(a for a in args if isinstance(a, Tensor))
-        what = f"算子 {name}，张量的形状 {shapes_of(args)}"
-        raise out_of_memory(what, first.device, error) from error
+    return call(name, getattr(_OPS, name).default, args)
 
 
 def is_tracing_grad(*tensors: Tensor | None) -> bool:
@@ -59,12 +45,3 @@ def missing(x: Tensor, *names: str) -> str | None:
     if x.is_cpu:
         return None
     return _native.missing(x.device.type, names, torch.is_grad_enabled())
-
-
-def _no_kernel(name: str, op: Any, args: tuple) -> Exception:
-    found = [(i, a.device) for i, a in enumerate(args) if isinstance(a, Tensor)]
-    devices = sorted({str(device) for _, device in found})
-    if len(devices) == 1:
-        return UnsupportedError(f"{name}：这些张量在 {devices[0]} 上，没有对应的核。")
-    names = [argument.name for argument in op._schema.arguments]
-    return InputError(mixed_devices(name, [(names[i], device) for i, device in found]))

@@ -302,6 +302,7 @@ def mla_layer_decode(
 
     Raises:
         ValueError: 形状、dtype 不符，写到缓存之外，span 越界；此时缓存不变。
+        DeviceMemoryError: 设备的内存不够；offsets 没有前移，已有的槽位不变。
 
     Example:
         >>> import torch

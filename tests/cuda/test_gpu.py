@@ -152,6 +152,15 @@ def test_mixed_devices():
 
 
 @needs_gpu
+def test_first_tensor_on_the_host():
+    x, weight = torch.ones(2, 8), torch.ones(8, device=DEVICE)
+    with pytest.raises(ValueError, match="rms_norm：全部.*x 在 cpu，weight 在 cuda:0"):
+        ops.rms_norm(x, weight, EPS)
+    with pytest.raises(ValueError, match="全部张量应在同一设备上，实际有的在 CPU 上"):
+        torch.ops.deepseek_opt.rms_norm(x, weight, EPS)
+
+
+@needs_gpu
 def test_side_stream():
     """在当前流上启动：换一条流，结果一样且不必等默认流。"""
     x, weight = randn(64, 512).to(DEVICE), randn(512, seed=1).to(DEVICE)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from deepseek_opt import ops
+from deepseek_opt.errors import DeviceMemoryError
+from tests.faults import layer_failures, layer_unchanged
 from tests.op_cases import FLOATS, QUANTIZED, attention, bits, paged
 from tests.test_mla_layer_decode import HEADS, SLOTS, arguments, fresh
 
@@ -116,3 +118,50 @@ def test_weights_that_require_grad():
     wanted = [a.requires_grad_() if i in (5, 7, 11, 12) else a for i, a in enumerate(fresh(args))]
     assert torch.equal(ops.mla_layer_decode(*wanted).detach(), want)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("steps, dtype", [(1, torch.bfloat16), (5, torch.float32)])
+@pytest.mark.parametrize("resident", [False, True], ids=["位置在主机上", "位置在设备上"])
+def test_failed_allocations_change_nothing(monkeypatch, resident, steps, dtype):
+    """每一处分配依次失败：写缓存的核已经前移的位置要撤回。"""
+    args = arguments(3, steps, 48, 24, RANK, ROPE, dtype)
+    if resident:
+        monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
+    assert layer_failures(args) > 5
+
+
+def test_failed_launches_change_nothing(monkeypatch):
+    """每一个核依次启动失败：同样撤回；之后照常。"""
+    args = arguments(3, 1, 48, 24, RANK, ROPE, torch.bfloat16)
+    monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
+    mine, nth, done = fresh(args), 0, False
+    while not done:
+        nth += 1
+        monkeypatch.setenv("DSO_HOST_FAIL", f"{nth}:1")
+        try:
+            got = ops.mla_layer_decode(*mine)
+            done = True
+        except RuntimeError as error:
+            assert "启动失败" in str(error)
+            layer_unchanged(mine, args)
+        monkeypatch.delenv("DSO_HOST_FAIL")
+        if not done:
+            ops.rms_norm(torch.ones(1, 8), torch.ones(8), 1e-6)  # 让它从头数起
+    assert nth > 6 and torch.equal(got, ops.mla_layer_decode(*fresh(args)))
+    assert torch.equal(mine[20], args[20] + 1)
+
+
+def test_torch_calls_are_named():
+    """交给 torch 的矩阵乘放不下（cuBLAS 的工作区）：认得出，说得出是哪一个。"""
+
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    args = arguments(3, 5, 48, 24, RANK, ROPE, torch.float32)
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("bmm.out", fail, "CPU")
+    try:
+        with pytest.raises(DeviceMemoryError, match="算子 mla_layer_decode.*aten::bmm 失败"):
+            ops.mla_layer_decode(*fresh(args))
+    finally:
+        library._destroy()

@@ -10,8 +10,10 @@ import os
 import pytest
 import torch
 
-from deepseek_opt import ops, reference
+from deepseek_opt import LatentCache, MLAConfig, OptimizationProfile, ops, optimize, reference
+from tests.faults import state, unchanged
 from tests.moe_cases import Layout, experts
+from tests.moe_list_cases import Lists
 from tests.op_cases import QUANTIZED, assert_no_worse, attention, eager_attention
 from tests.tolerances import tol
 
@@ -129,6 +131,86 @@ def test_launch_failure(monkeypatch):
             ops.mla_decode(*case.args())
         monkeypatch.delenv("DSO_HOST_FAIL")
         assert torch.equal(ops.mla_decode(*case.args()), want)
+
+
+def test_launch_failure_in_the_experts(monkeypatch):
+    case = experts((6, 64, 24, 40), 2, dtype=torch.bfloat16, shared=16)
+    grad = torch.randn(6, 40).bfloat16()
+    want, wanted = case.run(), case.gradients(grad)
+    for nth in ("1", "2"):
+        monkeypatch.setenv("DSO_HOST_FAIL", nth)
+        with pytest.raises(RuntimeError, match="moe_experts 启动失败"):
+            case.run()
+        monkeypatch.delenv("DSO_HOST_FAIL")
+        assert torch.equal(case.run(), want)
+    leaves = case.leaves()
+    y = leaves.run()
+    monkeypatch.setenv("DSO_HOST_FAIL", "1")
+    with pytest.raises(RuntimeError, match="moe_experts_backward 启动失败"):
+        y.backward(grad)
+    monkeypatch.delenv("DSO_HOST_FAIL")
+    found = case.gradients(grad)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@torch.no_grad()
+def test_launch_failure_in_a_model(monkeypatch):
+    """一步里第几个核起都启动失败（设备出错）：撤回也启动不了，缓存仍由主机的长度写回；之后照常。"""
+    from tests.tiny_models import make_inputs, make_model  # 没有 transformers 时只跳过这一项
+
+    model = make_model("youtu")
+    optimize(model, OptimizationProfile(mla=MLAConfig()))
+    ids, _ = make_inputs(2, 6)
+    step = ids[:, :1]
+    monkeypatch.setenv("DSO_HOST_RESIDENT", "1")
+    for ragged in (False, True):
+        cache, other = LatentCache(2), LatentCache(2)
+        for one in (cache, other):
+            model(input_ids=ids, past_key_values=one)
+            if ragged:
+                one.crop_rows([6, 4])
+        before, nth, failed = state(cache), 0, True
+        while failed:
+            nth += 1
+            monkeypatch.setenv("DSO_HOST_FAIL", str(nth))
+            try:
+                logits = model(input_ids=step, past_key_values=cache).logits
+                failed = False
+            except RuntimeError as error:
+                assert "启动失败" in str(error)
+                unchanged(cache, before)
+            monkeypatch.delenv("DSO_HOST_FAIL")
+            if failed:
+                ops.rms_norm(torch.ones(1, 8), torch.ones(8), 1e-6)  # 让它从头数起
+        assert nth > 6
+        assert torch.equal(logits, model(input_ids=step, past_key_values=other).logits)
+
+
+def test_first_tensor_elsewhere(monkeypatch):
+    """第一个张量留在 CPU 上：说清楚，而不是“设备 cuda:-1”或切换设备的错误。"""
+    x = torch.randn(3, 6)
+    case, grad = experts((3, 6, 8, 5), 2, shared=4), torch.randn(3, 5)
+    lists, calls = Lists.of(case), torch.ops.deepseek_opt
+    into = [torch.zeros_like(t) for t in (case.gate_up, case.down)]
+    attempts = [
+        (x, lambda: ops.linear(x, torch.randn(4, 6))),
+        (x, lambda: ops.rms_norm(x, torch.ones(6), 1e-6)),
+        (case.x, case.run),
+        (lists.x, lists.run),
+        (case.x, lambda: calls.moe_experts_backward(grad, *case.args(), True, True, True)),
+        (case.x, lambda: calls.moe_experts_backward_into(grad, *case.args(), True, True, *into)),
+        (lists.x, lambda: calls.moe_experts_list_backward(grad, *lists.args(), True, True, True)),
+    ]
+    for first, attempt in attempts:
+        monkeypatch.setenv("DSO_HOST_AWAY", str(first.data_ptr()))
+        with pytest.raises(ValueError, match="全部张量应在同一设备上，实际有的在 CPU 上"):
+            attempt()
+        monkeypatch.delenv("DSO_HOST_AWAY")
+        attempt()
+    weight = torch.ones(6)
+    monkeypatch.setenv("DSO_HOST_AWAY", str(weight.data_ptr()))
+    with pytest.raises(ValueError, match="weight 应与其他张量同在设备"):
+        ops.rms_norm(x, weight, 1e-6)
 
 
 def test_unsupported_architecture(monkeypatch):

@@ -6,8 +6,6 @@
 
 #include <cstdlib>
 
-#include <cstdlib>
-
 #include "binding.h"
 #include "config.cuh"
 
@@ -15,7 +13,12 @@
 
 namespace dso {
 
-inline bool on_device(const Tensor &t) { return t.is_cpu(); }
+// DSO_HOST_AWAY=地址：数据在这里的张量当作留在 CPU 上，其余的在设备上。
+inline bool on_device(const Tensor &t) {
+  const char *away = std::getenv("DSO_HOST_AWAY");
+  return t.is_cpu() && !(away && reinterpret_cast<uintptr_t>(t.const_data_ptr()) ==
+                                     std::strtoull(away, nullptr, 10));
+}
 
 // DSO_HOST_EXPAND 可改：小的形状也分得成几组。
 inline int64_t expand_limit() {
@@ -31,7 +34,9 @@ inline bool on_host(const Tensor &) { return !std::getenv("DSO_HOST_RESIDENT"); 
 
 class Launch {
  public:
-  explicit Launch(const Tensor &) {}
+  explicit Launch(const Tensor &t) {
+    if (!on_device(t)) throw std::runtime_error("DeviceGuard(-1)");
+  }
   cudaStream_t stream() const { return nullptr; }
 };
 

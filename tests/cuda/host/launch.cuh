@@ -8,14 +8,15 @@
 
 namespace dso {
 
-// DSO_HOST_FAIL=n：第 n 次起的启动都失败，什么也不运行；DSO_HOST_MAJOR 小于 8：没有这种卡的核。
+// DSO_HOST_FAIL=n：第 n 次起的启动都失败，什么也不运行（n:1 时只有那一次）；DSO_HOST_MAJOR 小于 8：没有这种卡的核。
 inline cudaError_t refused() {
   static std::string last;
   static int left = 0;
   const char *major = std::getenv("DSO_HOST_MAJOR"), *fail = std::getenv("DSO_HOST_FAIL");
   if (major && std::atoi(major) < 8) return cudaErrorNoKernelImageForDevice;
   if (last != (fail ? fail : "")) last = fail ? fail : "", left = fail ? std::atoi(fail) : 0;
-  return fail && --left <= 0 ? cudaErrorLaunchFailure : cudaSuccess;
+  const bool once = last.find(':') != std::string::npos;
+  return fail && (once ? --left == 0 : --left <= 0) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
 template <class... P, class... A>
