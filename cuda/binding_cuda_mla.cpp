@@ -134,7 +134,10 @@ Tensor decode(const char *op, const DeviceInputs &m) {
                                own};
   const Launch launch(m.q);
   size_t bytes = 0;
-  check(op, dso_cuda_mla_decode_scratch(&p, &bytes));
+  const cudaError_t planned = dso_cuda_mla_decode_scratch(&p, &bytes);
+  expect(planned != cudaErrorInvalidValue, op, "：kv_lora_rank ", in.rank, " 加 qk_rope_head_dim ",
+         in.rope_dim, " 太大，放不进这块 GPU 的共享内存。");
+  check(op, planned);
   Tensor scratch = scratch_of(m.q, bytes);
   check(op, dso_cuda_mla_decode(&p, scratch.mutable_data_ptr(), launch.stream()));
   return project_out(op, m, o, weights, type);

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 from deepseek_opt import _native
 from tests.cuda import device
+
+# 一例多久与机器、与同时在跑的别的进程有关：不限时。
+hypothesis.settings.register_profile("不限时", deadline=None)
+hypothesis.settings.load_profile("不限时")
 
 ISAS = _native.available_isas() if _native.load() else []
 if os.environ.get("DSO_HOST") == "1":

@@ -65,7 +65,7 @@ def test_transformers_style_update():
     assert cache.get_mask_sizes(3, 1) == (11, 0) and cache.get_max_length() == -1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=8), st.sampled_from([None, 300]))
 def test_growth_keeps_contents(steps, limit):
     layer, parts = LatentLayer(max_length=limit), []
@@ -84,7 +84,7 @@ def test_growth_keeps_contents(steps, limit):
         assert torch.equal(layer.rope[:, : layer.length], torch.cat([b for _, b in parts], 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_row_operations_match_a_list_of_rows(data):
     """随机的追加、逐行截断、重排、选择、重复，与“每行一个列表”的写法逐位相同。"""

@@ -73,7 +73,7 @@ def profiles(draw):
 def test_round_trip_is_identical(tmp_path_factory, suffix):
     path = tmp_path_factory.mktemp("round") / f"p{suffix}"
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(profiles())
     def check(profile):
         again = OptimizationProfile.from_file(profile.to_file(path))
@@ -109,7 +109,7 @@ _documents = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_documents)
 def test_any_input_is_valid_or_explained_in_chinese(data):
     try:
@@ -123,7 +123,7 @@ def test_any_input_is_valid_or_explained_in_chinese(data):
             assert "Input should" not in str(problem)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_bad_updates_change_nothing(data):
     model = data.draw(st.sampled_from(list(PARTS.values())))

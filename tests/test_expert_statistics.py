@@ -42,7 +42,7 @@ def test_nothing_yet_and_a_single_expert():
     assert statistics(7).entropy == 1.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=40).filter(any))
 def test_ranges(counts):
     found = statistics(*counts)

@@ -28,7 +28,7 @@ def test_every_draft_length(name, rows):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=_SLOW)
+@settings(max_examples=12, suppress_health_check=_SLOW)
 def test_any_prompt(name, data):
     draw = data.draw
     model = generator_model(name, draw(st.sampled_from(["sdpa", "eager"])))

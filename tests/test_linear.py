@@ -118,7 +118,7 @@ def test_gradcheck_fp32():
     assert torch.autograd.gradcheck(ops.linear, tensors, eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 130), st.integers(1, 140), st.integers(1, 70), st.sampled_from(FLOATS))
 def test_any_shape(m, n, k, dtype):
     x, weight = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5)

@@ -27,7 +27,7 @@ def test_add_accumulates_and_snapshot_is_a_copy():
     assert seen.dtype == torch.int64
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 6), max_size=30))
 def test_indices_are_counted_and_sentinels_are_not(indices):
     load = LoadCounter(5)

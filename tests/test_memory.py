@@ -186,7 +186,7 @@ def test_dense_profile_counts_the_fused_ffn():
     budget=st.integers(100_000, 50_000_000),
     share=st.floats(0.01, 1.0),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_plans_fit_and_are_maximal(batch, budget, share):
     model = own()
     longest = largest_length(model, batch, budget)

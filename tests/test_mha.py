@@ -83,7 +83,7 @@ def cross_reference(layer, query, memory, visible, scale):
 
 
 @given(length=st.integers(1, 9), memory=st.integers(1, 12), kdim=st.sampled_from([WIDTH, 20]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_cross_attention(length, memory, kdim):
     layer = attention(rope=False, kdim=kdim)
     x, source = tokens(2, length), tokens(2, memory, kdim, seed=2)

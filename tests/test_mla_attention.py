@@ -34,7 +34,7 @@ from tests.processes import one_process
     interleaved=st.booleans(),
     bias=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_matches_reference(
     heads, rank, nope, rope, value, q_rank, batch, steps, causal, interleaved, bias
 ):
@@ -134,7 +134,7 @@ def test_query_that_sees_nothing_is_zero():
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), causal=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_packed_equals_separate(lengths, causal):
     lengths = lengths if sum(lengths) else [*lengths, 3]
     attention = layer(causal=causal)
@@ -158,7 +158,7 @@ def test_packed_gradients_equal_separate():
 
 
 @given(pieces=st.lists(st.integers(1, 20), min_size=1, max_size=4), chunk=st.integers(1, 9))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_cache_in_pieces_equals_whole(pieces, chunk):
     attention = layer(layer_idx=1).eval()
     x = hidden(2, sum(pieces))

@@ -104,7 +104,7 @@ def test_views():
     assert store.count_nonzero() == 3 * 2 * 8 and keys.count_nonzero() == 3 * 2 * 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from([*FLOATS, *QUANTIZED]))
 def test_any_shape(data, cache_dtype):
     steps, spare = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 6))

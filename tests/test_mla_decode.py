@@ -234,7 +234,7 @@ def test_no_less_accurate_than_eager(dtype, steps):
     assert_no_worse(ops.mla_decode(*case.args()), eager_attention(case), exact)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(FLOATS), st.booleans(), st.booleans())
 def test_any_shape(data, dtype, causal, masked):
     steps, spare = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 100))

@@ -146,7 +146,7 @@ def test_nothing_to_see():
     assert ops.mla_decode(*args).shape == (2, 0, 3, 5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(CACHES), st.booleans(), st.booleans())
 def test_any_shape(data, kinds, causal, masked):
     page_size, per_row = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 6))

@@ -277,7 +277,7 @@ def test_no_less_accurate_than_eager(dtype):
         assert_no_worse(ours.detach(), eager.detach(), exact.detach(), factor)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(FLOATS), st.booleans(), st.booleans())
 def test_any_shape(data, dtype, causal, masked):
     steps, spare = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 60))

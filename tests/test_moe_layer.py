@@ -132,7 +132,7 @@ def test_rest_is_renormalized_to_the_old_sum():
     torch.testing.assert_close(plan.weights, torch.tensor([[1.0, 0.0], [0.8, 0.0]]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(0, 12),
     top_k=st.integers(1, 3),

@@ -106,7 +106,7 @@ def test_views_and_mixed_dtypes():
     check((x.half(), weight, None, choice.bfloat16()), rule(4, "softmax"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape_and_rule(data):
     groups, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 12))

@@ -26,7 +26,7 @@ def regret(token, hidden, weight, bias, vocabulary):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_against_fp64(dtype, data):
     draw = data.draw
     rows, width, vocab = (draw(st.integers(a, b)) for a, b in ((1, 110), (1, 70), (1, 500)))

@@ -117,7 +117,7 @@ def test_empty_and_nan():
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 110), st.integers(1, 70), st.integers(1, 50), st.sampled_from(FLOATS))
 def test_any_shape(rows, width, out, dtype):
     args = inputs((rows,), width, out, dtype)

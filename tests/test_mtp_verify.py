@@ -67,7 +67,7 @@ def test_greedy_views():
     same(ops.mtp_verify_greedy(swapped, flipped(tokens), length), want)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 6), st.integers(0, 8), st.integers(1, 90), st.sampled_from(FLOATS), st.data())
 def test_greedy_any_shape(rows, drafts, vocab, dtype, data):
     logits, tokens, length = chain(rows, drafts, vocab, dtype, data.draw(st.floats(0, 1)))
@@ -136,7 +136,7 @@ def test_sample_against_reference(dtype, vocab, one_hot):
         check_sample(sampled(rows, drafts, vocab, dtype, one_hot))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 6), st.integers(0, 8), st.integers(1, 90), st.sampled_from(FLOATS), st.booleans()
 )

@@ -122,7 +122,7 @@ def test_nan_touches_only_its_pair():
     assert ops.rope(x, cos, sin, False).isnan().sum() == 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 3),
     st.integers(1, 20),

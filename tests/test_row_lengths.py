@@ -33,7 +33,7 @@ def agrees(layer: KVLayer, rows: list) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_sequence_of_operations(data):
     draw = data.draw
     layer, count = KVLayer(), draw(st.integers(1, 4))

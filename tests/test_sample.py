@@ -148,7 +148,7 @@ def test_ties_at_the_boundary():
     torch.testing.assert_close(ranked(ours(logits, None, both)), ranked(theirs(logits, None, both)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_shape_and_options(data):
     rows, vocab = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 300))

@@ -101,7 +101,7 @@ def test_cu_seqlens_of_different_lengths():
         ops.spans_from_cu_seqlens(torch.tensor([0, 1]), torch.tensor([0, 1, 2]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_spans_are_accepted_by_the_kernels(data):
     batch, steps = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))

@@ -96,7 +96,7 @@ def test_plain_load_keeps_bf16_and_router_bias():
         assert bias.abs().max() > 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=200))
 def test_tokenizer_round_trips_any_text(tokenizer, text):
     """任意文本编码再解码不变。"""

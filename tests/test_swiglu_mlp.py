@@ -126,7 +126,7 @@ def test_gradcheck_fp32():
     assert torch.autograd.gradcheck(ops.swiglu_mlp, tensors, eps=1e-2, atol=2e-3, rtol=2e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 120), st.integers(1, 40), st.integers(1, 140), st.integers(1, 40))
 def test_any_shape(m, k, inner, n):
     tensors = (randn(m, k), *weights(k, inner, n, torch.float32))

@@ -35,7 +35,7 @@ def causal(keys, q_len):
     return order & keys[:, None]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data())
 def test_padding_masks_are_exact(data):
     batch, total = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
@@ -52,7 +52,7 @@ def test_padding_masks_are_exact(data):
         assert torch.equal(visible(plan, batch, q_len, slots), want)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data())
 def test_padding_masks_on_a_device(data):
     """在设备上算的（不读掩码的内容）与 CPU 上的看见同样的键；长度可以是张量，缺的部分当作遮住。"""
@@ -79,7 +79,7 @@ def _float(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data())
 def test_any_4d_mask_is_exact_or_refused(data):
     q_len, past = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))

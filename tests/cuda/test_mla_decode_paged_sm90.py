@@ -139,7 +139,7 @@ def test_same_bits_in_every_order(monkeypatch, heads):
         assert torch.equal(got, want), (order, timing)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_fuzz(data):
     page_size = 8 * data.draw(st.integers(1, 17))
