@@ -58,11 +58,11 @@ inline bool starts_early() {
   return can;
 }
 
-// DEEPSEEK_OPT_CUDA_PDL=0 关掉（比较快慢、查错时）；当作较早的卡（DEEPSEEK_OPT_CUDA_MAJOR）时也关掉。
+// DEEPSEEK_OPT_CUDA_PDL=0 关掉（比较快慢、查错时）；当作较早的卡（DEEPSEEK_OPT_CUDA_MAJOR）时也关掉，除非它是 1。
 inline bool wants_early() {
   const char *wanted = std::getenv("DEEPSEEK_OPT_CUDA_PDL");
   const char *forced = std::getenv("DEEPSEEK_OPT_CUDA_MAJOR");
-  return !(wanted && std::atoi(wanted) == 0) && !(forced && std::atoi(forced) < 9);
+  return wanted ? std::atoi(wanted) != 0 : !(forced && std::atoi(forced) < 9);
 }
 
 // 动态共享内存超过 48 KiB 时先放开这个核的上限。
@@ -71,6 +71,13 @@ cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
   if (bytes <= (48 << 10)) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes));
+}
+
+// 片上的存储全部当作共享内存：两个核要同在一个 SM 上，合起来才放得下。
+template <class... P>
+cudaError_t prefer_shared(void (*kernel)(P...)) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
 }
 
 // 排进 stream 后立即返回；x 一维上相邻的 cluster 块是一个 cluster（1：没有），grid.x 是它的倍数。核都要 grid_wait。

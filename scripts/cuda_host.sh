@@ -25,7 +25,7 @@ cuda=({simulator,simulator_sm90,simulator_rings,orders,paths,layer,linear_small,
 operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
 hopper=({orders,mla_decode_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
-    {gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+    {gpu_moe_backward,moe_orders,moe_experts_sm90,moe_codes_sm90}.py)
 once='not (moe_backward and torch.float16) and not (sample_filter and torch.float16 and top)'
 few='not torch.float16 and not any_shape and not adversarial and not thread_count and not distribution'
 few+=' and not biased and not sampled_drafts and not activation_no_less and not 400-dtype'
