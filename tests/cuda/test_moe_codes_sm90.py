@@ -139,7 +139,7 @@ def test_shared(tokens, form, scaled):
 @pytest.mark.parametrize("tokens", [5, 17])
 def test_shared_of_another_kind(tokens):
     """共享专家的存法不同：各启动一次，只有 int4 的走这条路径。"""
-    case = make((tokens, 264, 72, 40))
+    case = make((tokens, 272, 80, 40))
     check(with_shared(case, 48, None, True))
     check(with_shared(case, 48, quantized.INT8))
     everyone = torch.full((tokens, 1), 99)  # 路由的都不在本地

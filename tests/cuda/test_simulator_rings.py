@@ -86,6 +86,7 @@ extern "C" int run(const uint16_t *x, uint16_t *y, int steps, int bug) {
 # 成块的拷贝与 4 字节的 cp.async 写完时记在同一个 mbarrier 上：y 是 x 的前 64 个，再是后 64 个里的偶数对（奇数的填 0）。
 # bug：1 源没有对齐，2 大小不是 16 的倍数，3 写到共享内存之外，4 预告的字节多，5 cp.async 没有对齐。
 BULK = """
+#include <launch.cuh>
 #include <ptx_sm90.cuh>
 using namespace dso;
 static void kernel(const uint16_t *x, uint32_t *y, int bug) {
