@@ -36,7 +36,7 @@ void copy_async(void *to, const void *from, bool valid) {
   using namespace cuda_host;
   if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 ||
       (valid && reinterpret_cast<uintptr_t>(from) % BYTES != 0))
-    fail("cp.async 的地址没有对齐到它的大小");
+    fail(BYTES == 16 ? "cp.async 的地址没有对齐到 16 字节" : "cp.async 的地址没有对齐到 4 字节");
   size_t at = shared_offset(to);
   int thread = thread_linear();
   defer(COPY_QUEUE, [=] {
