@@ -138,6 +138,14 @@ constexpr int MOE_SMALL_NARROW = 4;
 constexpr int MOE_SMALL_WARP_BYTES = 12 << 10, MOE_SMALL_WARPS = 2048;
 // 至多 4 个词元时不排序，每个 slot 自己一块：选中同一个专家的少，重复的读也在 L2 里，省下排序与求和两个核。
 constexpr int MOE_DIRECT_TOKENS = 4;
+// Hopper 上 int4、一块至多 8 行（moe_codes_sm90.cu）：8 个 warp 各有自己的几级，一级 16 行 x 128 字节（256 个 k）连同尺度
+// 2.25 KiB。K = 2048 的 h、K = 768 的 o 各 4 级：除去正在用的，一个 SM 在途 54 KiB，4.8 TB/s（每个 SM 每微秒 36 KiB）乘显存的
+// 延迟（一微秒多）够用。两步的上限合起来不到 226 KiB：算 o 的核在 h 的核结束之前就与它同在一个 SM 上，先读满自己的各级。x（8 行、
+// 整个 K）占得多，不足 MOE_CODES_LEAST 级的，就独占一个 SM。都没有在设备上量过。
+constexpr int MOE_CODES_WARPS = 8, MOE_CODES_STAGES = 6, MOE_CODES_LEAST = 3;
+constexpr int MOE_CODES_HIDDEN_BYTES = 127 << 10, MOE_CODES_OUTPUT_BYTES = 98 << 10;
+// 一份（16 行、整个 K）至多分成几段：最后不够各 warp 一份的平分，多少差不过一段。
+constexpr int MOE_CODES_PIECES = 4;
 // Hopper 的反向：128 x 256 的块、一级 64 个 k（48 KiB）、4 级，加写出的 32 KiB。两边都用 cp.async，生产者的地址多，
 // 所以它的寄存器比只发 TMA 的多；三组共 504 个（上限 504）。
 constexpr int MOE_BACKWARD_COLUMNS_SM90 = 256, MOE_BACKWARD_STAGES_SM90 = 4;

@@ -209,7 +209,7 @@ typedef struct {
   int64_t tile_rows;        /* 一块至多多少行 */
   const int64_t *index;     /* [tokens, top_k]，不小于 0；不小于 experts 的是哨兵 */
   int64_t most_tiles;       /* 以下由 dso_cuda_moe_sort_place 填 */
-  int32_t *begin;           /* [experts + 1] */
+  int32_t *begin;           /* [experts + 1]，再接一个：路由的有几块 */
   int32_t *token;           /* [tokens * top_k + shared * tokens]：各行的词元 */
   int32_t *slot;            /* [tokens * top_k]：路由的各行在 index 里的位置 */
   int32_t *row;             /* [tokens * top_k]：slot 的行，哨兵是 -1 */

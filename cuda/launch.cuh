@@ -73,6 +73,13 @@ cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
                               static_cast<int>(bytes));
 }
 
+// 片上的存储全部当作共享内存：两个核要同在一个 SM 上，合起来才放得下。
+template <class... P>
+cudaError_t prefer_shared(void (*kernel)(P...)) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
+
 // 排进 stream 后立即返回；x 一维上相邻的 cluster 块是一个 cluster（1：没有），grid.x 是它的倍数。核都要 grid_wait。
 template <class... P, class... A>
 cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block,

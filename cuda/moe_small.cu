@@ -2,9 +2,10 @@
 //
 // 一个 warp 管 16 行权重（有门时 8 行 gate 与对应的 8 行 up，于是同一个线程得到一对，当场激活）、一块至多 32 个词元。
 // 一个 CTA 4 个 warp：权重的行短时各管各的，长时几个 warp 各管 K 的一段，最后按次序相加。
-#include "moe_act.cuh"
+#include "moe_codes_sm90.cuh"
 #include "moe_direct.cuh"
 #include "moe_small.cuh"
+#include "moe_small_put.cuh"
 
 namespace {
 
@@ -60,26 +61,17 @@ __device__ __forceinline__ int sum_at(int set, int t, int value, int c, int g) {
   return (((set * NT + t) * 4 + value) * 4 + c) * 8 + g;
 }
 
-// 一个结果：o 加偏置，h 激活；写出。
+// 一个结果：收尾，写出。
 template <class E, Kind K>
 __device__ __forceinline__ void put(const Work &work, const dso_expert &expert, int row, int n,
                                     float x, float u) {
   const dso_cuda_moe_experts_params &p = work.p;
   int64_t at = work.tile.row + row;
-  if (Step<K>::shrunk) x *= E::CODES, u *= E::CODES;
-  if (Step<K>::row_scale) x *= (work.hidden ? expert.gate_quant : expert.down_quant).scale[n];
-  if (!work.hidden) {
-    x += bias_at(expert.down_bias, expert.bias_dtype, n);
-    static_cast<uint16_t *>(p.o)[at * p.n + n] = static_cast<uint16_t>(E::pack(x, 0.0f));
-    return;
-  }
-  x += bias_at(expert.gate_bias, expert.bias_dtype, n * expert.bias_step);
-  if (work.paired) {
-    if (Step<K>::row_scale) u *= expert.up_quant.scale[n];
-    u += bias_at(expert.up_bias, expert.bias_dtype, n * expert.bias_step);
-  }
-  x = activate<true>(p.act, work.paired, x, u);
-  static_cast<uint16_t *>(p.h)[hidden_at(p, at) + n] = static_cast<uint16_t>(E::pack(x, 0.0f));
+  auto y = static_cast<uint16_t>(E::pack(finished<E, K>(p, expert, work.hidden, n, x, u), 0.0f));
+  if (work.hidden)
+    static_cast<uint16_t *>(p.h)[hidden_at(p, at) + n] = y;
+  else
+    static_cast<uint16_t *>(p.o)[at * p.n + n] = y;
 }
 
 // 分 K 的各 warp 的部分和按次序相加，写出。
@@ -340,8 +332,13 @@ cudaError_t choose(const Call &c, Kind kind) {
 }  // namespace
 
 cudaError_t dso::moe_small(const dso_cuda_moe_experts_params &p, bool hidden, cudaStream_t stream) {
+  auto run = [&](Part part, Kind kind) {
+    bool codes = moe_codes_sm90_fits(p, hidden, part, kind);
+    return codes ? moe_codes_sm90(p, hidden, part, kind, stream)
+                 : choose({p, hidden, part, stream}, kind);
+  };
   Kind routed = kind_of(p.w.first), shared = p.routing.shared ? kind_of(p.w.shared) : routed;
-  if (routed == shared) return choose({p, hidden, ALL, stream}, routed);
-  cudaError_t error = choose({p, hidden, ROUTED, stream}, routed);
-  return error == cudaSuccess ? choose({p, hidden, SHARED, stream}, shared) : error;
+  if (routed == shared) return run(ALL, routed);
+  cudaError_t error = run(ROUTED, routed);
+  return error == cudaSuccess ? run(SHARED, shared) : error;
 }

@@ -77,8 +77,9 @@ struct Group {
 
 // 一步：acc [份][词元 8 个一份] += 权重 · x。x(t, at)：第 t 份词元从本线程的第 at 个 k 起的一段。
 //
-// 两个操作数的 k 在一步里怎样排列无关紧要，只要相同：相邻的 4 个 k 就当作片段里同一个线程的那 4 个。
-template <class E, Kind K, int NT, int SETS>
+// 两个操作数的 k 在一步里怎样排列无关紧要，只要相同：相邻的 4 个 k 就当作片段里同一个线程的那 4 个。int4 的另有一种次序
+// （ALTERNATE）：x 的每 4 个先排成 0、2、1、3（alternate），码就不必展开成相邻的两个，一个字省一条指令。
+template <class E, Kind K, int NT, int SETS, bool ALTERNATE = false>
 struct Multiply {
   using S = Step<K>;
   using Weights = Words<S::words>[SETS][2];  // [份][上、下]
@@ -200,7 +201,8 @@ struct Multiply {
   // 一个字里低、高 4 位的各 4 个码。
   __device__ static __forceinline__ void nibbles(uint32_t (&low)[2], uint32_t (&high)[2],
                                                  uint32_t word, uint32_t minus) {
-    uint32_t pair[2] = {select_bytes<0x4140>(word), select_bytes<0x4342>(word)};
+    uint32_t pair[2] = {ALTERNATE ? word : select_bytes<0x4140>(word),
+                        ALTERNATE ? word >> 8 : select_bytes<0x4342>(word)};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       low[i] = E::fma(pair[i] & 0x000f000fu, E::RAISE, minus);
@@ -208,5 +210,12 @@ struct Multiply {
     }
   }
 };
+
+// 8 个 16 位的数，每 4 个从 0、1、2、3 排成 0、2、1、3。
+__device__ __forceinline__ uint4 alternate(uint4 x) {
+  auto low = [](uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; };
+  auto high = [](uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); };
+  return make_uint4(low(x.x, x.y), high(x.x, x.y), low(x.z, x.w), high(x.z, x.w));
+}
 
 }  // namespace dso::small

@@ -138,8 +138,8 @@ struct Sorter {
       for (int i = 0; i < tiles; i++)
         put(at + i, {e, row + i * tile, min_of(tile, n - i * tile), 0});
     }
-    if (thread == 0) r.begin[experts] = static_cast<int>(passed);
     int routed = static_cast<int>(passed >> 32), tokens = static_cast<int>(r.tokens);
+    if (thread == 0) r.begin[experts] = static_cast<int>(passed), r.begin[experts + 1] = routed;
     int shared = r.shared ? (tokens + tile - 1) / tile : 0;
 #pragma unroll 1
     for (int i = routed + thread; i < r.most_tiles; i += THREADS) {
@@ -259,7 +259,7 @@ size_t dso_cuda_moe_sort_place(dso_cuda_moe_routing *r, void *memory) {
     return at;
   };
   r->tiles = reinterpret_cast<dso_cuda_moe_tile *>(take(r->most_tiles * 4));
-  r->begin = take(r->experts + 1);
+  r->begin = take(r->experts + 2);
   r->token = take(slots + (r->shared ? r->tokens : 0));
   r->slot = take(slots), r->row = take(slots);
   r->counts = take(blocks_of(*r) * r->experts);

@@ -50,7 +50,7 @@ __device__ inline void prefetch_l2(const void *from, uint32_t bytes) {
 #endif
 }
 
-// ---- 异步拷贝（sm_80）：16 字节，valid 为假时填 0 而不读 ----
+// ---- 异步拷贝（sm_80）：16（4）字节，valid 为假时填 0 而不读 ----
 
 __device__ inline void cp_async_16(void *to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -58,7 +58,14 @@ __device__ inline void cp_async_16(void *to, const void *from, bool valid) {
                : "memory");
 }
 
-// 同样，但在 grid_wait 之前：读的早已写好，条件见 launch.cuh。
+// 4 字节的：行没有对齐到 16 字节的（尺度、零点）。
+__device__ inline void cp_async_4(void *to, const void *from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// 同 cp_async_16，但在 grid_wait 之前：读的早已写好，条件见 launch.cuh。
 __device__ inline void cp_async_16_early(void *to, const void *from, bool valid) {
   cp_async_16(to, from, valid);
 }

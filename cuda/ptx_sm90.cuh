@@ -147,6 +147,15 @@ __device__ inline void tma_load_multicast(void *to, const CUtensorMap *map, uint
       : "memory");
 }
 
+// 不经张量描述：相接的 bytes 个字节，地址、大小都是 16 的倍数。
+__device__ inline void bulk_load(void *to, const void *from, int bytes, uint64_t *barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // 只读进 L2，不等：之后的 tma_load 不必等显存。
 __device__ inline void tma_prefetch(const CUtensorMap *map, int x, int y, int z) {
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),

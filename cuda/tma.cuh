@@ -16,6 +16,7 @@ struct TensorBox {
   int rank;
   int64_t dims[4], strides[4];
   int box[4];
+  bool plain = false;  // 不交错
 };
 
 // 128 字节交错：box[0] 至多 64 个元素。只有一个的一维不看它的步长。
@@ -35,10 +36,10 @@ inline cudaError_t make_tensor_map(CUtensorMap *map, const TensorBox &t) {
   auto type =
       t.dtype == DSO_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  CUresult result =
-      encode(map, type, static_cast<cuuint32_t>(t.rank), const_cast<void *>(t.base), dims, strides,
-             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result = encode(map, type, static_cast<cuuint32_t>(t.rank), const_cast<void *>(t.base),
+                           dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           t.plain ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -25,7 +25,7 @@ cuda=({simulator,simulator_sm90,simulator_rings,orders,paths,layer,linear_small,
 operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefill}.py
     {mla_layer_decode,mtp_verify,mtp_input,mtp_draft_head,moe_route,moe_experts,moe_errors}.py)
 hopper=({orders,mla_decode_sm90,mla_decode_paged_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
-    {gpu_moe_backward,moe_orders,moe_experts_sm90}.py)
+    {gpu_moe_backward,moe_orders,moe_experts_sm90,moe_codes_sm90}.py)
 # 整个模型与各层的用法：替换、训练、生成都走到同样的绑定与核。
 models=({gradients,moe_layer,mla_attention,moe_optimize,moe_quantize_shared,own_moe}.py
     {optimize_layers,transformers_models,generate_steady}.py)

@@ -34,6 +34,7 @@ FORMS = {
     "fp8": {"bits": 8, "group_size": 128, "floating": True},
 }
 MAJOR = "DEEPSEEK_OPT_CUDA_MAJOR"
+RESIDENT = "本库，常驻的核"  # cuda/moe_codes_sm90.cu：Hopper 上、一块至多 8 个词元，否则同样
 _CHECKED = 4  # 核对几个词元
 
 
@@ -107,6 +108,8 @@ def _work(env: Env, dims: Dims, count: int, form: str, key: str) -> Work:
     weights = make_weights(env, dims, form)
     used = dims.experts * (1 - (1 - dims.top_k / dims.experts) ** count)  # 期望碰到几个专家
     peers = _peers(weights, dims)
+    if form == "int4":
+        peers[RESIDENT] = partial(_resident, weights)
     if count > max(FEW):
         peers |= triton_peer(weights, env.device)
     return Work(
@@ -129,6 +132,11 @@ def _ours(weights: Weights, x: Tensor, indices: Tensor, mix: Tensor) -> Tensor:
     return ops.moe_experts_quantized(
         x, indices, mix, *codes, group_size=weights.up_codes.group_size
     )
+
+
+def _resident(weights: Weights, *args: Tensor) -> Tensor:
+    with setting("DEEPSEEK_OPT_CUDA_CODES", "1"):
+        return _ours(weights, *args)
 
 
 def _pairs(weights: Weights, args: tuple, out: Tensor) -> Pairs:

@@ -83,6 +83,34 @@ extern "C" int run(const uint16_t *x, uint16_t *y, int steps, int bug) {
 }
 """
 
+# 成块的拷贝与 4 字节的 cp.async 写完时记在同一个 mbarrier 上：y 是 x 的前 64 个，再是后 64 个里的偶数对（奇数的填 0）。
+# bug：1 源没有对齐，2 大小不是 16 的倍数，3 写到共享内存之外，4 预告的字节多，5 cp.async 没有对齐。
+BULK = """
+#include <launch.cuh>
+#include <ptx_sm90.cuh>
+using namespace dso;
+static void kernel(const uint16_t *x, uint32_t *y, int bug) {
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + 256);
+  int lane = threadIdx.x;
+  if (lane == 0) mbarrier_init(full, 33), mbarrier_init_fence();
+  __syncthreads();
+  grid_wait();
+  if (lane == 0) {
+    mbarrier_expect(full, bug == 4 ? 144 : 128);
+    bulk_load(tile + (bug == 3 ? 256 : 0), x + (bug == 1), bug == 2 ? 120 : 128, full);
+  }
+  cp_async_4(tile + 128 + lane * 4, x + 64 + lane * 2 + (bug == 5), lane % 2 == 0);
+  mbarrier_arrive_copies(full);
+  mbarrier_wait(full, 0);
+  for (int i = 0; i < 2; i++)
+    y[i * 32 + lane] = reinterpret_cast<uint32_t *>(tile)[i * 32 + lane];
+}
+extern "C" int run(const uint16_t *x, uint32_t *y, int bug) {
+  return launch(kernel, dim3(1), dim3(32), 256 + 8, nullptr, x, y, bug);
+}
+"""
+
 # 2 个 CTA 一个 cluster，各自是上面那样的环；两个生产者轮着发，一次写到两处，所以要等两处都放行。
 # bug：1 只等自己的消费者，2 最后不等别的 CTA，3 第 1 个 CTA 停住，4 开头不等别的 CTA，5 闲着的线程先退出，
 # 6 写到没有的 CTA。
@@ -228,3 +256,25 @@ def test_copies_that_are_not_waited_for(monkeypatch, bug):
     monkeypatch.setenv("DSO_HOST_ASYNC", "lazy")
     code, got, want = copied(bug)
     assert code != 0 or not torch.equal(got, want)
+
+
+def bulk(bug=0):
+    """(返回码, 核的结果, 应得的)。"""
+    x, y = torch.arange(136, dtype=torch.int16), torch.zeros(64, dtype=torch.int32)
+    want = x[:128].view(torch.int32).clone()
+    want[33::2] = 0
+    return simulate(BULK).run(pointer(x), pointer(y), bug), y, want
+
+
+@pytest.mark.usefixtures("mode")
+def test_bulk_copies_arrive_on_the_barrier():
+    code, got, want = bulk()
+    assert code == 0 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "bug, reason", [(1, "对齐"), (2, "对齐"), (3, "之外"), (4, "死锁"), (5, "对齐")], ids=str
+)
+def test_faulty_bulk_copies_are_reported(bug, reason):
+    assert bulk(bug)[0] == FAILED
+    assert reason in simulate(BULK).dso_host_failure().decode()

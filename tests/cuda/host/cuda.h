@@ -8,5 +8,5 @@ struct alignas(64) CUtensorMap {
   int rank;
   int64_t dims[4], strides[4];  // 从最内一维起；步长以字节计
   int box[4];
-  int swizzle;  // 交错的字节数：128
+  int swizzle;  // 交错的字节数：128；16 是不交错
 };

@@ -19,6 +19,11 @@ inline cudaError_t refused() {
   return fail && (once ? --left == 0 : --left <= 0) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
+template <class... P>
+cudaError_t prefer_shared(void (*)(P...)) {
+  return cudaSuccess;
+}
+
 template <class... P, class... A>
 cudaError_t launch_cluster(void (*kernel)(P...), int cluster, dim3 grid, dim3 block,
                            size_t shared_bytes, cudaStream_t, A... args) {

@@ -31,30 +31,36 @@ inline void prefetch_l2(const void *from, uint32_t bytes) {
 
 // ---- 异步拷贝 ----
 
-inline void copy_16(void *to, const void *from, bool valid) {
+template <int BYTES>
+void copy_async(void *to, const void *from, bool valid) {
   using namespace cuda_host;
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
-      (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
-    fail("cp.async 的地址没有对齐到 16 字节");
+  if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 ||
+      (valid && reinterpret_cast<uintptr_t>(from) % BYTES != 0))
+    fail(BYTES == 16 ? "cp.async 的地址没有对齐到 16 字节" : "cp.async 的地址没有对齐到 4 字节");
   size_t at = shared_offset(to);
   int thread = thread_linear();
   defer(COPY_QUEUE, [=] {
     wrote(at, thread);
     if (valid)
-      std::memcpy(to, from, 16);
+      std::memcpy(to, from, BYTES);
     else
-      std::memset(to, 0, 16);
+      std::memset(to, 0, BYTES);
   });
 }
 
 inline void cp_async_16(void *to, const void *from, bool valid) {
   if (valid) cuda_host::touch_global();
-  copy_16(to, from, valid);
+  copy_async<16>(to, from, valid);
+}
+
+inline void cp_async_4(void *to, const void *from, bool valid) {
+  if (valid) cuda_host::touch_global();
+  copy_async<4>(to, from, valid);
 }
 
 inline void cp_async_16_early(void *to, const void *from, bool valid) {
   if (valid) cuda_host::touch_settled();
-  copy_16(to, from, valid);
+  copy_async<16>(to, from, valid);
 }
 
 inline void cp_async_commit() { cuda_host::commit(cuda_host::COPY_QUEUE); }

@@ -105,6 +105,20 @@ inline void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
                      int w) {
   tma_load_box(to, map, barrier, {x, y, z, w});
 }
+inline void bulk_load(void *to, const void *from, int bytes, uint64_t *barrier) {
+  using namespace cuda_host;
+  touch_global();
+  size_t start = shared_offset(to), size = static_cast<size_t>(bytes);
+  if (start % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+    fail("成块的拷贝没有对齐到 16 字节");
+  if (bytes <= 0 || start + size > shared_size()) fail("成块的拷贝写到了动态共享内存之外");
+  size_t signal = shared_offset(barrier);
+  defer_global([=] {
+    for (size_t at = start; at < start + size; at += 16) wrote_async(at);
+    std::memcpy(shared_memory() + start, from, size);
+    mbarrier_complete(shared_memory() + signal, bytes);
+  });
+}
 inline void tma_prefetch_box(const CUtensorMap *map, int rank) {
   if (map->rank != rank) cuda_host::fail("TMA 的坐标个数与张量描述的维数不同");
 }
