@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,9 +95,11 @@ def test_views_shapes_and_mixed_dtypes():
     e, h, e_norm, h_norm, weight = inputs((3, 5), 32, 9)
     want = ops.mtp_input(e, h, e_norm, h_norm, weight, EPS)
     assert want.shape == (3, 5, 9)
+    # 主机模拟里矩阵乘是 torch 的（真卡上是 cuBLAS）：步长不同，走的路可以不同
+    limits = tol(torch.float32) if os.environ.get("DSO_HOST") == "1" else {"rtol": 0, "atol": 0}
     for view in (strided, flipped):
         got = ops.mtp_input(view(e), view(h), e_norm, h_norm, view(weight), EPS)
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        torch.testing.assert_close(got, want, **limits)
     one = ops.mtp_input(e[0, 0], h[0, 0], e_norm, h_norm, weight, EPS)
     torch.testing.assert_close(one, want[0, 0], **tol(torch.float32))
     mixed = (e.half(), h.half(), e_norm.bfloat16(), h_norm, weight.bfloat16())

@@ -63,11 +63,13 @@ def test_everything_runs(bench, capsys):
     assert all(key.startswith("memory.") for key in skipped), skipped  # 太小，量不到
     out = capsys.readouterr().out
     assert f"共 {len(rows)} 行" in out and "已写入" in out
-    for heads, count in ((128, 4), (16, 12)):
+    for heads, count in ((128, 6), (16, 14)):  # 各有两项分页的
         found = [row for key, row in rows.items() if key.startswith(f"mla_decode.h{heads}.")]
         assert len(found) == count
         assert all(row["us"] > 0 and row["error"] >= 0 and row["value"] > 0 for row in found)
         assert {row["target"] for row in found} == ({600.0} if heads == 128 else {0.8})
+    pages = [row for key, row in rows.items() if ".page" in key]
+    assert all([peer["name"] for peer in row["peers"]] == ["本库，不分页"] for row in pages)
     for key in ("forward", "backward"):
         row = rows[f"mla_prefill.h128.s8192.{key}"]
         assert row["target"] == {"forward": 550.0, "backward": 400.0}[key]
@@ -140,7 +142,7 @@ def test_a_wrong_gradient_fails(bench, monkeypatch):
 
 
 def test_not_finite_fails(bench, monkeypatch):
-    monkeypatch.setattr(ops, "mla_decode", lambda q, *_: q[..., :16] * torch.nan)
+    monkeypatch.setattr(ops, "mla_decode", lambda q, *_, **__: q[..., :16] * torch.nan)
     code, result = bench("--only", "mla_decode", "--match", "h16.b32,h128")
     assert code == 1 and all("NaN" in row["reason"] for row in result["rows"])
 

@@ -54,7 +54,7 @@ def check(case, page_size):
     return got
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 24, 32, 48, 64, 80, 128, 192])
+@pytest.mark.parametrize("page_size", [8, 24, 32, 64, 80, 192])
 @pytest.mark.parametrize("heads", [8, 40, 128])
 def test_same_bits_as_contiguous(heads, page_size):
     slots = page_size * -(-200 // page_size)
@@ -62,7 +62,7 @@ def test_same_bits_as_contiguous(heads, page_size):
     assert torch.equal(check(case, page_size), decode(*case.args())[0])
 
 
-@pytest.mark.parametrize("heads", [1, 16, 20, 64])
+@pytest.mark.parametrize("heads", [1, 20, 64])
 @pytest.mark.parametrize("dims", [LARGE, NO_ROPE, (256, 32, 8, 8), (128, 64, 8, 8)])
 def test_dims(heads, dims):
     case = attention(2, 1, 160, heads, dims, dtype=F16, masked=True)

@@ -19,7 +19,6 @@ from tests.op_cases import randn
 
 pytestmark = marks
 BF16 = torch.bfloat16
-HALF = [BF16, torch.float16]
 FORMS = quantized.FORMATS[1:]
 INT4 = (4, 64, True)
 simulated = pytest.mark.skipif(ON_GPU, reason="要在主机模拟上")
@@ -82,19 +81,18 @@ def with_shared(case, inner: int, form=INT4, scaled=False):
     return case.but(shared=shared, shared_scale=scales, shared_zero=zeros)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("tokens", [5, 17])
+@pytest.mark.parametrize("tokens, dtype", [(5, torch.float16), (17, BF16)])
 def test_forms(form, tokens, dtype):
     """各种组的大小；有、没有零点与偏置；列不是 16 的倍数、K 不满一级。"""
-    k, inner = (264, 72) if form[2] else (form[1] * 4, form[1] * 8)  # 有零点时一行的组数是 4 的倍数
+    k, inner = (264, 72) if form[2] else (form[1] * 4, form[1] * 4)  # 有零点时一行的组数是 4 的倍数
     check(make((tokens, k, inner, 40), form, dtype=dtype), dtype)
-    case = make((tokens, form[1] * 4, form[1] * 8, 24), form, dtype=dtype)
+    case = make((tokens, form[1] * 4, form[1] * 4, 24), form, dtype=dtype)
     check(quantized.with_bias(case, dtype), dtype)
     check(make((tokens, k, k, 24), form, dtype=dtype, gated=False, activation="relu2"), dtype)
 
 
-@pytest.mark.parametrize("tokens", [5, 8, 17, 64])
+@pytest.mark.parametrize("tokens", [5, 64])
 def test_tokens(tokens):
     """词元都到一个专家（几块）、分散；一块满、不满。"""
     sizes, count = (tokens, 320, 136, 136), 37
@@ -105,7 +103,7 @@ def test_tokens(tokens):
     check(make(sizes, count=count, indices=index))
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 5, 6, 9])
+@pytest.mark.parametrize("stages", [1, 2, 5, 9])
 def test_pieces(stages):
     """一份几级、几段；列少得有的 warp、CTA 没有事做，一份分在几个 warp。"""
     case = make(
@@ -128,9 +126,8 @@ def test_large_zero_points():
         check(case.but(up=up, down=down))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("form", [INT4, (4, 128, False), (4, 32, True)], ids=str)
-@pytest.mark.parametrize("tokens", [5, 17])
+@pytest.mark.parametrize("tokens, scaled", [(5, True), (17, False)])
 def test_shared(tokens, form, scaled):
     """同样量化的共享专家，一起做：更宽、更窄。"""
     for inner in (24, 520) if form[2] else (512,):

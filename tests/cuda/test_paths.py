@@ -117,7 +117,7 @@ def test_too_wide_for_shared_memory(monkeypatch):
     case = attention(1, 2, 4, 2, (256, 4, 8, 8))
     with pytest.raises(ValueError, match="放不进共享内存"):
         ops.mla_prefill(*case.args())
-    with pytest.raises(RuntimeError, match="mla_decode"):
+    with pytest.raises(ValueError, match="mla_decode：kv_lora_rank 256 加 qk_rope_head_dim 4 太大"):
         ops.mla_decode(*case.args())
 
 
