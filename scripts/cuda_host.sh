@@ -27,14 +27,14 @@ operators=({linear,swiglu_mlp,rms_norm,rope,mla_cache_write,mla_decode,mla_prefi
 hopper=({orders,mla_decode_sm90,mla_decode_paged_sm90,mla_prefill_sm90,mla_prefill_backward_sm90}.py
     {gpu_moe_backward,moe_orders,moe_experts_sm90,moe_codes_sm90}.py)
 # 整个模型与各层的用法：替换、训练、生成都走到同样的绑定与核。
-models=({gradients,moe_layer,moe_optimize,optimize_layers,transformers_models}.py)
+models=({moe_layer,moe_optimize,transformers_models}.py)
 once='not (moe_backward and torch.float16) and not (sample_filter and torch.float16 and top)'
 few='not torch.float16 and not any_shape and not adversarial and not thread_count and not distribution'
 few+=' and not biased and not sampled_drafts and not activation_no_less and not 400-dtype'
 few+=' and not (moe_experts and (every_layout or odd_shapes or wide_blocks or anything or block_boundaries))'
 # fp32、量化的在 Hopper 上也走第一遍跑过的核；int4 的常驻核默认不用，只跑几种，单独运行那个文件时才全跑。
 wgmma='(not torch.float16 or moe) and not torch.float32 and not int8 and not fp8'
-wgmma+=' and not (moe_codes and (shared or tokens or zero_points or activations or grid or order_of))'
+wgmma+=' and not (moe_codes and (shared or tokens or zero_points or activations or grid or order or pieces))'
 status=0
 run "${parallel[@]}" -k "$once" "${cuda[@]/#/tests/cuda/test_}" || status=$?
 run "${parallel[@]}" -k "$few" "${operators[@]/#/tests/test_}" || status=$?
