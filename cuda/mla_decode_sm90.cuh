@@ -13,6 +13,7 @@
 
 #include "config.cuh"
 #include "mla_decode.cuh"
+#include "mla_decode_pages_sm90.cuh"
 #include "mma.cuh"
 #include "tile_sm90.cuh"
 
@@ -223,46 +224,9 @@ struct Pieces {
 // 走同样的路，坐标广播成一致的，只在发的时候选一个线程。
 // 有 cluster 时各 CTA 轮着发，一次写到每一个：从 L2 只读一遍。发的要等每个 CTA 都放行了；字节比自己的 mbarrier_expect
 // 先到也不要紧：还差那一次到达，这一相不会提前结束。
-
 //
-// 分页的缓存：一块键由几个框拼成，一个框是同一页里的 align 个槽位（页的大小除得尽，块从它的倍数起）。末尾之后没有可看的键
-// 的框不读：留在缓冲里的旧内容同界外的键一样，得分换成 -INF，当值用之前清掉。
-
-// 一段里各框在哪一页；整个 warp 一起，一个线程查一个框，提前一轮查。
-struct PageList {
-  const dso_mla_inputs &in;
-  int log_box;
-  int row = 0, first = 0, count = 0;  // 这一段的第一个槽位、框数
-  int base = 0, page = 0, offset = 0, next_page = 0, next_offset = 0;
-
-  __device__ PageList(const dso_mla_inputs &in, int log_box) : in(in), log_box(log_box) {}
-
-  __device__ void start(const Piece &piece) {
-    row = piece.at.row, first = piece.at.slot + piece.key_begin, base = 0;
-    count = (piece.key_end - piece.key_begin + (1 << log_box) - 1) >> log_box;
-    find(0, page, offset), find(WARP, next_page, next_offset);
-  }
-
-  // 第 index 个框的页、页内的槽位；index 只增不减，一次至多多走 WARP 个。
-  __device__ void at(int index, int *in_page, int *in_slot) {
-    if (index - base >= WARP) {
-      base += WARP, page = next_page, offset = next_offset;
-      find(base + WARP, next_page, next_offset);
-    }
-    *in_page = __shfl_sync(ALL_LANES, page, index - base);
-    *in_slot = __shfl_sync(ALL_LANES, offset, index - base);
-  }
-
- private:
-  __device__ void find(int from, int &to, int &inside) const {
-    const int index = from + static_cast<int>(threadIdx.x) % WARP;
-    if (index >= count) return;
-    const int size = static_cast<int>(in.page_size), slot = first + (index << log_box);
-    const int nth = slot / size;
-    inside = slot - nth * size;
-    to = load_l2(in.pages + row * in.pages_bs + nth);
-  }
-};
+// 分页的缓存：一块键由几个框拼成（mla_decode_pages_sm90.cuh）。末尾之后没有可看的键的框不读：留在缓冲里的旧内容同界外的键
+// 一样，得分换成 -INF，当值用之前清掉。
 
 template <class S>
 struct Producer {
@@ -324,8 +288,7 @@ struct Producer {
 
   // 一块键在各页里的框：从第 begin 个起至多几个。
   __device__ int boxes_from(int begin) const {
-    const int left = pages.count - begin, most = S::KEYS >> pages.log_box;
-    return left < most ? left : most;
+    return min_of(pages.count - begin, S::KEYS >> pages.log_box);
   }
   // 一框一次 TMA 几个 64 列：框不满一块的高时，各列的框不相连，逐个读。
   __device__ int across() const { return S::KEYS >> pages.log_box == 1 ? S::CHUNK : 1; }
